@@ -1,0 +1,76 @@
+"""Masks from scores: which weights stay. Counts are exact whatever the ties; masks are bool, True = kept."""
+
+# O outputs, I inputs, G comparison groups, S size of a group
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raysweep.errors import NumericalError, UsageError
+
+ComparisonGroup = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How many weights go, and among which they are ranked.
+
+    n_of_m:  (N, M): N kept of M consecutive inputs; then `sparsity` and `comparison_group` do not apply
+    sparsity: fraction removed of every comparison group, rounded down to a whole count
+    comparison_group: an output row, or the whole matrix
+    """
+
+    sparsity: float = 0.0
+    n_of_m: tuple[int, int] | None = None
+    comparison_group: ComparisonGroup = "row"
+
+
+def pruning_mask(score_OI: Tensor, rule: MaskRule) -> Tensor:
+    """The mask (O, I) that removes the lowest scores under `rule`; of equal scores the first in memory go first.
+
+    Raises NumericalError when a score is not finite, UsageError when M does not divide the inputs.
+    """
+    if not bool(torch.isfinite(score_OI).all()):
+        raise NumericalError("scores are not finite, so they rank nothing: the weights or statistics hold NaN or infinity")
+    if rule.n_of_m is not None:
+        kept, size = rule.n_of_m
+        check_n_of_m(score_OI.shape[1], kept, size)
+        return _keep_n_of_m(score_OI, kept, size)
+    groups = score_OI if rule.comparison_group == "row" else score_OI.reshape(1, -1)
+    removed = int(groups.shape[1] * rule.sparsity)
+    return keep_all_but_lowest(groups, removed).reshape(score_OI.shape)
+
+
+def keep_all_but_lowest(score_GS: Tensor, removed: int) -> Tensor:
+    """True for all but the `removed` lowest of every row, exactly that many; ties go in the order of memory.
+
+    Equals a stable sort, in linear time: the threshold is the order statistic, ties at it are counted off.
+    """
+    if removed == 0:
+        return torch.ones_like(score_GS, dtype=torch.bool)
+    threshold_G1 = torch.kthvalue(score_GS, removed, dim=1, keepdim=True).values
+    below_GS = score_GS < threshold_G1
+    tied_GS = score_GS == threshold_G1
+    tied_removed_G1 = removed - below_GS.sum(1, keepdim=True, dtype=torch.int64)
+    goes_GS = tied_GS & (tied_GS.cumsum(1, dtype=torch.int64) <= tied_removed_G1)
+    return ~(below_GS | goes_GS)
+
+
+def check_n_of_m(inputs: int, kept: int, size: int) -> None:
+    """Raises UsageError when a row of `inputs` weights cannot be cut into groups of `size`."""
+    if inputs % size:
+        raise UsageError(
+            f"pattern {kept}:{size} needs a number of inputs that {size} divides, not {inputs}",
+            allowed=f"M among the divisors of {inputs}",
+            remedy="Choose another pattern, or pattern: unstructured.",
+        )
+
+
+def _keep_n_of_m(score_OI: Tensor, kept: int, size: int) -> Tensor:
+    groups = score_OI.reshape(-1, size)
+    lowest = torch.argsort(groups, dim=1, stable=True)[:, : size - kept]
+    return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).reshape(score_OI.shape)
