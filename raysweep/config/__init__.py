@@ -1,0 +1,1 @@
+"""What users write: search spaces, their validation and their expansion into trials. No torch, no ray."""

@@ -1,0 +1,270 @@
+"""Builds a search space of a document, and refuses what is wrong in it with its place."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from raysweep.config.document import Document, KeyPath
+from raysweep.config.expansion import (
+    MAX_TRIALS,
+    Axes,
+    Group,
+    Sampled,
+    count_group_points,
+    count_points,
+    group_points,
+    points,
+)
+from raysweep.config.fields import default_of, has_settled_default, is_required, takes_real_numbers
+from raysweep.config.sections import (
+    BUILTIN_PREFIX,
+    VALIDATION_METRICS,
+    CalibrationConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    ModelConfig,
+    PerplexityConfig,
+    SearchConfig,
+    ValidationConfig,
+)
+from raysweep.config.space import SearchSpace, with_seed
+from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, Trial
+from raysweep.config.validation import (
+    assembled,
+    check_name,
+    checked_value,
+    expect_mapping,
+    missing_key,
+    shown,
+    validated,
+)
+from raysweep.errors import UsageError
+
+M = TypeVar("M", bound=BaseModel)
+
+SECTIONS = ("name", "model", "calibration", "validation", "evaluation", "sweep", "search", "execution")
+SAMPLED_KINDS = ("loguniform", "uniform", "choice")
+BUILTIN_WINDOWS = 64  # of the default evaluation: seconds on a small CPU
+
+
+def build_space(document: Document) -> SearchSpace:
+    """The checked search space; raises UsageError."""
+    root = expect_mapping(document, document.data, (), list(SECTIONS))
+    for key in ("name", "model", "calibration", "sweep"):
+        if root.get(key) is None:
+            raise _missing_section(key, document)
+    search = _section(SearchConfig, document, root, "search")
+    calibration = _axes(CalibrationConfig, document, root, "calibration")
+    space = SearchSpace(
+        name=check_name(root["name"], document.where(("name",))),
+        model_axes=_axes(ModelConfig, document, root, "model"),
+        calibration_axes=calibration,
+        validation=_section(ValidationConfig, document, root, "validation"),
+        evaluation=_evaluation(document, root, calibration),
+        groups=_groups(document, root["sweep"], search),
+        search=search,
+        execution=_section(ExecutionConfig, document, root, "execution"),
+    )
+    _check_metric(space, document)
+    _check_size(space, document)
+    _check_combinations(space, document)
+    return space
+
+
+def _missing_section(key: str, document: Document) -> UsageError:
+    allowed = {
+        "name": "text: the name of the sweep and of its folder",
+        "model": "keys: " + ", ".join(ModelConfig.model_fields),
+        "calibration": "keys: " + ", ".join(CalibrationConfig.model_fields),
+        "sweep": "a list of groups, such as [{recovery: none, criterion: wanda, sparsity: 0.5}]",
+    }
+    what = "no trial at all: 'sweep' is missing" if key == "sweep" else f"key {key!r} is missing"
+    return UsageError(what, where=document.where((key,)), allowed=allowed[key])
+
+
+def _section(cls: type[M], document: Document, root: dict[str, Any], key: str) -> M:
+    data = root.get(key)
+    return validated(cls, {} if data is None else data, document, (key,))
+
+
+def _axes(cls: type[BaseModel], document: Document, root: dict[str, Any], key: str) -> Axes:
+    """A section whose scalars may be lists, with defaults filled in."""
+    data = expect_mapping(document, root[key], (key,), list(cls.model_fields))
+    axes: dict[str, tuple[Any, ...]] = {}
+    for name, info in cls.model_fields.items():
+        if name in data:
+            axes[name] = _values(cls, name, data[name], document, (key, name))
+        elif is_required(info):
+            raise missing_key(cls, name, document, (key,))
+        else:
+            axes[name] = (default_of(info),)
+    given = [name for name in data if name in axes]
+    return {name: axes[name] for name in [*given, *(n for n in axes if n not in given)]}
+
+
+def _values(cls: type[BaseModel], name: str, data: Any, document: Document, path: KeyPath) -> tuple[Any, ...]:
+    """A scalar as one value, a list as an axis."""
+    if not isinstance(data, list):
+        return (checked_value(cls, name, data, document, path),)
+    if not data:
+        raise UsageError(f"{name} is an empty list", where=document.where(path), allowed="at least one value")
+    checked = (checked_value(cls, name, item, document, (*path, i)) for i, item in enumerate(data))
+    return tuple(dict.fromkeys(checked))
+
+
+def _evaluation(document: Document, root: dict[str, Any], calibration: Axes) -> EvaluationConfig:
+    path: KeyPath = ("evaluation", "perplexity")
+    section = expect_mapping(document, root.get("evaluation") or {}, ("evaluation",), ["perplexity"])
+    entries = section.get("perplexity")
+    if entries is None:
+        return EvaluationConfig(perplexity=(_builtin_evaluation(document, calibration),))
+    if not isinstance(entries, list) or not entries:
+        what = "perplexity is an empty list" if entries == [] else f"perplexity cannot be {shown(entries)}"
+        allowed = "a list with at least one entry, such as [{name: NAME, dataset: ..., sequence_length: ...}]"
+        raise UsageError(what, where=document.where(path), allowed=allowed)
+    made = [validated(PerplexityConfig, entry, document, (*path, i)) for i, entry in enumerate(entries)]
+    names = [entry.name for entry in made]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            where = document.where((*path, index, "name"))
+            raise UsageError(
+                f"name {name!r} is used twice", where=where, allowed="a name of its own for every entry"
+            )
+    return EvaluationConfig(perplexity=tuple(made))
+
+
+def _builtin_evaluation(document: Document, calibration: Axes) -> PerplexityConfig:
+    """What is measured when nothing is said: only a builtin text is known to have a test split."""
+    dataset = str(calibration["dataset"][0])
+    if not dataset.startswith(BUILTIN_PREFIX):
+        raise UsageError(
+            "nothing to evaluate: evaluation.perplexity is missing",
+            where=document.where(("evaluation", "perplexity")),
+            allowed="a list of entries; it may be left out with a builtin calibration data set only",
+            remedy=f"for example: evaluation: {{perplexity: [{{name: test, dataset: {dataset}, split: test, "
+            f"sequence_length: {calibration['sequence_length'][0]}}}]}}",
+        )
+    return PerplexityConfig(
+        name=check_name(dataset.removeprefix(BUILTIN_PREFIX), document.where(("calibration", "dataset"))),
+        dataset=dataset,
+        sequence_length=calibration["sequence_length"][0],
+        max_windows=BUILTIN_WINDOWS,
+    )
+
+
+def _groups(document: Document, data: Any, search: SearchConfig) -> tuple[Group, ...]:
+    if not isinstance(data, list):
+        allowed = "a list of groups; begin each with '- '"
+        raise UsageError(f"sweep cannot be {shown(data)}", where=document.where(("sweep",)), allowed=allowed)
+    if not data:
+        allowed = "at least one group, such as [{recovery: none, criterion: wanda, sparsity: 0.5}]"
+        raise UsageError(
+            "no trial at all: sweep is an empty list", where=document.where(("sweep",)), allowed=allowed
+        )
+    return tuple(_group(document, group, ("sweep", index), search) for index, group in enumerate(data))
+
+
+def _group(document: Document, data: Any, path: KeyPath, search: SearchConfig) -> Group:
+    expect_mapping(document, data, path, list(Trial.model_fields))
+    if "recovery" not in data:
+        raise missing_key(Trial, "recovery", document, path)
+    group: dict[str, tuple[Any, ...] | Sampled] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            group[name] = _sampled(name, value, document, (*path, name), search)
+        else:
+            group[name] = _values(Trial, name, value, document, (*path, name))
+    _refuse_dense(group["recovery"], document, (*path, "recovery"))
+    return _with_defaults(group)
+
+
+def _refuse_dense(recovery: tuple[Any, ...] | Sampled, document: Document, path: KeyPath) -> None:
+    values = recovery.values if isinstance(recovery, Sampled) else recovery
+    if Trial.DENSE in values:
+        raise UsageError(
+            "recovery cannot be 'dense': every sweep has a row of the dense model anyway",
+            where=document.where(path),
+            allowed="none | reconstruct",
+        )
+
+
+def _with_defaults(group: dict[str, tuple[Any, ...] | Sampled]) -> Group:
+    """Fills in what a stored space should show; the seed is left open, because each calibration set has its own."""
+    recovery = group["recovery"]
+    values = recovery.values if isinstance(recovery, Sampled) else recovery
+    names = (*MASK_FIELDS, *RECOVERY_FIELDS) if "reconstruct" in values else MASK_FIELDS
+    infos = {name: Trial.model_fields[name] for name in names if name not in group}
+    return group | {name: (default_of(info),) for name, info in infos.items() if has_settled_default(info)}
+
+
+def _sampled(
+    name: str, data: dict[str, Any], document: Document, path: KeyPath, search: SearchConfig
+) -> Sampled:
+    where, info = document.where(path), Trial.model_fields[name]
+    kinds = SAMPLED_KINDS if takes_real_numbers(info.annotation) else ("choice",)
+    shape = ", ".join("{choice: [...]}" if kind == "choice" else f"{{{kind}: [low, high]}}" for kind in kinds)
+    if len(data) != 1 or next(iter(data)) not in kinds:
+        raise UsageError(
+            f"{name} cannot be {shown(data)}", where=where, allowed=f"a value, a list, or {shape}"
+        )
+    if search.algorithm == "grid":
+        raise UsageError(
+            f"{name} is drawn, but search.algorithm is 'grid'",
+            where=where,
+            allowed="a value or a list",
+            remedy="set search.algorithm: random and search.num_samples",
+        )
+    kind, values = next(iter(data.items()))
+    if not isinstance(values, list):
+        raise UsageError(
+            f"{kind} cannot be {shown(values)}", where=document.where((*path, kind)), allowed=shape
+        )
+    checked = _values(Trial, name, values, document, (*path, kind))
+    if kind != "choice":
+        _check_interval(kind, checked, len(values), document.where((*path, kind)))
+    return Sampled(kind, checked)
+
+
+def _check_interval(kind: str, bounds: tuple[Any, ...], given: int, where: str | None) -> None:
+    ordered = given == len(bounds) == 2 and None not in bounds and bounds[0] < bounds[1]
+    if not ordered or (kind == "loguniform" and bounds[0] <= 0):
+        above = " and above 0" if kind == "loguniform" else ""
+        allowed = f"[low, high] with low below high{above}"
+        raise UsageError(f"{kind} cannot be {list(bounds)}", where=where, allowed=allowed)
+
+
+def _check_metric(space: SearchSpace, document: Document) -> None:
+    if space.validation.samples == 0 and space.search.metric in VALIDATION_METRICS:
+        raise UsageError(
+            f"search.metric is {space.search.metric!r}, but validation.samples is 0",
+            where=document.where(("search", "metric")),
+            allowed="output_error_calibration, or validation.samples above 0",
+        )
+
+
+def _check_size(space: SearchSpace, document: Document) -> None:
+    draws = space.search.num_samples or 1
+    per_set = sum(count_group_points(group, draws) for group in space.groups)
+    total = count_points(space.model_axes) * (1 + count_points(space.calibration_axes) * per_set)
+    if total > MAX_TRIALS:
+        raise UsageError(
+            f"the search space spans {total} combinations",
+            where=document.where(("sweep",)),
+            allowed=f"at most {MAX_TRIALS} in one sweep",
+            remedy="shorten its lists, lower search.num_samples, or make several sweeps of it",
+        )
+
+
+def _check_combinations(space: SearchSpace, document: Document) -> None:
+    """Every combination once, so that an impossible one is refused with its group's place."""
+    for axes, cls, key in (
+        (space.model_axes, ModelConfig, "model"),
+        (space.calibration_axes, CalibrationConfig, "calibration"),
+    ):
+        for point in points(axes):
+            assembled(cls, point, document, (key,))
+    for index, group in enumerate(space.groups):
+        for point in group_points(group, index, space.search.num_samples or 1, space.search.seed):
+            assembled(Trial, with_seed(point, 0), document, ("sweep", index))

@@ -1,0 +1,234 @@
+"""The sections of a search space beside its sweep: model, data, evaluation, search and execution."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from raysweep.config.fields import FROZEN, NAME_VALUES, Count, Name, Seed, Text, as_tuple, setting
+from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS
+from raysweep.errors import UsageError, nearest_name
+
+BUILTIN_PREFIX = "builtin:"
+VALIDATION_METRICS = ("validation_perplexity", "output_error_validation")
+METRICS = (*VALIDATION_METRICS, "output_error_calibration")
+CALIBRATION_COLUMNS = tuple(
+    f"calibration_{name}" for name in ("dataset", "num_samples", "sequence_length", "sampling", "seed")
+)
+CELL_COLUMNS = ("model", *CALIBRATION_COLUMNS, "recovery", *MASK_FIELDS, *RECOVERY_FIELDS, "seed")
+
+_WHOLE = "a whole number from 1"
+_SEED = "a whole number from 0"
+_DATASET = (
+    "builtin:NAME, a Hugging Face data set id, or a file: .parquet or .jsonl with a `text` column, .txt, or .parquet "
+    "with an `input_ids` column, whose rows are the samples themselves"
+)
+
+
+class ModelConfig(BaseModel):
+    """The model that is pruned."""
+
+    model_config = FROZEN
+
+    path: Text = setting(
+        "the dense model",
+        values="builtin:NAME, a Hugging Face id, or a folder with config.json and safetensors",
+    )
+    revision: Text | None = setting(
+        "branch, tag or commit on Hugging Face; null = its default", default=None, values="text, or null"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "number format of the weights; auto = float32 on CPU, the checkpoint's own on a device",
+        default="auto",
+    )
+    trust_remote_code: bool = setting("whether code that comes with the model may run", default=False)
+
+
+class CalibrationConfig(BaseModel):
+    """The text that statistics and reconstruction see."""
+
+    model_config = FROZEN
+
+    dataset: Text = setting("where the text comes from", values=_DATASET)
+    config: Text | None = setting(
+        "configuration of a Hugging Face data set", default=None, values="text, or null"
+    )
+    data_files: Text | None = setting(
+        "files of a Hugging Face data set (a pattern such as `en/*.json.gz`)",
+        default=None,
+        values="text, or null",
+    )
+    split: Text = setting("split of the data set", default="train", values="text")
+    sampling: Literal["pack", "document"] = setting(
+        "pack = documents joined and cut into windows; document = a random window of a long enough document",
+        default="pack",
+    )
+    num_samples: Count = setting("number of sequences", default=64, values=_WHOLE)
+    sequence_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = setting(
+        "tokens in one sequence", default=256, values="a whole number from 2"
+    )
+    seed: Seed = setting("which sequences are drawn", default=0, values=_SEED)
+
+
+class ValidationConfig(BaseModel):
+    """Held-out sequences that searches select on; fixed for the sweep, disjoint from every calibration set."""
+
+    model_config = FROZEN
+
+    samples: Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
+        "number of sequences, as long as those of the first evaluation entry; 0 = no validation",
+        default=16,
+        values=_SEED,
+    )
+    dataset: Text | None = setting(
+        "where the text comes from; null = the calibration data set with its config, files and split",
+        default=None,
+        values=f"{_DATASET}; or null",
+    )
+    config: Text | None = setting(
+        "as in calibration, of `validation.dataset`", default=None, values="text, or null"
+    )
+    data_files: Text | None = setting(
+        "as in calibration, of `validation.dataset`", default=None, values="text, or null"
+    )
+    split: Text | None = setting(
+        "split of the data set; null = the split of the calibration set", default=None, values="text, or null"
+    )
+    seed: Seed = setting("which sequences are drawn", default=0, values=_SEED)
+
+    @model_validator(mode="after")
+    def _check_dataset(self) -> Self:
+        for name in ("config", "data_files"):
+            if self.dataset is None and getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} is given without a dataset", where=name, remedy="give validation.dataset as well"
+                )
+        return self
+
+    def protocol(self, sequence_length: int) -> dict[str, Any]:
+        """What of it belongs to the identity of a trial (the text enters by its hash)."""
+        return {"samples": self.samples, "seed": self.seed, "sequence_length": sequence_length}
+
+
+class PerplexityConfig(BaseModel):
+    """One text on which perplexity is measured. The first entry fills the column `perplexity`."""
+
+    model_config = FROZEN
+
+    name: Name = setting("names the column `perplexity_<name>`", values=NAME_VALUES)
+    dataset: Text = setting("where the text comes from", values=_DATASET)
+    config: Text | None = setting(
+        "configuration of a Hugging Face data set", default=None, values="text, or null"
+    )
+    data_files: Text | None = setting(
+        "files of a Hugging Face data set", default=None, values="text, or null"
+    )
+    split: Text = setting("split of the data set", default="test", values="text")
+    sequence_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = setting(
+        "tokens in one window", values="a whole number from 2"
+    )
+    max_windows: Count | None = setting(
+        "no more windows than this; null = the whole text", default=None, values=f"{_WHOLE}, or null"
+    )
+    bos_each_window: bool = setting(
+        "begin every window with the tokenizer's BOS token (another protocol, not comparable)", default=False
+    )
+
+    def protocol(self) -> dict[str, Any]:
+        """What of it belongs to the identity of a trial; values at their default are left out."""
+        fields: dict[str, Any] = {"name": self.name, "sequence_length": self.sequence_length}
+        if self.max_windows is not None:
+            fields["max_windows"] = self.max_windows
+        if self.bos_each_window:
+            fields["bos_each_window"] = True
+        return fields
+
+
+class EvaluationConfig(BaseModel):
+    """What every trial is measured on."""
+
+    model_config = FROZEN
+
+    perplexity: Annotated[tuple[PerplexityConfig, ...], BeforeValidator(as_tuple)] = setting(
+        "texts on which perplexity is measured, reported and never selected on",
+        values="a list with at least one entry: name, dataset, split, sequence_length, ...",
+        shown_default="with a builtin calibration data set its test split, 64 windows; else required",
+    )
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.perplexity]
+
+
+class SearchConfig(BaseModel):
+    """How the search space is walked, and what best means."""
+
+    model_config = FROZEN
+
+    algorithm: Literal["grid", "random"] = setting(
+        "grid = every combination; random = also draws of the sampled fields", default="grid"
+    )
+    scheduler: Literal["none"] = setting("what may stop trials early", default="none")
+    num_samples: Count | None = setting(
+        "draws per point of the listed axes (random); more draws keep the earlier ones",
+        default=None,
+        values=f"{_WHOLE} with algorithm random, null with grid",
+    )
+    seed: Seed = setting("which values are drawn", default=0, values=_SEED)
+    metric: Literal["validation_perplexity", "output_error_validation", "output_error_calibration"] = setting(
+        "the column by which trials are compared", default="validation_perplexity"
+    )
+    mode: Literal["min", "max"] = setting("whether lower or higher is better", default="min")
+    compare_within: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = setting(
+        "columns that are equal among trials that may be compared (a cell)",
+        default=("model", "sparsity", "pattern", "recovery"),
+        values="a list of column names: `model`, `calibration_*`, or fields of a trial",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.algorithm == "random" and self.num_samples is None:
+            what = "num_samples is missing; algorithm 'random' needs it"
+            raise UsageError(what, where="num_samples", allowed=_WHOLE)
+        if self.algorithm == "grid" and self.num_samples is not None:
+            what = f"num_samples {self.num_samples} does not apply to algorithm 'grid'"
+            raise UsageError(what, where="num_samples", allowed="null", remedy="set search.algorithm: random")
+        for name in self.compare_within:
+            if name not in CELL_COLUMNS:
+                raise UsageError(
+                    f"unknown column {name!r}",
+                    where="compare_within",
+                    allowed=", ".join(CELL_COLUMNS),
+                    nearest=nearest_name(name, list(CELL_COLUMNS)),
+                )
+        return self
+
+
+AutoOrCount = Literal["auto"] | Count
+
+
+class ExecutionConfig(BaseModel):
+    """Where and how it runs. Changes no number of a trial beyond rounding, and no identity."""
+
+    model_config = FROZEN
+
+    shards: AutoOrCount = setting(
+        "actors over which the blocks are spread", default="auto", values=f"auto, or {_WHOLE}"
+    )
+    threads_per_worker: Count = setting(
+        "CPU threads of one shard; other numbers of threads may differ in the last bits",
+        default=1,
+        values=_WHOLE,
+    )
+    concurrent_trials: AutoOrCount = setting(
+        "trials in flight at once", default="auto", values=f"auto, or {_WHOLE}"
+    )
+    activation_store: Literal["auto", "memory"] = setting(
+        "where activations at block boundaries are kept", default="auto"
+    )
+    storage: Text | None = setting(
+        "folder of the results; `--storage` and RAYSWEEP_STORAGE come first; null = ./raysweep-results",
+        default=None,
+        values="a folder, or null",
+    )

@@ -1,0 +1,153 @@
+"""A search space: read from YAML or a dictionary, checked as a whole, and expanded into planned trials."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raysweep.config.document import Document, dump_yaml, from_data
+from raysweep.config.expansion import Axes, Group, PlannedTrial, Sampled, group_points, points
+from raysweep.config.sections import (
+    CalibrationConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    ModelConfig,
+    PerplexityConfig,
+    SearchConfig,
+    ValidationConfig,
+)
+from raysweep.config.trial import Trial
+from raysweep.config.validation import check_name
+
+__all__ = [
+    "CalibrationConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "ModelConfig",
+    "PerplexityConfig",
+    "PlannedTrial",
+    "SearchConfig",
+    "SearchSpace",
+    "Trial",
+    "ValidationConfig",
+]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A checked search space. Make one with `from_yaml`, `from_text` or `from_dict`, which check everything.
+
+    model_axes, calibration_axes: for each field of the section its values (one, or several of an axis)
+    groups: for each group of the sweep, and each field in it, its values or how they are drawn
+    """
+
+    name: str
+    model_axes: Axes
+    calibration_axes: Axes
+    validation: ValidationConfig
+    evaluation: EvaluationConfig
+    groups: tuple[Group, ...]
+    search: SearchConfig
+    execution: ExecutionConfig
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
+        """Reads a file; `overrides` are KEY=VALUE texts as of `--set`. Raises UsageError."""
+        return cls._of(Document.read(Path(path)), overrides)
+
+    @classmethod
+    def from_text(cls, text: str, overrides: Iterable[str] = (), source: str = "search space") -> SearchSpace:
+        """As `from_yaml`, of YAML in memory; `source` names it in errors."""
+        return cls._of(Document.parse(text, source), overrides)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], overrides: Iterable[str] = ()) -> SearchSpace:
+        """As `from_yaml`, of the same structure made in Python."""
+        return cls._of(from_data(data), overrides)
+
+    @classmethod
+    def _of(cls, document: Document, overrides: Iterable[str]) -> SearchSpace:
+        from raysweep.config.building import build_space
+
+        document.override(overrides)
+        return build_space(document)
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """The distinct models, in the order in which they run."""
+        return tuple(dict.fromkeys(ModelConfig.model_validate(point) for point in points(self.model_axes)))
+
+    @property
+    def calibrations(self) -> tuple[CalibrationConfig, ...]:
+        """The distinct calibration sets, in the order in which they run."""
+        made = (CalibrationConfig.model_validate(point) for point in points(self.calibration_axes))
+        return tuple(dict.fromkeys(made))
+
+    def expand(self) -> list[PlannedTrial]:
+        """Every distinct trial: model by model, the dense one first, then calibration set by calibration set."""
+        return list(self._planned)
+
+    @cached_property
+    def _planned(self) -> tuple[PlannedTrial, ...]:
+        planned: list[PlannedTrial] = []
+        for model in self.models:
+            planned.append(PlannedTrial(model, None, Trial.dense()))
+            for calibration in self.calibrations:
+                planned += [
+                    PlannedTrial(model, calibration, trial) for trial in self._trials(calibration.seed)
+                ]
+        return tuple(planned)
+
+    def _trials(self, default_seed: int) -> dict[Trial, None]:
+        """The distinct trials of one calibration set, in the order of the file."""
+        return dict.fromkeys(
+            Trial.model_validate(with_seed(point, default_seed))
+            for index, group in enumerate(self.groups)
+            for point in group_points(group, index, self.search.num_samples or 1, self.search.seed)
+        )
+
+    def evaluation_protocol(self) -> dict[str, Any]:
+        """How trials are measured, for their identity; the texts themselves enter it by their hashes."""
+        protocol: dict[str, Any] = {"perplexity": [entry.protocol() for entry in self.evaluation.perplexity]}
+        if self.validation.samples:
+            protocol["validation"] = self.validation.protocol(self.evaluation.perplexity[0].sequence_length)
+        return protocol
+
+    def with_name(self, name: str) -> SearchSpace:
+        """The same space under another name (`--name`)."""
+        return replace(self, name=check_name(name, "--name"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, defaults filled in; `from_dict` gives an equal space."""
+        return {
+            "name": self.name,
+            "model": _plain_axes(self.model_axes),
+            "calibration": _plain_axes(self.calibration_axes),
+            "validation": self.validation.model_dump(mode="json"),
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "sweep": [_plain_axes(group) for group in self.groups],
+            "search": self.search.model_dump(mode="json"),
+            "execution": self.execution.model_dump(mode="json"),
+        }
+
+    def resolved_yaml(self) -> str:
+        """`to_dict` as YAML: what is stored beside the results."""
+        return dump_yaml(self.to_dict())
+
+
+def with_seed(point: Mapping[str, Any], default_seed: int) -> dict[str, Any]:
+    """A point of a group whose seed, if not given, is that of the calibration set."""
+    return {**point, "seed": default_seed if point.get("seed") is None else point["seed"]}
+
+
+def _plain_axes(axes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain_values(values) for name, values in axes.items()}
+
+
+def _plain_values(values: tuple[Any, ...] | Sampled) -> Any:
+    if isinstance(values, Sampled):
+        return {values.kind: list(values.values)}
+    return values[0] if len(values) == 1 else list(values)
