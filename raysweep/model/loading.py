@@ -1,0 +1,245 @@
+"""One shard of a Hugging Face model: its own blocks, and the embedding or the head only where they are needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from raysweep.errors import UsageError
+from raysweep.model.builtin import resolve_model_path
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: a builtin name, a folder with config.json and safetensors, or a Hugging Face id."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def location(self) -> str:
+        return str(resolve_model_path(self.path))
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.location).is_dir()
+
+    def load_config(self) -> PretrainedConfig:
+        """The model's configuration. Raises UsageError when there is none to be had."""
+        from transformers import AutoConfig
+
+        self._check_folder()
+        try:
+            return AutoConfig.from_pretrained(
+                self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"model {self.path!r} cannot be read: {_first_line(error)}",
+                allowed="builtin:NAME, a folder with config.json and safetensors files, or a Hugging Face id",
+                remedy="Check the spelling; for a gated model set HF_TOKEN; without a network set HF_HUB_OFFLINE=1.",
+            ) from error
+
+    def _check_folder(self) -> None:
+        looks_like_path = self.location.startswith((".", "/", "~")) or Path(self.location).exists()
+        if looks_like_path and not (Path(self.location) / "config.json").is_file():
+            raise UsageError(
+                f"model {self.path!r} is no folder with a config.json",
+                allowed="builtin:NAME, a folder with config.json and safetensors files, or a Hugging Face id",
+            )
+
+
+@dataclass
+class Checkpoint:
+    """The safetensors files of a model, read tensor by tensor. `bytes_read` counts the tensors' bytes.
+
+    Files of a Hugging Face id are downloaded one by one, when a tensor in them is first asked for.
+    """
+
+    source: ModelSource
+    bytes_read: int = 0
+    files: dict[str, str] = field(default_factory=dict)  # tensor name -> file name
+
+    @classmethod
+    def open(cls, source: ModelSource) -> Checkpoint:
+        """Raises UsageError when the model has no safetensors weights."""
+        checkpoint = cls(source)
+        index = checkpoint._find(INDEX)
+        if index is not None:
+            checkpoint.files = json.loads(Path(index).read_text())["weight_map"]
+        elif (single := checkpoint._find(SINGLE)) is not None:
+            checkpoint.files = dict.fromkeys(_names(single, source), SINGLE)
+        else:
+            raise UsageError(
+                f"model {source.path!r} has no safetensors weights",
+                allowed=f"{SINGLE}, or {INDEX} with the files that it names",
+                remedy="Load it once with transformers and save it again with save_pretrained.",
+            )
+        return checkpoint
+
+    def file_names(self) -> list[str]:
+        return sorted(set(self.files.values()))
+
+    def path_of(self, file_name: str) -> str:
+        """The local path of one weight file, downloaded if need be."""
+        path = self._find(file_name)
+        if path is None:
+            raise UsageError(f"model {self.source.path!r}: its index names {file_name}, which is not there")
+        return path
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors called `names`, as stored, in the order of files."""
+        from safetensors import SafetensorError, safe_open
+
+        for file_name in sorted({self.files[name] for name in names}):
+            path = self.path_of(file_name)
+            try:
+                with safe_open(path, framework="pt") as tensors:
+                    for name in (name for name in names if self.files[name] == file_name):
+                        tensor = tensors.get_tensor(name)
+                        self.bytes_read += tensor.nbytes
+                        yield name, tensor
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{file_name} of model {self.source.path!r} is damaged: {error}") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        from safetensors import safe_open
+
+        with safe_open(self.path_of(self.files[name]), framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
+    def _find(self, file_name: str) -> str | None:
+        if self.source.is_local:
+            path = Path(self.source.location) / file_name
+            return str(path) if path.is_file() else None
+        return _download(self.source, file_name)
+
+
+def _names(path: str, source: ModelSource) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{Path(path).name} of model {source.path!r} is damaged: {error}") from error
+
+
+def _download(source: ModelSource, file_name: str) -> str | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(source.location, file_name, revision=source.revision)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UsageError(f"model {source.path!r} cannot be downloaded: {_first_line(error)}") from error
+
+
+def resolve_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations: `auto` is float32 on a CPU and the checkpoint's own on a device."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cpu":
+        return torch.float32
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.bfloat16
+
+
+def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model without weights: parameters without storage (on `meta`), buffers real. In evaluation mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config.use_cache = False  # type: ignore[attr-defined]
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=source.trust_remote_code
+            )
+    except ValueError as error:
+        raise UsageError(
+            f"model {source.path!r} is no causal language model: {_first_line(error)}",
+            allowed="decoder-only language models of the transformers library",
+        ) from error
+    return model.eval()
+
+
+def materialize(
+    module: nn.Module, keys: dict[str, str], checkpoint: Checkpoint, device: torch.device
+) -> None:
+    """Gives the parameters and persistent buffers of `module` named in `keys` (own name -> tensor name) their values.
+
+    Every tensor gets storage of its own on `device`, aligned as the allocator aligns it, so that arithmetic does not
+    depend on where in a file the tensor lay.
+    """
+    wanted: dict[str, list[str]] = {}
+    for own, stored in keys.items():
+        wanted.setdefault(stored, []).append(own)
+    for stored, tensor in checkpoint.read(list(wanted)):
+        for own in wanted[stored]:
+            _assign(module, own, tensor, device)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+    *path, leaf = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    old = getattr(owner, leaf)
+    if tuple(old.shape) != tuple(tensor.shape):
+        raise UsageError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(old.shape)}")
+    value = torch.empty(old.shape, dtype=old.dtype, device=device).copy_(tensor)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(owner, leaf, value)
+
+
+def tensor_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """For every parameter and persistent buffer of `model` the name of its tensor in the checkpoint.
+
+    Older spellings are translated by transformers' own table, with or without the base model's prefix; tied tensors
+    share a name. Raises UsageError when a tensor is nowhere to be found.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    state, tied = dict(model.state_dict(keep_vars=True)), _tied_names(model)
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    prefix = getattr(model, "base_model_prefix", None)
+    stored = {rename_source_key(key, renamings, [], prefix, state)[0]: key for key in checkpoint.files}
+    names = {name: stored.get(name) or stored.get(tied.get(name, "")) for name in state}
+    missing = next((name for name, found in names.items() if found is None), None)
+    if missing is not None:
+        raise UsageError(
+            f"model {checkpoint.source.path!r} has no tensor {missing!r}",
+            allowed="a checkpoint with every weight of its config.json",
+            remedy="Save the model again with save_pretrained of an up-to-date transformers.",
+        )
+    return {name: found for name, found in names.items() if found is not None}
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Parameters that share their tensor with an earlier one, as far as the configuration ties them."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if head is None or not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    by_module = {module: name for name, module in model.named_modules()}
+    return {f"{by_module[head]}.weight": f"{by_module[embedding]}.weight"}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
