@@ -1,0 +1,1 @@
+"""Hugging Face models and their data: text, tokens, blocks, one shard, capture, evaluation. No Ray."""

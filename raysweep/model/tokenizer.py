@@ -1,0 +1,62 @@
+"""Loading a tokenizer and turning text into token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raysweep.errors import UsageError
+from raysweep.model.builtin import resolve_model_path
+
+Ids = npt.NDArray[np.int64]
+
+# One of these is in every folder that `save_pretrained` of a tokenizer wrote.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a built-in model, a local folder or a Hugging Face id (`transformers.AutoTokenizer`).
+
+    Raises UsageError when there is none, or when it cannot be loaded.
+    """
+    resolved = resolve_model_path(path)
+    folder = Path(resolved).expanduser()
+    if str(path).startswith((".", "/", "~")) and not folder.is_dir():
+        raise UsageError(f"no such folder: {path}", remedy="check model.path")
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise UsageError(
+            f"no tokenizer in {path}", allowed=f"a folder with one of {', '.join(_TOKENIZER_FILES)}"
+        )
+    from transformers import AutoTokenizer
+
+    name = folder if folder.is_dir() else resolved
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"cannot load the tokenizer of {path}: {reason}",
+            remedy="check model.path and model.revision, HF_TOKEN if the model is gated, and the network",
+        ) from error
+
+
+def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> Ids:
+    """Token ids of `text` by the tokenizer's defaults, such as one BOS in front, int64; of any length."""
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+    return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+
+def encode_batch(tokenizer: Any, texts: list[str]) -> list[Ids]:
+    """`encode` of each text alone."""
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    return [np.asarray(ids, dtype=np.int64) for ids in encoded]
