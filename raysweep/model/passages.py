@@ -31,7 +31,7 @@ def cut_spans(text: str, size: int, span: Span | None = None) -> list[Span]:
         limit = position + size // 4
         newline = text.find("\n", position, min(limit, end))
         if newline < 0:
-            newline = end if end <= limit else position
+            newline = end if end < limit else position
         cuts.append(newline)
     return [(a, b) for a, b in zip(cuts, [*cuts[1:], end], strict=True) if a < b]
 

@@ -141,19 +141,16 @@ def evaluation_tokens(
 
     Raises UsageError when the text does not fill one window, or the model takes no sequence of that length.
     """
-    request = Request(tokenizer, source, name, "max_windows", 1, sequence_length, 0)
-    request.check(max_positions)
+    Request(tokenizer, source, name, "max_windows", max_windows or 1, sequence_length, 0).check(max_positions)
     if has_rows(source):
         total = count_rows(source)
-        request.check_enough(total)
-        return TokenSet(name, read_rows(source, 0, min(total, max_windows or total), sequence_length), source)
-    step = sequence_length - 1 if bos_each_window else sequence_length
-    ids = _leading_ids(
-        tokenizer, source, None if max_windows is None else max_windows * step, step, not bos_each_window
-    )
-    ids_NL = cut_windows(ids, step)[:max_windows]
-    request.check_enough(len(ids_NL))
-    return TokenSet(name, _with_bos(ids_NL, tokenizer, name) if bos_each_window else ids_NL, source)
+        ids_NL = read_rows(source, 0, min(total, max_windows or total), sequence_length)
+    else:
+        ids_NL = _leading_windows(tokenizer, source, sequence_length, max_windows, bos_each_window)
+    if not len(ids_NL):
+        remedy = "lower sequence_length, or name more text"
+        raise UsageError(f"{name}: {source} gives no window of {sequence_length} tokens", remedy=remedy)
+    return TokenSet(name, ids_NL, source)
 
 
 def check_vocabulary(tokens: TokenSet, size: int) -> None:
@@ -167,25 +164,29 @@ def check_vocabulary(tokens: TokenSet, size: int) -> None:
         )
 
 
-def _leading_ids(
-    tokenizer: Any, source: TextSource, needed: int | None, margin: int, special_tokens: bool
+def _leading_windows(
+    tokenizer: Any, source: TextSource, length: int, max_windows: int | None, bos_each_window: bool
 ) -> Ids:
-    """The ids of the text from its start: all, or at least `needed` + `margin` when the text has so many."""
-    characters = None if needed is None else 2 * CHARACTERS_PER_TOKEN * (needed + margin)
+    bos = tokenizer.bos_token_id
+    if bos_each_window and bos is None:
+        raise UsageError("bos_each_window: the tokenizer has no BOS token", remedy="set it to false")
+    step = length - 1 if bos_each_window else length
+    needed = None if max_windows is None else (max_windows + 1) * step  # one more, as the end may change
+    ids_NL = cut_windows(_leading_ids(tokenizer, source, needed, not bos_each_window), step)[:max_windows]
+    return np.insert(ids_NL, 0, bos, axis=1) if bos_each_window else ids_NL
+
+
+def _leading_ids(tokenizer: Any, source: TextSource, needed: int | None, special_tokens: bool) -> Ids:
+    """The ids of the text from its start: all, or at least `needed` when the text has so many."""
+    characters = None if needed is None else 2 * CHARACTERS_PER_TOKEN * needed
     while True:
         documents = list(load_documents(source, characters))
         ids = encode(tokenizer, SEPARATOR.join(documents), special_tokens=special_tokens)
-        exhausted = characters is None or sum(map(len, documents)) < characters
-        if exhausted or needed is None or len(ids) >= needed + margin:
+        if characters is None or needed is None or len(ids) >= needed:
             return ids
-        characters = 4 * (characters or 0)
-
-
-def _with_bos(ids_NL: Ids, tokenizer: Any, name: str) -> Ids:
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        raise UsageError(f"{name}.bos_each_window: the tokenizer has no BOS token", remedy="set it to false")
-    return np.concatenate([np.full((len(ids_NL), 1), bos, dtype=np.int64), ids_NL], axis=1)
+        if sum(map(len, documents)) < characters:
+            return ids
+        characters *= 4
 
 
 def _all_spans(text: str) -> list[Span]:
