@@ -191,7 +191,7 @@ def _refuse_dense(recovery: tuple[Any, ...] | Sampled, document: Document, path:
 
 
 def _with_defaults(group: dict[str, tuple[Any, ...] | Sampled]) -> Group:
-    """Fills in what a stored space should show; the seed is left open, because each calibration set has its own."""
+    """Fills in what a stored space should show; the seed stays open, as calibration sets have their own."""
     recovery = group["recovery"]
     values = recovery.values if isinstance(recovery, Sampled) else recovery
     names = (*MASK_FIELDS, *RECOVERY_FIELDS) if "reconstruct" in values else MASK_FIELDS

@@ -1,4 +1,4 @@
-"""Reads a YAML file into plain data and remembers the line of every key. Refuses what is no honest setting."""
+"""Reads a YAML file into plain data and remembers the line of every key."""
 
 from __future__ import annotations
 
@@ -170,7 +170,8 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         _check_depth(yaml.parse(text, Loader=_Loader), source)
         node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        mark = error.problem_mark
+        line = "" if mark is None else f":{mark.line + 1}"
         problem = error.problem or error.context or "it cannot be read"
         raise UsageError(f"no valid YAML: {problem}", where=f"{source}{line}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -188,8 +189,10 @@ def _check_depth(events: Iterator[yaml.Event], source: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_DEPTH:
-            where = f"{source}:{event.start_mark.line + 1}"
-            raise UsageError("nested too deeply", where=where, allowed=f"at most {MAX_DEPTH} levels")
+            line = "" if event.start_mark is None else f":{event.start_mark.line + 1}"
+            raise UsageError(
+                "nested too deeply", where=f"{source}{line}", allowed=f"at most {MAX_DEPTH} levels"
+            )
 
 
 class _Builder:

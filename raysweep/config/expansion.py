@@ -20,7 +20,7 @@ Axes = Mapping[str, tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """A field whose values are drawn: `uniform` and `loguniform` from (low, high), `choice` from its values."""
+    """A field whose values are drawn: (log)uniform from (low, high), choice from its values."""
 
     kind: str
     values: tuple[Any, ...]
@@ -63,8 +63,8 @@ def count_points(axes: Axes) -> int:
 def group_points(group: Group, index: int, draws: int, seed: int) -> Iterator[dict[str, Any]]:
     """The combinations of one group: its listed axes, each with every draw.
 
-    Draw k of a field depends on (seed, group, k, field) only. So more draws keep the earlier ones, and the points
-    of the listed axes are compared at the same drawn values.
+    Draw k of a field depends on (seed, group, k, field) only. So more draws keep the earlier ones, and the
+    points of the listed axes are compared at the same drawn values.
     """
     axes = {name: values for name, values in group.items() if not isinstance(values, Sampled)}
     sampled = {name: values for name, values in group.items() if isinstance(values, Sampled)}

@@ -21,8 +21,8 @@ CELL_COLUMNS = ("model", *CALIBRATION_COLUMNS, "recovery", *MASK_FIELDS, *RECOVE
 _WHOLE = "a whole number from 1"
 _SEED = "a whole number from 0"
 _DATASET = (
-    "builtin:NAME, a Hugging Face data set id, or a file: .parquet or .jsonl with a `text` column, .txt, or .parquet "
-    "with an `input_ids` column, whose rows are the samples themselves"
+    "builtin:NAME, a Hugging Face data set id, or a file: .parquet or .jsonl with a `text` column, .txt, or "
+    ".parquet with an `input_ids` column, whose rows are the samples themselves"
 )
 
 
@@ -72,7 +72,7 @@ class CalibrationConfig(BaseModel):
 
 
 class ValidationConfig(BaseModel):
-    """Held-out sequences that searches select on; fixed for the sweep, disjoint from every calibration set."""
+    """Held-out sequences that searches select on: fixed, and disjoint from every calibration set."""
 
     model_config = FROZEN
 

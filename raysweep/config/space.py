@@ -87,7 +87,7 @@ class SearchSpace:
         return tuple(dict.fromkeys(made))
 
     def expand(self) -> list[PlannedTrial]:
-        """Every distinct trial: model by model, the dense one first, then calibration set by calibration set."""
+        """Every distinct trial: model by model, its dense one first, then by calibration set."""
         return list(self._planned)
 
     @cached_property

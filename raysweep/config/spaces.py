@@ -30,7 +30,7 @@ def builtin_space(name: str) -> Path:
 
 
 def resolve_space(text: str) -> Path:
-    """What was typed where a search space is expected: a path, or the name of one that ships with raysweep."""
+    """What was typed where a search space is expected: a path, or a name that ships with us."""
     path = Path(text).expanduser()
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""One trial: a mask and what happens after it. Fields that cannot matter are null, so equal trials are equal."""
+"""One trial: a mask and what happens after it. What cannot matter is null, so equal trials are equal."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Trial(BaseModel):
         "activations that the criterion's statistics are taken from (wanda)", settled="dense"
     )
     granularity: Literal["matrix", "subblock", "block"] | None = setting(
-        "span over which the reconstruction loss is taken; subblock = the attention or the MLP half of a block",
+        "span over which the reconstruction loss is taken; subblock = attention or MLP half of a block",
         default=None,
         shown_default="required for reconstruct",
     )

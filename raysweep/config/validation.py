@@ -29,11 +29,15 @@ def shown(value: Any) -> str:
     """A value as it would be written in YAML, with its kind, shortened."""
     if value is None:
         return "null"
-    text = (
-        str(value).lower() if isinstance(value, bool) else reprlib.Repr(maxstring=60, maxother=60).repr(value)
-    )
+    text = str(value).lower() if isinstance(value, bool) else _shortened(value)
     kind = _KINDS.get(type(value), type(value).__name__)
     return f"{text} ({kind})"
+
+
+def _shortened(value: Any) -> str:
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = shortener.maxlong = 60
+    return shortener.repr(value)
 
 
 def expect_mapping(document: Document, data: Any, path: KeyPath, known: list[str]) -> dict[str, Any]:
@@ -132,7 +136,8 @@ def _remedy(annotation: Any, value: Any) -> str | None:
 @cache
 def _adapter(cls: type[BaseModel], name: str) -> TypeAdapter[Any]:
     info = cls.model_fields[name]
-    annotated = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation  # type: ignore
+    annotation: Any = info.annotation
+    annotated: Any = Annotated[(annotation, *info.metadata)] if info.metadata else annotation
     return TypeAdapter(annotated, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 

@@ -1,0 +1,127 @@
+"""Reads sweeps into pandas: whatever columns their files have, past whatever else lies in the folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysweep.errors import UsageError
+from raysweep.results.folders import TRIALS, UNITS, row_files, sweep_folder
+from raysweep.results.schema import PERPLEXITY_PREFIX, trial_schema, unit_schema
+from raysweep.results.writer import ROW_KEY
+
+T = TypeVar("T")
+
+_THREADS = 4  # opening Parquet files releases the interpreter for part of the time; more gained nothing
+_PANDAS_TYPES = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}  # nulls must not turn 1 into 1.0
+
+logger = logging.getLogger(__name__)
+
+
+def load_results(path_or_name: str | Path, storage: str | Path | None = None) -> pd.DataFrame:
+    """The trials of a sweep, one row each, in the order in which they started.
+
+    path_or_name: a sweep's name in the storage, or the path of its folder
+    storage: else RAYSWEEP_STORAGE, else ./raysweep-results
+    Columns: docs/results.md. Whole numbers and truth values are pandas' nullable types, the rest is plain.
+    Raises UsageError when there is no such sweep or it has no trial yet.
+    """
+    folder = sweep_folder(path_or_name, storage)
+    rows = [row for row in _in_threads(_read_row, row_files(folder, TRIALS)) if row is not None]
+    if not rows:
+        raise _nothing_yet(folder)
+    table = pa.Table.from_pylist(rows, schema=_union_schema(rows))
+    frame = _to_pandas(table)
+    return frame.sort_values(["started_at", "trial_id"], kind="stable", ignore_index=True)
+
+
+def load_units(path_or_name: str | Path, storage: str | Path | None = None) -> pd.DataFrame:
+    """The units of every trial of a sweep, trial by trial as in `load_results`, in their own order."""
+    folder = sweep_folder(path_or_name, storage)
+    order = {identity: index for index, identity in enumerate(load_results(folder)["trial_id"])}
+    files = [path for path in row_files(folder, UNITS) if path.stem in order]
+    files.sort(key=lambda path: order[path.stem])
+    tables = [table for table in _in_threads(_read_table, files) if table is not None]
+    empty = unit_schema().empty_table()
+    return _to_pandas(pa.concat_tables([empty, *tables], promote_options="default"))
+
+
+def trial_states(folder: Path) -> dict[str, str]:
+    """trial_id to status of every row in a sweep's folder; empty when there is none."""
+    rows = (row for row in _in_threads(_read_row, row_files(folder, TRIALS)) if row is not None)
+    return {row["trial_id"]: row["status"] for row in rows}
+
+
+def finished_trial_ids(folder: Path) -> set[str]:
+    """The identities of the finished trials in a sweep's folder."""
+    return {identity for identity, status in trial_states(folder).items() if status == "finished"}
+
+
+def _in_threads(read: Callable[[Path], T], files: Iterable[Path]) -> list[T]:
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(read, files))
+
+
+def _read_row(path: Path) -> dict[str, Any] | None:
+    """A trial's row, from the file's metadata or, when another program wrote it, from its columns."""
+    try:
+        with pq.ParquetFile(path) as file:
+            stored = (file.metadata.metadata or {}).get(ROW_KEY)
+            rows = [_decode_row(stored)] if stored else file.read().to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        logger.warning("passed over %s: %s", path, error)
+        return None
+    if len(rows) != 1 or rows[0].get("trial_id") != path.stem:
+        logger.warning("passed over %s: it holds no row of that trial", path)
+        return None
+    return rows[0]
+
+
+def _decode_row(stored: bytes) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(stored)
+    for name in ("started_at", "finished_at"):
+        if name in row:
+            row[name] = datetime.fromisoformat(row[name])
+    return row
+
+
+def _read_table(path: Path) -> pa.Table | None:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read()
+    except (pa.ArrowException, OSError) as error:
+        logger.warning("passed over %s: %s", path, error)
+        return None
+
+
+def _union_schema(rows: list[dict[str, Any]]) -> pa.Schema:
+    """Our columns with every `perplexity_<name>` of any row, then columns of other versions as they are."""
+    seen = dict.fromkeys(name for row in rows for name in row)
+    names = [name.removeprefix(PERPLEXITY_PREFIX) for name in seen if name.startswith(PERPLEXITY_PREFIX)]
+    schema = trial_schema(sorted(names))
+    for name in seen:
+        if name not in schema.names:
+            values = pa.array([row.get(name) for row in rows])
+            schema = schema.append(pa.field(name, values.type))
+    return schema
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    frame: pd.DataFrame = table.to_pandas(types_mapper=_PANDAS_TYPES.get)
+    return frame
+
+
+def _nothing_yet(folder: Path) -> UsageError:
+    return UsageError(
+        f"the sweep in {folder} has no trial yet",
+        remedy="`raysweep status` shows whether it is running; `raysweep launch` continues it",
+    )
