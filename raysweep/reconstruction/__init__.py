@@ -1,0 +1,1 @@
+"""Recovers pruned weights: one unit, or one range of blocks, in one process. No Ray."""
