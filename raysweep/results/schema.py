@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pyarrow as pa
 
 from raysweep.config.expansion import PlannedTrial
-from raysweep.config.fields import has_settled_default
 from raysweep.config.sections import CALIBRATION_COLUMNS, CalibrationConfig
 from raysweep.config.trial import Trial
 
@@ -42,12 +41,8 @@ def _trial_columns() -> tuple[Column, ...]:
 
 def _trial_description(name: str) -> str:
     info = Trial.model_fields[name]
-    words = f"{info.description}"
-    if name == "recovery":
-        return f"{words}; dense = the unpruned model"
-    return (
-        words if not has_settled_default(info) or "null" in words else f"{words}; null where it cannot matter"
-    )
+    words = str(info.description)
+    return f"{words}; dense = the unpruned model" if name == "recovery" else words
 
 
 def _calibration_columns() -> tuple[Column, ...]:

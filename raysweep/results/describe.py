@@ -1,0 +1,104 @@
+"""Writes the reference of the result columns from their descriptions in the code: docs/results.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from raysweep.config.describe import markdown_table
+from raysweep.results.schema import NOT_NUMBERS, TRIAL_COLUMNS, UNIT_COLUMNS, Column
+
+_INTRODUCTION = """\
+# Results
+
+A sweep lies in `STORAGE/NAME/`. STORAGE is `--storage`, else `RAYSWEEP_STORAGE`, else `execution.storage`,
+else `./raysweep-results`.
+
+| file | holds |
+| --- | --- |
+| `space.yaml` | the search space with all defaults filled in |
+| `trials/*.parquet` | one file, one row for each trial |
+| `units/*.parquet` | one file for each trial, with a row for each of its units, linears and blocks |
+| `status.json` | what the launching process last said about its progress |
+
+Both folders are ordinary Parquet data sets. The easiest way to read them, without torch or Ray:
+
+```python
+import raysweep
+
+trials = raysweep.load_results("quickstart")      # a name in the storage, or the path of a sweep
+units = raysweep.load_units("quickstart")
+trials.query("status == 'finished'").sort_values("validation_perplexity")
+```
+
+A row appears when its trial is over, whole or not at all, and is replaced when the trial runs again. A
+column is null where it does not apply. Sweeps whose evaluation was extended have more `perplexity_<name>`
+columns in later files; `load_results` unites them.
+
+**Identities.** `recovery_id` is made of all that determines a trial's weights: its fields, the contents of
+model and calibration set, the number format, and the version of our arithmetic. `trial_id` adds how it was
+measured. Paths, machines, threads and library versions are columns, not identity. A trial whose `trial_id`
+has a finished row is never run again.
+
+**The numbers of a trial** are all columns but those marked *varies*: cost, provenance and the shard. They
+do not depend on the number of shards or of concurrent trials.
+"""
+
+_GROUPS = {
+    "identity": "Identity and outcome",
+    "trial": "Fields of the trial",
+    "calibration": "Calibration set",
+    "quality": "Quality",
+    "structure": "Structure",
+    "cost": "Cost",
+    "provenance": "Provenance",
+}
+_TYPES = {
+    pa.string(): "text",
+    pa.float64(): "number",
+    pa.int64(): "whole number",
+    pa.bool_(): "true or false",
+}
+
+
+def results_reference() -> str:
+    """The text of docs/results.md."""
+    trials = [_group(title, group) for group, title in _GROUPS.items() if _columns(group)]
+    units = "A row is a reconstruction unit, a pruned linear or a decoder block, as `kind` says.\n"
+    return "\n".join([_INTRODUCTION, "## `trials`\n", *trials, "## `units`\n", units, _table(UNIT_COLUMNS)])
+
+
+def _columns(group: str) -> list[Column]:
+    return [column for column in TRIAL_COLUMNS if column.group == group]
+
+
+def _group(title: str, group: str) -> str:
+    text = f"### {title}\n\n{_table(_columns(group))}"
+    if group == "trial":
+        text += "\nFields that cannot matter to a trial are null, such as `learning_rate` where nothing is trained.\n"
+    if group == "quality":
+        text += "\nEvery entry of `evaluation.perplexity` also has a column `perplexity_<name>`.\n"
+    return text
+
+
+def _table(columns: Sequence[Column]) -> str:
+    rows = [(f"`{column.name}`", _type_words(column), column.description) for column in columns]
+    return markdown_table(("column", "type", "meaning"), rows)
+
+
+def _type_words(column: Column) -> str:
+    words = _TYPES.get(column.type, "moment")
+    return f"{words}, *varies*" if column.name in NOT_NUMBERS else words
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """python -m raysweep.results.describe docs/results.md"""
+    (target,) = sys.argv[1:] if arguments is None else arguments
+    Path(target).write_text(results_reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
