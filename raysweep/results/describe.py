@@ -78,7 +78,7 @@ def _columns(group: str) -> list[Column]:
 def _group(title: str, group: str) -> str:
     text = f"### {title}\n\n{_table(_columns(group))}"
     if group == "trial":
-        text += "\nFields that cannot matter to a trial are null, such as `learning_rate` where nothing is trained.\n"
+        text += "\nFields that cannot matter to a trial are null, such as `learning_rate` of a pruned one.\n"
     if group == "quality":
         text += "\nEvery entry of `evaluation.perplexity` also has a column `perplexity_<name>`.\n"
     return text
