@@ -1,4 +1,4 @@
-"""Imports only go down the layers, Ray stays in its rooms, and reading results needs neither torch nor Ray."""
+"""Imports only go down the layers, Ray stays in its rooms, reading results needs neither torch nor Ray."""
 
 from __future__ import annotations
 
