@@ -15,7 +15,7 @@ from raysweep.errors import RaysweepError
 NUMERICS_VERSION = 1  # raised by hand when our maths changes the numbers of a trial beyond rounding
 ID_LENGTH = 16  # hexadecimal digits: 64 bits, a collision among a million trials has a chance of 3e-8
 
-_ID = re.compile(r"^[0-9a-f]{16}$")
+_ID = re.compile(r"[0-9a-f]{16}")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,7 +34,7 @@ def fingerprint(value: Any) -> str:
 
 def is_identity(text: object) -> bool:
     """Whether a text looks like one of our identities."""
-    return isinstance(text, str) and _ID.match(text) is not None
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
 
 
 def recovery_id(trial: Trial, model_hash: str, dtype: str, calibration_hash: str | None) -> str:

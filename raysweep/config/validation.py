@@ -15,20 +15,15 @@ from raysweep.errors import UsageError, nearest_name
 
 M = TypeVar("M", bound=BaseModel)
 
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a mapping",
-}
+_KINDS = {bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
 
 
 def shown(value: Any) -> str:
-    """A value as it would be written in YAML, with its kind, shortened."""
+    """A value as it would be written in YAML, shortened, with its kind unless it is a number."""
     if value is None:
         return "null"
+    if type(value) in (int, float):
+        return _shortened(value)
     text = str(value).lower() if isinstance(value, bool) else _shortened(value)
     kind = _KINDS.get(type(value), type(value).__name__)
     return f"{text} ({kind})"

@@ -59,7 +59,7 @@ class SweepState:
             state = cls(**known)
         except (OSError, ValueError, TypeError):
             return None
-        return state.settled()
+        return state.settled() if isinstance(state.pid, int) and state.state in STATES else None
 
     def settled(self) -> SweepState:
         """The same, or interrupted when its process can be seen to be gone."""

@@ -154,11 +154,13 @@ def _writer_lives(name: str) -> bool:
 
 def process_lives(pid: int) -> bool:
     """Whether a process of this host lives (a zombie counts as living)."""
+    if pid <= 0:
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
+    except PermissionError:
         return True
     return True
 

@@ -1,0 +1,185 @@
+"""Sweeps are read whatever columns their files have and whatever else lies in their folder."""
+
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raysweep.errors import UsageError
+from raysweep.results.folders import list_sweeps, new_sweep_folder, storage_folder, sweep_folder
+from raysweep.results.reader import finished_trial_ids, load_results, load_units, trial_states
+from raysweep.results.writer import write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_values_come_back_as_they_were(tmp_path, trial_row, unit_rows):
+    row = trial_row(1, perplexity=0.1 + 0.2, tokens_trained=2**53 + 1, error='a "quoted" é\nline')
+    write_rows(tmp_path, row, unit_rows(3), [])
+    read = load_results(tmp_path).iloc[0]
+    for name, value in row.items():
+        assert read[name] == value, name
+    assert pd.isna(read["granularity"])
+    units = load_units(tmp_path)
+    assert list(units["loss_after"]) == [0.0, 1 / 3, 2 / 3]
+
+
+def test_whole_numbers_stay_whole_beside_nulls(tmp_path, trial_row):
+    write_rows(tmp_path, trial_row(1, epochs=None, shuffle=None, seed=None), [], [])
+    write_rows(tmp_path, trial_row(2), [], [])
+    frame = load_results(tmp_path)
+    assert [str(frame[name].dtype) for name in ("epochs", "seed", "shuffle")] == ["Int64", "Int64", "boolean"]
+    assert frame["seed"][1] == 2**63 - 1
+
+
+def test_trials_come_in_the_order_in_which_they_started(tmp_path, trial_row):
+    numbers = [5, 1, 300, 2]
+    for place, number in enumerate(numbers):
+        write_rows(tmp_path, {**trial_row(number), "started_at": trial_row(place)["started_at"]}, [], [])
+    assert list(load_results(tmp_path)["trial_id"]) == [f"{number:016x}" for number in numbers]
+
+
+def test_columns_of_all_files_are_united(tmp_path, trial_row, unit_rows):
+    write_rows(tmp_path, trial_row(1, perplexity_a=1.5), unit_rows(1), ["a"])
+    write_rows(tmp_path, trial_row(2, perplexity_a=2.5, perplexity_b=3.5), unit_rows(1), ["a", "b"])
+    write_rows(tmp_path, trial_row(3, perplexity_c=4.5), unit_rows(1), ["c"])
+    frame = load_results(tmp_path)
+    assert list(frame["perplexity_a"].fillna(-1)) == [1.5, 2.5, -1]
+    assert list(frame["perplexity_b"].fillna(-1)) == [-1, 3.5, -1]
+    assert list(frame["perplexity_c"].fillna(-1)) == [-1, -1, 4.5]
+
+
+def test_files_of_other_versions_and_programs(tmp_path, trial_row, unit_rows):
+    """An older file lacks columns, a newer one has more, and pandas drops our metadata."""
+    write_rows(tmp_path, trial_row(1), unit_rows(1), [])
+    old = {
+        "trial_id": f"{2:016x}",
+        "status": "finished",
+        "perplexity": 9.0,
+        "started_at": trial_row(2)["started_at"],
+    }
+    new = {**old, "trial_id": f"{3:016x}", "carbon": 1.25, "started_at": trial_row(3)["started_at"]}
+    for row in (old, new):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "trials" / f"{row['trial_id']}.parquet")
+    frame = load_results(tmp_path)
+    assert list(frame["perplexity"]) == [12.6, 9.0, 9.0]
+    assert math.isnan(frame["carbon"][0])
+    assert frame["carbon"][2] == 1.25
+    assert len(finished_trial_ids(tmp_path)) == 3
+
+
+def test_foreign_junk_is_passed_over(tmp_path, trial_row, unit_rows, caplog):
+    write_rows(tmp_path, trial_row(1), unit_rows(1), [])
+    good = tmp_path / "trials" / f"{1:016x}.parquet"
+    (tmp_path / "trials" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "trials" / "notes.txt").write_text("mine")
+    (tmp_path / "trials" / "all.parquet").write_bytes(good.read_bytes())
+    (tmp_path / "trials" / f".{2:016x}.parquet.host.1.ff.tmp").write_bytes(b"half")
+    (tmp_path / "trials" / f"{3:016x}.parquet").write_bytes(good.read_bytes()[:500])
+    (tmp_path / "trials" / f"{4:016x}.parquet").write_bytes(b"")
+    (tmp_path / "trials" / f"{5:016x}.parquet").mkdir()
+    shutil.copy(good, tmp_path / "trials" / f"{6:016x}.parquet")
+    (tmp_path / "units" / f"{1:016x}.parquet~").write_bytes(b"x")
+    assert list(load_results(tmp_path)["trial_id"]) == [f"{1:016x}"]
+    assert len(load_units(tmp_path)) == 1
+    assert f"{3:016x}" in caplog.text
+
+
+def test_units_without_their_trial_are_not_read(tmp_path, trial_row, unit_rows):
+    for number in (1, 2):
+        write_rows(tmp_path, trial_row(number), unit_rows(2), [])
+    (tmp_path / "trials" / f"{2:016x}.parquet").unlink()
+    assert set(load_units(tmp_path)["trial_id"]) == {f"{1:016x}"}
+
+
+def test_states(tmp_path, trial_row):
+    for number, status in enumerate(("finished", "failed", "stopped", "finished")):
+        write_rows(tmp_path, trial_row(number, status=status), [], [])
+    assert finished_trial_ids(tmp_path) == {f"{0:016x}", f"{3:016x}"}
+    assert sorted(trial_states(tmp_path).values()) == ["failed", "finished", "finished", "stopped"]
+    assert finished_trial_ids(tmp_path / "nothing") == set()
+
+
+@pytest.fixture
+def storage(tmp_path, trial_row, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYSWEEP_STORAGE", raising=False)
+    write_rows(tmp_path / "raysweep-results" / "first", trial_row(1), [], [])
+    write_rows(tmp_path / "elsewhere" / "second", trial_row(2), [], [])
+    (tmp_path / "elsewhere" / "begun").mkdir()
+    (tmp_path / "elsewhere" / "begun" / "space.yaml").write_text("name: begun\n")
+    (tmp_path / "elsewhere" / "holiday").mkdir()
+    return tmp_path
+
+
+def test_a_sweep_is_found_by_name_or_path(storage, monkeypatch):
+    assert len(load_results("first")) == 1
+    assert len(load_results("second", storage="elsewhere")) == 1
+    assert len(load_results("elsewhere/second")) == 1
+    assert len(load_results(storage / "elsewhere" / "second")) == 1
+    monkeypatch.setenv("RAYSWEEP_STORAGE", str(storage / "elsewhere"))
+    assert len(load_results("second")) == 1
+    assert len(load_results("first", storage=storage / "raysweep-results")) == 1
+
+
+def test_where_the_storage_is(monkeypatch):
+    monkeypatch.delenv("RAYSWEEP_STORAGE", raising=False)
+    assert storage_folder() == Path("raysweep-results")
+    assert storage_folder(configured="/c") == Path("/c")
+    monkeypatch.setenv("RAYSWEEP_STORAGE", "/v")
+    assert storage_folder(configured="/c") == Path("/v")
+    assert storage_folder("~/a", "/c") == Path.home() / "a"
+    with pytest.raises(UsageError):
+        new_sweep_folder("../a", Path("/v"))
+
+
+def test_a_missing_sweep_names_those_that_exist(storage):
+    assert list_sweeps(storage / "elsewhere") == ["begun", "second"]
+    with pytest.raises(UsageError, match="no sweep 'secnd'") as caught:
+        load_results("secnd", storage="elsewhere")
+    assert caught.value.nearest == "second"
+    assert "begun, second" in caught.value.allowed
+    with pytest.raises(UsageError, match="raysweep launch"):
+        load_results("first", storage=storage / "empty")
+    for name in ("", "..", "nowhere/at/all", "holiday"):
+        with pytest.raises(UsageError, match="no sweep"):
+            load_units(name, storage="elsewhere")
+
+
+def test_a_sweep_without_trials_says_so(storage):
+    assert sweep_folder("begun", "elsewhere").name == "begun"
+    with pytest.raises(UsageError, match="no trial yet"):
+        load_results("begun", storage="elsewhere")
+
+
+def test_reading_imports_neither_torch_nor_ray():
+    code = (
+        "import sys, raysweep; raysweep.load_results; raysweep.load_units; raysweep.SearchSpace.from_yaml; "
+    )
+    code += "print([name for name in ('torch', 'ray', 'transformers', 'datasets') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_time_to_read_two_thousand_trials(tmp_path, trial_row, unit_rows, capsys):
+    write_rows(tmp_path, trial_row(0), [], ["a"])
+    template = (tmp_path / "trials" / f"{0:016x}.parquet").read_bytes()
+    for number in range(1, 2000):  # the same row under other identities, which is as much work to read
+        renamed = template.replace(f"{0:016x}".encode(), f"{number:016x}".encode())
+        (tmp_path / "trials" / f"{number:016x}.parquet").write_bytes(renamed)
+    started = time.perf_counter()
+    assert len(load_results(tmp_path)) == 2000
+    middle = time.perf_counter()
+    assert len(finished_trial_ids(tmp_path)) == 2000
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n2,000 trials: load_results {middle - started:.2f} s, "
+            f"finished_trial_ids {time.perf_counter() - middle:.2f} s\n"
+        )

@@ -1,0 +1,65 @@
+"""The state of a sweep is what its launching process last wrote, or interrupted when that process is gone."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from raysweep.errors import RaysweepError
+from raysweep.results.state import SweepState
+
+
+@pytest.fixture
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_state_comes_back_as_it_was_written(tmp_path):
+    written = SweepState(
+        "a", planned=8, finished=3, failed=1, running=2, shards=2, dashboard="127.0.0.1:8265"
+    )
+    written = written.write(tmp_path)
+    assert SweepState.read(tmp_path) == written
+    assert (written.pid, written.host, written.state) == (os.getpid(), socket.gethostname(), "running")
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_running_sweep_whose_process_is_gone_is_interrupted(tmp_path, dead_pid):
+    SweepState("a", pid=dead_pid, running=2).write(tmp_path)
+    state = SweepState.read(tmp_path)
+    assert (state.state, state.running) == ("interrupted", 0)
+
+
+def test_processes_of_other_hosts_and_ended_sweeps_are_left_alone(tmp_path, dead_pid):
+    SweepState("a", pid=dead_pid, host="elsewhere.example").write(tmp_path)
+    assert SweepState.read(tmp_path).state == "running"
+    for ended in ("finished", "failed", "interrupted"):
+        SweepState("a", state=ended, pid=dead_pid).write(tmp_path)
+        assert SweepState.read(tmp_path).state == ended
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", "3", '{"name": "a", "pid": "x", "state": "running"}']
+)
+def test_what_is_no_state_reads_as_none(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    assert SweepState.read(tmp_path) is None
+    assert SweepState.read(tmp_path / "missing") is None
+
+
+def test_fields_of_other_versions_are_passed_over(tmp_path):
+    written = SweepState("a", finished=3).write(tmp_path)
+    stored = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps({**stored, "weather": "fine"}))
+    assert SweepState.read(tmp_path) == written
+
+
+def test_an_unknown_state_is_refused(tmp_path):
+    with pytest.raises(RaysweepError, match="paused"):
+        replace(SweepState("a"), state="paused").write(tmp_path)
