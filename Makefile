@@ -32,8 +32,9 @@ test-long: $(STAMP)  ## run the long tests: many processes, killed nodes
 	@$(BIN)/python -m pytest -q -m long
 
 lint: $(STAMP)  ## check format, style and types
-	@$(BIN)/ruff format --quiet --check $(CODE) || { echo "lint: 'make format' mends this"; exit 1; }
-	@$(BIN)/ruff check --quiet $(CODE)
+	@$(BIN)/ruff format --quiet --check --output-format concise $(CODE) || \
+		{ echo "'make format' mends this"; exit 1; }
+	@$(BIN)/ruff check --quiet --output-format concise $(CODE)
 	@$(BIN)/mypy --no-error-summary
 
 check: lint test  ## lint and test: what a change must pass
@@ -47,7 +48,7 @@ docs: $(STAMP)  ## write the reference in docs/ from the descriptions in the cod
 	@$(BIN)/python -m raysweep.results.describe docs/results.md
 
 wheel: $(STAMP)  ## build dist/raysweep-*.whl
-	@$(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 clean:  ## remove the environment, caches and builds; results stay
@@ -65,7 +66,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@echo "Building $(VENV) with torch $(TORCH_VERSION) ($(TORCH)); a few minutes, once."
 	@[ -e $@ ] || $(PYTHON) -m venv --clear $(VENV)
 	@rm -f $(VENV)/.installed-*
-	@if [ $(TORCH) = cpu ] && $(TORCH_REPORT) | grep -q '"nvidia-'; then \
+	@if [ $(TORCH) = cpu ] && $(TORCH_REPORT) | grep -qE '"(nvidia|cuda)-'; then \
 		$(PIP) install --no-deps --index-url $(TORCH_CPU_INDEX) torch==$(TORCH_VERSION); fi
 	@$(PIP) install --constraint constraints.txt torch hatchling editables
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
