@@ -29,8 +29,9 @@ raysweep_version torch_version transformers_version ray_version device_name shar
 IDENTITY = "trial_id recovery_id sweep status error"
 CALIBRATION = """calibration_dataset calibration_num_samples calibration_sequence_length calibration_sampling
 calibration_seed"""
-UNITS = """trial_id kind unit block linears loss_before loss_after validation_loss_before validation_loss_after
-steps seconds realized_sparsity dead_inputs dampening_used fallback peak_device_bytes shard"""
+UNITS = """trial_id kind unit block linears loss_before loss_after validation_loss_before
+validation_loss_after steps seconds realized_sparsity dead_inputs dampening_used fallback
+peak_device_bytes shard"""
 
 
 def test_every_column_that_users_rely_on_is_there():

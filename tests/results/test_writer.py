@@ -143,13 +143,13 @@ while True:
 
 
 def test_killed_writers_leave_no_half_file(tmp_path):
-    rounds = 6
+    rounds = 4
     for attempt in range(rounds):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True
         )
         assert process.stdout.readline() == "writing\n"
-        time.sleep(0.01 + 0.017 * attempt)
+        time.sleep(0.01 + 0.025 * attempt)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         states = trial_states(tmp_path)
