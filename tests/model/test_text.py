@@ -124,6 +124,16 @@ def test_empty_data_are_refused(tmp_path: Path) -> None:
     assert "no .parquet, .jsonl, .txt file" in refusal(TextSource(str(tmp_path / "nothing")))
 
 
+def test_the_built_in_text_has_three_splits_that_share_no_document() -> None:
+    splits = [
+        set(load_documents(TextSource("builtin:pystdlib", split=split)))
+        for split in ("train", "validation", "test")
+    ]
+    assert all(splits)
+    assert sum(map(len, splits)) == len(set.union(*splits))
+    assert "allowed: test, train, validation" in refusal(TextSource("builtin:pystdlib", split="all"))
+
+
 def test_an_unknown_built_in_is_refused_with_the_nearest() -> None:
     message = refusal(TextSource("builtin:pystdlb"))
     assert "did you mean 'builtin:pystdlib'?" in message
