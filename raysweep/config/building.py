@@ -10,14 +10,13 @@ from raysweep.config.document import Document, KeyPath
 from raysweep.config.expansion import (
     MAX_TRIALS,
     Axes,
-    Group,
-    Sampled,
     count_group_points,
     count_points,
     group_points,
     points,
 )
-from raysweep.config.fields import default_of, has_settled_default, is_required, takes_real_numbers
+from raysweep.config.fields import default_of, is_required
+from raysweep.config.groups import axis_values, read_groups
 from raysweep.config.sections import (
     BUILTIN_PREFIX,
     VALIDATION_METRICS,
@@ -30,11 +29,10 @@ from raysweep.config.sections import (
     ValidationConfig,
 )
 from raysweep.config.space import SearchSpace, with_seed
-from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, Trial
+from raysweep.config.trial import Trial
 from raysweep.config.validation import (
     assembled,
     check_name,
-    checked_value,
     expect_mapping,
     missing_key,
     shown,
@@ -45,7 +43,6 @@ from raysweep.errors import UsageError
 M = TypeVar("M", bound=BaseModel)
 
 SECTIONS = ("name", "model", "calibration", "validation", "evaluation", "sweep", "search", "execution")
-SAMPLED_KINDS = ("loguniform", "uniform", "choice")
 BUILTIN_WINDOWS = 64  # of the default evaluation: seconds on a small CPU
 
 
@@ -63,7 +60,7 @@ def build_space(document: Document) -> SearchSpace:
         calibration_axes=calibration,
         validation=_section(ValidationConfig, document, root, "validation"),
         evaluation=_evaluation(document, root, calibration),
-        groups=_groups(document, root["sweep"], search),
+        groups=read_groups(document, root["sweep"], search),
         search=search,
         execution=_section(ExecutionConfig, document, root, "execution"),
     )
@@ -95,23 +92,13 @@ def _axes(cls: type[BaseModel], document: Document, root: dict[str, Any], key: s
     axes: dict[str, tuple[Any, ...]] = {}
     for name, info in cls.model_fields.items():
         if name in data:
-            axes[name] = _values(cls, name, data[name], document, (key, name))
+            axes[name] = axis_values(cls, name, data[name], document, (key, name))
         elif is_required(info):
             raise missing_key(cls, name, document, (key,))
         else:
             axes[name] = (default_of(info),)
     given = [name for name in data if name in axes]
     return {name: axes[name] for name in [*given, *(n for n in axes if n not in given)]}
-
-
-def _values(cls: type[BaseModel], name: str, data: Any, document: Document, path: KeyPath) -> tuple[Any, ...]:
-    """A scalar as one value, a list as an axis."""
-    if not isinstance(data, list):
-        return (checked_value(cls, name, data, document, path),)
-    if not data:
-        raise UsageError(f"{name} is an empty list", where=document.where(path), allowed="at least one value")
-    checked = (checked_value(cls, name, item, document, (*path, i)) for i, item in enumerate(data))
-    return tuple(dict.fromkeys(checked))
 
 
 def _evaluation(document: Document, root: dict[str, Any], calibration: Axes) -> EvaluationConfig:
@@ -152,87 +139,6 @@ def _builtin_evaluation(document: Document, calibration: Axes) -> PerplexityConf
         sequence_length=calibration["sequence_length"][0],
         max_windows=BUILTIN_WINDOWS,
     )
-
-
-def _groups(document: Document, data: Any, search: SearchConfig) -> tuple[Group, ...]:
-    if not isinstance(data, list):
-        allowed = "a list of groups; begin each with '- '"
-        raise UsageError(f"sweep cannot be {shown(data)}", where=document.where(("sweep",)), allowed=allowed)
-    if not data:
-        allowed = "at least one group, such as [{recovery: none, criterion: wanda, sparsity: 0.5}]"
-        raise UsageError(
-            "no trial at all: sweep is an empty list", where=document.where(("sweep",)), allowed=allowed
-        )
-    return tuple(_group(document, group, ("sweep", index), search) for index, group in enumerate(data))
-
-
-def _group(document: Document, data: Any, path: KeyPath, search: SearchConfig) -> Group:
-    expect_mapping(document, data, path, list(Trial.model_fields))
-    if "recovery" not in data:
-        raise missing_key(Trial, "recovery", document, path)
-    group: dict[str, tuple[Any, ...] | Sampled] = {}
-    for name, value in data.items():
-        if isinstance(value, dict):
-            group[name] = _sampled(name, value, document, (*path, name), search)
-        else:
-            group[name] = _values(Trial, name, value, document, (*path, name))
-    _refuse_dense(group["recovery"], document, (*path, "recovery"))
-    return _with_defaults(group)
-
-
-def _refuse_dense(recovery: tuple[Any, ...] | Sampled, document: Document, path: KeyPath) -> None:
-    values = recovery.values if isinstance(recovery, Sampled) else recovery
-    if Trial.DENSE in values:
-        raise UsageError(
-            "recovery cannot be 'dense': every sweep has a row of the dense model anyway",
-            where=document.where(path),
-            allowed="none | reconstruct",
-        )
-
-
-def _with_defaults(group: dict[str, tuple[Any, ...] | Sampled]) -> Group:
-    """Fills in what a stored space should show; the seed stays open, as calibration sets have their own."""
-    recovery = group["recovery"]
-    values = recovery.values if isinstance(recovery, Sampled) else recovery
-    names = (*MASK_FIELDS, *RECOVERY_FIELDS) if "reconstruct" in values else MASK_FIELDS
-    infos = {name: Trial.model_fields[name] for name in names if name not in group}
-    return group | {name: (default_of(info),) for name, info in infos.items() if has_settled_default(info)}
-
-
-def _sampled(
-    name: str, data: dict[str, Any], document: Document, path: KeyPath, search: SearchConfig
-) -> Sampled:
-    where, info = document.where(path), Trial.model_fields[name]
-    kinds = SAMPLED_KINDS if takes_real_numbers(info.annotation) else ("choice",)
-    shape = ", ".join("{choice: [...]}" if kind == "choice" else f"{{{kind}: [low, high]}}" for kind in kinds)
-    if len(data) != 1 or next(iter(data)) not in kinds:
-        raise UsageError(
-            f"{name} cannot be {shown(data)}", where=where, allowed=f"a value, a list, or {shape}"
-        )
-    if search.algorithm == "grid":
-        raise UsageError(
-            f"{name} is drawn, but search.algorithm is 'grid'",
-            where=where,
-            allowed="a value or a list",
-            remedy="set search.algorithm: random and search.num_samples",
-        )
-    kind, values = next(iter(data.items()))
-    if not isinstance(values, list):
-        raise UsageError(
-            f"{kind} cannot be {shown(values)}", where=document.where((*path, kind)), allowed=shape
-        )
-    checked = _values(Trial, name, values, document, (*path, kind))
-    if kind != "choice":
-        _check_interval(kind, checked, len(values), document.where((*path, kind)))
-    return Sampled(kind, checked)
-
-
-def _check_interval(kind: str, bounds: tuple[Any, ...], given: int, where: str | None) -> None:
-    ordered = given == len(bounds) == 2 and None not in bounds and bounds[0] < bounds[1]
-    if not ordered or (kind == "loguniform" and bounds[0] <= 0):
-        above = " and above 0" if kind == "loguniform" else ""
-        allowed = f"[low, high] with low below high{above}"
-        raise UsageError(f"{kind} cannot be {list(bounds)}", where=where, allowed=allowed)
 
 
 def _check_metric(space: SearchSpace, document: Document) -> None:

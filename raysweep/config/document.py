@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from raysweep.config.dialect import TAG, Loader
 from raysweep.errors import UsageError
 
 KeyPath = tuple[str | int, ...]
@@ -17,54 +18,6 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_VALUES = 100_000  # aliases are followed, so this also stops files that explode
-
-_TAG = "tag:yaml.org,2002:"
-_PATTERNS = (  # the core schema of YAML 1.2: no 'yes' and 'on', no 2:4 read as 124; 1e-3 is a number
-    ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ("~", "n", "N", "")),
-    ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), tuple("tTfF")),
-    ("int", re.compile(r"^[-+]?[0-9]+$"), tuple("-+0123456789")),
-    (
-        "float",
-        re.compile(
-            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-        ),
-        tuple("-+.0123456789"),
-    ),
-)
-
-
-def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for kind, pattern, first_characters in _PATTERNS:
-        for character in first_characters:
-            table.setdefault(character, []).append((_TAG + kind, pattern))
-    return table
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The safe loader with YAML 1.2's idea of numbers and truth; only its composer is used."""
-
-    yaml_implicit_resolvers = _resolvers()
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either a YAML 1.1 or our own reader would take for something else."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.yaml_implicit_resolvers = {
-    character: [*yaml.SafeDumper.yaml_implicit_resolvers.get(character, []), *_resolvers().get(character, [])]
-    for character in {*yaml.SafeDumper.yaml_implicit_resolvers, *_resolvers()}
-}
-
-
-def dump_yaml(data: Any) -> str:
-    return yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100, allow_unicode=True
-    )
 
 
 def dotted(path: KeyPath) -> str:
@@ -167,8 +120,8 @@ def _plain(value: Any, depth: int) -> Any:
 
 def _compose(text: str, source: str) -> yaml.Node | None:
     try:
-        _check_depth(yaml.parse(text, Loader=_Loader), source)
-        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+        _check_depth(yaml.parse(text, Loader=Loader), source)
+        node: yaml.Node | None = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = "" if mark is None else f":{mark.line + 1}"
@@ -235,7 +188,7 @@ class _Builder:
         return result
 
     def _scalar(self, node: yaml.Node) -> Any:
-        kind, text = node.tag.removeprefix(_TAG), node.value
+        kind, text = node.tag.removeprefix(TAG), node.value
         try:
             if kind == "int":
                 return int(text)
@@ -251,7 +204,7 @@ class _Builder:
         return text
 
     def _check_tag(self, node: yaml.Node, kind: str) -> None:
-        if node.tag != _TAG + kind:
+        if node.tag != TAG + kind:
             raise UsageError(
                 f"the tag {node.tag!r} is not read here", where=self._at(node), allowed="plain YAML"
             )

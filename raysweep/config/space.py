@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raysweep.config.document import Document, dump_yaml, from_data
+from raysweep.config.dialect import dump_yaml
+from raysweep.config.document import Document, from_data
 from raysweep.config.expansion import Axes, Group, PlannedTrial, Sampled, group_points, points
 from raysweep.config.sections import (
     CalibrationConfig,
@@ -70,7 +71,7 @@ class SearchSpace:
 
     @classmethod
     def _of(cls, document: Document, overrides: Iterable[str]) -> SearchSpace:
-        from raysweep.config.building import build_space
+        from raysweep.config.building import build_space  # it builds this class, so it cannot come first
 
         document.override(overrides)
         return build_space(document)

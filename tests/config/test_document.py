@@ -2,7 +2,8 @@
 
 import pytest
 
-from raysweep.config.document import MAX_BYTES, Document, dotted, dump_yaml
+from raysweep.config.dialect import dump_yaml
+from raysweep.config.document import MAX_BYTES, Document, dotted
 from raysweep.errors import UsageError
 
 

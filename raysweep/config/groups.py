@@ -1,0 +1,110 @@
+"""Reads the groups of a sweep: values, axes and draws of the fields of a trial."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from raysweep.config.document import Document, KeyPath
+from raysweep.config.expansion import Group, Sampled
+from raysweep.config.fields import default_of, has_settled_default, takes_real_numbers
+from raysweep.config.sections import SearchConfig
+from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, Trial
+from raysweep.config.validation import checked_value, expect_mapping, missing_key, shown
+from raysweep.errors import UsageError
+
+SAMPLED_KINDS = ("loguniform", "uniform", "choice")
+
+
+def axis_values(
+    cls: type[BaseModel], name: str, data: Any, document: Document, path: KeyPath
+) -> tuple[Any, ...]:
+    """A scalar as one value, a list as an axis."""
+    if not isinstance(data, list):
+        return (checked_value(cls, name, data, document, path),)
+    if not data:
+        raise UsageError(f"{name} is an empty list", where=document.where(path), allowed="at least one value")
+    checked = (checked_value(cls, name, item, document, (*path, i)) for i, item in enumerate(data))
+    return tuple(dict.fromkeys(checked))
+
+
+def read_groups(document: Document, data: Any, search: SearchConfig) -> tuple[Group, ...]:
+    if not isinstance(data, list):
+        allowed = "a list of groups; begin each with '- '"
+        raise UsageError(f"sweep cannot be {shown(data)}", where=document.where(("sweep",)), allowed=allowed)
+    if not data:
+        allowed = "at least one group, such as [{recovery: none, criterion: wanda, sparsity: 0.5}]"
+        raise UsageError(
+            "no trial at all: sweep is an empty list", where=document.where(("sweep",)), allowed=allowed
+        )
+    return tuple(_group(document, group, ("sweep", index), search) for index, group in enumerate(data))
+
+
+def _group(document: Document, data: Any, path: KeyPath, search: SearchConfig) -> Group:
+    expect_mapping(document, data, path, list(Trial.model_fields))
+    if "recovery" not in data:
+        raise missing_key(Trial, "recovery", document, path)
+    group: dict[str, tuple[Any, ...] | Sampled] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            group[name] = _sampled(name, value, document, (*path, name), search)
+        else:
+            group[name] = axis_values(Trial, name, value, document, (*path, name))
+    _refuse_dense(group["recovery"], document, (*path, "recovery"))
+    return _with_defaults(group)
+
+
+def _refuse_dense(recovery: tuple[Any, ...] | Sampled, document: Document, path: KeyPath) -> None:
+    values = recovery.values if isinstance(recovery, Sampled) else recovery
+    if Trial.DENSE in values:
+        raise UsageError(
+            "recovery cannot be 'dense': every sweep has a row of the dense model anyway",
+            where=document.where(path),
+            allowed="none | reconstruct",
+        )
+
+
+def _with_defaults(group: dict[str, tuple[Any, ...] | Sampled]) -> Group:
+    """Fills in what a stored space should show; the seed stays open, as calibration sets have their own."""
+    recovery = group["recovery"]
+    values = recovery.values if isinstance(recovery, Sampled) else recovery
+    names = (*MASK_FIELDS, *RECOVERY_FIELDS) if "reconstruct" in values else MASK_FIELDS
+    infos = {name: Trial.model_fields[name] for name in names if name not in group}
+    return group | {name: (default_of(info),) for name, info in infos.items() if has_settled_default(info)}
+
+
+def _sampled(
+    name: str, data: dict[str, Any], document: Document, path: KeyPath, search: SearchConfig
+) -> Sampled:
+    where, info = document.where(path), Trial.model_fields[name]
+    kinds = SAMPLED_KINDS if takes_real_numbers(info.annotation) else ("choice",)
+    shape = ", ".join("{choice: [...]}" if kind == "choice" else f"{{{kind}: [low, high]}}" for kind in kinds)
+    if len(data) != 1 or next(iter(data)) not in kinds:
+        raise UsageError(
+            f"{name} cannot be {shown(data)}", where=where, allowed=f"a value, a list, or {shape}"
+        )
+    if search.algorithm == "grid":
+        raise UsageError(
+            f"{name} is drawn, but search.algorithm is 'grid'",
+            where=where,
+            allowed="a value or a list",
+            remedy="set search.algorithm: random and search.num_samples",
+        )
+    kind, values = next(iter(data.items()))
+    if not isinstance(values, list):
+        raise UsageError(
+            f"{kind} cannot be {shown(values)}", where=document.where((*path, kind)), allowed=shape
+        )
+    checked = axis_values(Trial, name, values, document, (*path, kind))
+    if kind != "choice":
+        _check_interval(kind, checked, len(values), document.where((*path, kind)))
+    return Sampled(kind, checked)
+
+
+def _check_interval(kind: str, bounds: tuple[Any, ...], given: int, where: str | None) -> None:
+    ordered = given == len(bounds) == 2 and None not in bounds and bounds[0] < bounds[1]
+    if not ordered or (kind == "loguniform" and bounds[0] <= 0):
+        above = " and above 0" if kind == "loguniform" else ""
+        allowed = f"[low, high] with low below high{above}"
+        raise UsageError(f"{kind} cannot be {list(bounds)}", where=where, allowed=allowed)
