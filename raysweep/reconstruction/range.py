@@ -166,18 +166,14 @@ class BlockRange:
 
     def _linear_row(self, recipe: MaskRecipe, block: Block, linear: Linear) -> dict[str, object]:
         mask_OI = self.mask(recipe, block, linear)
-        before = [self.matrix_error(text, block, linear, linear.weight_OI * mask_OI) for text in self.texts]
-        losses = dict(zip(self.texts, before, strict=True))
         return {
             "kind": "linear",
             "unit": linear.name,
             "block": block.index,
             "linears": linear.name,
             "realized_sparsity": 1.0 - float(mask_OI.count_nonzero()) / mask_OI.numel(),
-            "prunable": mask_OI.numel(),
             "dead_inputs": self.statistics(CALIBRATION, linear, block).dead_inputs,
-            "loss_before": losses.get(CALIBRATION),
-            "validation_loss_before": losses.get(VALIDATION),
+            "error_before": self.matrix_error(CALIBRATION, block, linear, linear.weight_OI * mask_OI),
         }
 
     def matrix_error(

@@ -1,0 +1,1 @@
+"""Clusters: join the one that runs, or start one here; what its nodes have."""

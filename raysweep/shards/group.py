@@ -1,0 +1,186 @@
+"""The shard group over Ray: one actor a shard, named, with a queue that serves the oldest trial first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raysweep.errors import RaysweepError, ShardLostError
+from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
+from raysweep.shards.priority import PriorityExecutor
+from raysweep.shards.shared import Claim, SharedResults, share
+
+NAMESPACE = "raysweep"
+CALLS_AT_ONCE = 256  # that wait at one shard; each holds a thread, none of them works
+CONTROL = "control"
+
+
+class ShardActor:
+    """Serves a ShardWorker, one call at a time, and a table of shared results; made an actor by `start`.
+
+    `run` waits in the queue of trials; the other methods answer at once, in a concurrency group of their own.
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        from raysweep.shards.worker import ShardWorker
+
+        self._queue = PriorityExecutor()
+        self._worker = self._queue.submit(0, lambda: ShardWorker(spec)).result()
+        self._shared = SharedResults()
+        self._done = 0
+
+    def run(self, order: int, method: str, *arguments: Any) -> Any:
+        result = self._queue.submit(order, lambda: getattr(self._worker, method)(*arguments)).result()
+        self._done += 1
+        return result
+
+    def state(self) -> dict[str, int]:
+        return {"waiting": self._queue.waiting(), "done": self._done}
+
+    def claim(self, key: str, owner: str) -> Claim:
+        return self._shared.claim(key, owner)
+
+    def publish(self, key: str, value: Any) -> None:
+        self._shared.publish(key, value)
+
+    def abandon(self, owner: str) -> None:
+        self._shared.abandon(owner)
+
+    def forget_shared(self) -> None:
+        self._shared.clear()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one shard reserves of its node."""
+
+    num_cpus: float
+    num_gpus: float = 0.0
+
+
+class RayGroup:
+    """Handles on the actors of a shard group: made by the driver with `start`, by a trial with `join`."""
+
+    info: GroupInfo
+
+    def __init__(self, name: str, actors: Sequence[Any], info: GroupInfo | None = None) -> None:
+        self.name, self.actors = name, list(actors)
+        if info is not None:
+            self.info = info
+
+    @classmethod
+    def start(cls, name: str, specs: Sequence[ShardSpec], resources: Resources, timeout_s: float) -> RayGroup:
+        """Starts the actors and waits until all have loaded their blocks.
+
+        Raises ShardLostError when one ends, RaysweepError when they are not ready after `timeout_s`.
+        """
+        actors: list[Any] = []
+        try:
+            actors += [_start_actor(f"{name}/{k}", spec, resources) for k, spec in enumerate(specs)]
+            group = cls(name, actors)
+            group._wait_until_ready(timeout_s)
+        except BaseException:
+            for actor in actors:
+                ray.kill(actor)
+            raise
+        return group
+
+    @classmethod
+    def join(cls, name: str, info: GroupInfo) -> RayGroup:
+        """The group of that name, from any process of the same Ray cluster."""
+        return cls(name, [ray.get_actor(_actor_name(f"{name}/{k}"), NAMESPACE) for k in range(info.shards)], info)
+
+    @property
+    def shards(self) -> int:
+        return len(self.actors)
+
+    def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
+        run = self.actors[shard].run
+        return (run.options(name=label) if label else run).remote(order, method, *arguments)
+
+    def result(self, ref: Ref) -> Any:
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from error
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            raise ShardLostError(f"a shard's process ended before its work did: {error}") from error
+
+    def first_done(self, refs: list[Ref]) -> int:
+        done, _ = ray.wait(refs, num_returns=1)
+        return refs.index(done[0])
+
+    def share(self, key: str, owner: str, make: Callable[[], Any]) -> Any:
+        first = self.actors[0]
+
+        def call(method: str) -> Callable[..., Any]:
+            return lambda *arguments: ray.get(getattr(first, method).remote(*arguments))
+
+        return share(key, owner, make, call("claim"), call("publish"), call("abandon"))
+
+    def forget_shared(self) -> None:
+        ray.get(self.actors[0].forget_shared.remote())
+
+    def close(self) -> None:
+        """Ends the actors. Closing twice does no harm."""
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors.clear()
+
+    def __enter__(self) -> RayGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait_until_ready(self, timeout_s: float) -> None:
+        refs = [actor.state.remote() for actor in self.actors]
+        ready, missing = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        for ref in ready:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayActorError as error:
+                raise _cause(error) from error
+        if missing:
+            free = ray.available_resources()
+            raise RaysweepError(
+                f"{len(missing)} of {len(refs)} shards are not ready after {timeout_s:.0f} s; free: "
+                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. Lower execution.shards, or free the devices."
+            )
+
+
+def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
+    actor_class = ray.remote(concurrency_groups={CONTROL: 4})(_with_control_methods(ShardActor))
+    environment = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+    return actor_class.options(
+        name=_actor_name(name),
+        namespace=NAMESPACE,
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        max_concurrency=CALLS_AT_ONCE,
+        runtime_env={"env_vars": environment} if spec.device == "cpu" else {},
+    ).remote(spec)
+
+
+def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
+    """Marks the methods that never wait for work. Here, so that the class itself knows nothing of actors' options."""
+    for method in ("state", "claim", "publish", "abandon", "forget_shared"):
+        ray.method(concurrency_group=CONTROL)(getattr(cls, method))
+    return cls
+
+
+def _actor_name(name: str) -> str:
+    return f"raysweep/{name}"
+
+
+def _cause(error: Exception) -> Exception:
+    """The error of ours that a worker raised, or one that says what it raised."""
+    cause = getattr(error, "cause", None)
+    while cause is not None and not isinstance(cause, RaysweepError):
+        cause = getattr(cause, "cause", None)
+    if isinstance(cause, RaysweepError):
+        return cause
+    return ShardLostError(f"a shard failed: {str(error).strip().splitlines()[-1]}")

@@ -1,0 +1,88 @@
+"""What a trial must know of a shard group to run through it. No torch, so that trials start fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+CALIBRATION, VALIDATION = "calibration", "validation"
+EVALUATION_PREFIX = "evaluation/"
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Everything that a worker needs to find its part of the model by itself, also after a restart.
+
+    start, stop: its blocks;  dtype: resolved;  device: cpu or cuda;  threads: of the CPU, for one operation
+    knowledge_bytes: how much of what it has worked out it may keep
+    """
+
+    model_path: str
+    revision: str | None
+    trust_remote_code: bool
+    dtype: str
+    start: int
+    stop: int
+    device: str = "cpu"
+    threads: int = 1
+    knowledge_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """A text that passes through the chain: its batches as (start, stop) of samples, and tokens of a sample."""
+
+    name: str
+    batches: tuple[tuple[int, int], ...]
+    tokens: int
+
+    @property
+    def samples(self) -> int:
+        return self.batches[-1][1]
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """A shard group as its trials see it.
+
+    ranges: blocks (start, stop) of every shard
+    blocks_units: by granularity, for every shard, the names of its units in order
+    texts: by name; those that are kept (calibration, validation) and those that are evaluated on
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    units: Mapping[str, tuple[tuple[str, ...], ...]]
+    texts: Mapping[str, TextInfo]
+    device_name: str
+    prunable: Mapping[str, int]
+
+    @property
+    def shards(self) -> int:
+        return len(self.ranges)
+
+
+Ref = Any
+"""A result that may not be there yet; may be handed to `submit` as an argument without waiting for it."""
+
+
+class ShardGroup(Protocol):
+    """How trials reach the shards, over Ray or in process: the same calls, the same numbers."""
+
+    info: GroupInfo
+
+    def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
+        """Calls `method` of a worker; of waiting calls the one with the lowest `order` runs first."""
+        ...
+
+    def result(self, ref: Ref) -> Any:
+        """Waits for a result. Raises what the call raised."""
+        ...
+
+    def first_done(self, refs: list[Ref]) -> int:
+        """Position in `refs` of a result that is there, waiting until one is."""
+        ...
+
+    def share(self, key: str, owner: str, make: Callable[[], Any]) -> Any:
+        """The value of `key`, made by the first trial that asks, while the others wait for it."""
+        ...

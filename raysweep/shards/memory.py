@@ -1,0 +1,115 @@
+"""The one memory model: bytes that a shard needs, from shapes alone. `plan` shows them, `launch` refuses by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raysweep.model.shape import BlockShape, ModelShape
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS_BYTES = 600 << 20  # of a worker with torch, transformers and ray loaded; measured on a CPU node
+SAVED_PER_LINEAR_OUTPUT = 2.5  # numbers kept for backward, per output of every linear and token; measured, Llama block
+STATISTICS_SIZE = 4  # Gram matrices are float32
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a sweep asks of its shards.
+
+    texts: (samples, tokens) of every kept text (calibration, validation)
+    evaluation_tokens: tokens of one window;  masks: distinct masks kept at once
+    halves: whether boundaries within blocks are kept;  matrices: whether inputs of linears are
+    """
+
+    texts: tuple[tuple[int, int], ...]
+    evaluation_tokens: int
+    batch_size: int
+    masks: int
+    halves: bool
+    matrices: bool
+    recovery: bool
+    concurrent_trials: int
+
+
+@dataclass(frozen=True)
+class ShardMemory:
+    """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's."""
+
+    weights: int
+    activations: int
+    statistics: int
+    trials: int
+    recovery: int
+    evaluation: int
+    knowledge: int
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.trials + self.recovery + self.evaluation + self.statistics
+
+    @property
+    def host(self) -> int:
+        return PROCESS_BYTES + self.activations + self.knowledge
+
+    @property
+    def total(self) -> int:
+        return self.device + self.host
+
+
+def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Workload) -> ShardMemory:
+    """What the shard with blocks `start` to `stop` needs at most."""
+    blocks, size = model.blocks[start:stop], SIZES[dtype]
+    ends = (start == 0) + (stop == len(model.blocks))
+    parameters = sum(block.parameters for block in blocks)
+    prunable = sum(_prunable(block) for block in blocks)
+    return ShardMemory(
+        weights=(parameters + ends * model.vocabulary_parameters) * size,
+        activations=_activation_bytes(model, len(blocks), size, work),
+        statistics=len(work.texts) * sum(_gram_bytes(block) for block in blocks),
+        trials=2 * work.concurrent_trials * parameters * size,
+        recovery=max(_recovery_bytes(block, model, size, work) for block in blocks) if work.recovery else 0,
+        evaluation=_evaluation_bytes(model, size, work, last=stop == len(model.blocks)),
+        knowledge=knowledge_bytes(blocks, size, work),
+    )
+
+
+def knowledge_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
+    """Masks (one byte a weight) of the sweep and, for matrices, the inputs of the linears of all blocks."""
+    masks = work.masks * sum(_prunable(block) for block in blocks)
+    tokens = work.texts[0][0] * work.texts[0][1] if work.texts else 0
+    inputs = tokens * size * sum(_distinct_inputs(block) for block in blocks) if work.matrices else 0
+    return masks + inputs
+
+
+def _prunable(block: BlockShape) -> int:
+    return sum(outputs * inputs for outputs, inputs in block.linears.values())
+
+
+def _distinct_inputs(block: BlockShape) -> int:
+    """Widths of all linears' inputs: an upper bound, since some linears share theirs."""
+    return sum(inputs for _, inputs in block.linears.values())
+
+
+def _gram_bytes(block: BlockShape) -> int:
+    return STATISTICS_SIZE * sum(inputs * (inputs + 1) for _, inputs in block.linears.values())
+
+
+def _activation_bytes(model: ModelShape, blocks: int, size: int, work: Workload) -> int:
+    boundaries = blocks + 1 + (blocks if work.halves else 0)
+    return sum(samples * tokens for samples, tokens in work.texts) * boundaries * model.hidden * size
+
+
+def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workload) -> int:
+    """Gradients, moments, masks as float32 and, below float32, masters; activations of one step."""
+    state = block.parameters * (size + 3 * 4 + (8 if size < 4 else 0))
+    tokens = work.batch_size * max((tokens for _, tokens in work.texts), default=0)
+    outputs = sum(outputs for outputs, _ in block.linears.values())
+    return state + int(tokens * size * (SAVED_PER_LINEAR_OUTPUT * outputs + 4 * model.hidden))
+
+
+def _evaluation_bytes(model: ModelShape, size: int, work: Workload, last: bool) -> int:
+    tokens = max(2048, work.evaluation_tokens)
+    widest = max(outputs for block in model.blocks for outputs, _ in block.linears.values())
+    logits = min(tokens * model.vocabulary, max(1 << 27, work.evaluation_tokens * model.vocabulary)) if last else 0
+    return tokens * 4 * widest * size + 3 * 4 * logits

@@ -1,0 +1,117 @@
+"""Brings a group to the point where trials can run: texts in place, dense activations and statistics taken once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from raysweep.model.shape import ModelShape
+from raysweep.shards.group_info import CALIBRATION, VALIDATION, GroupInfo, ShardGroup, ShardSpec, TextInfo
+from raysweep.shards.plan import ShardPlan
+
+Ids = npt.NDArray[np.int64]
+BATCHES_AHEAD = 4
+
+
+class OwnedGroup(ShardGroup, Protocol):
+    """A group in the hands of whoever started it."""
+
+    name: str
+
+    @property
+    def shards(self) -> int: ...
+
+    def forget_shared(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def shard_specs(plan: ShardPlan, model_path: str, revision: str | None, trust_remote_code: bool) -> list[ShardSpec]:
+    return [
+        ShardSpec(
+            model_path=model_path,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=plan.dtype,
+            start=start,
+            stop=stop,
+            device=plan.device,
+            threads=plan.threads,
+            knowledge_bytes=plan.knowledge_bytes,
+        )
+        for start, stop in plan.ranges
+    ]
+
+
+def set_up(
+    group: OwnedGroup,
+    ranges: Sequence[tuple[int, int]],
+    texts: Mapping[str, Ids],
+    granularities: Sequence[str],
+    model: ModelShape,
+) -> GroupInfo:
+    """Passes the kept texts through the dense model and tells the group what its trials need to know.
+
+    texts: token ids (samples, tokens) by name: calibration, perhaps validation, and those of evaluation.
+    May be called again with another calibration set; weights are not read again.
+    """
+    keep_halves = "subblock" in granularities
+    _all(group, "forget_texts", keep_halves)
+    group.forget_shared()
+    infos = {name: _set_text(group, name, ids_ST) for name, ids_ST in texts.items()}
+    for name in (CALIBRATION, VALIDATION):
+        if name in infos:
+            _dense_pass(group, infos[name])
+    group.info = _describe(group, ranges, infos, granularities, model)
+    return group.info
+
+
+def _all(group: ShardGroup, method: str, *arguments: Any) -> list[Any]:
+    shards = group.shards  # type: ignore[attr-defined]
+    refs = [group.submit(shard, 0, method, *arguments, label=method.replace("_", " ")) for shard in range(shards)]
+    return [group.result(ref) for ref in refs]
+
+
+def _set_text(group: OwnedGroup, name: str, ids_ST: Ids) -> TextInfo:
+    """Only the first shard embeds tokens and only the last compares with them."""
+    for shard in {0, group.shards - 1}:
+        group.result(group.submit(shard, 0, "set_text", name, ids_ST))
+    samples, tokens = ids_ST.shape
+    batches = group.result(group.submit(0, 0, "text_batches", samples, tokens))
+    return TextInfo(name, tuple(batches), tokens)
+
+
+def _dense_pass(group: OwnedGroup, text: TextInfo) -> None:
+    """Batches follow one another through the chain; hidden states go from shard to shard, not through here."""
+    ahead: deque[Any] = deque()
+    for start, stop in text.batches:
+        ref = None
+        for shard in range(group.shards):
+            label = f"dense {text.name}[{start}:{stop}]"
+            ref = group.submit(shard, 0, "dense_pass", text.name, text.samples, start, stop, ref, label=label)
+        ahead.append(ref)
+        if len(ahead) > BATCHES_AHEAD:
+            group.result(ahead.popleft())
+    while ahead:
+        group.result(ahead.popleft())
+
+
+def _describe(
+    group: OwnedGroup,
+    ranges: Sequence[tuple[int, int]],
+    texts: Mapping[str, TextInfo],
+    granularities: Sequence[str],
+    model: ModelShape,
+) -> GroupInfo:
+    facts = _all(group, "describe", list(granularities))
+    return GroupInfo(
+        ranges=tuple(ranges),
+        units={name: tuple(tuple(shard["units"][name]) for shard in facts) for name in granularities},
+        texts=dict(texts),
+        device_name=facts[0]["device_name"],
+        prunable={name: outputs * inputs for b in model.blocks for name, (outputs, inputs) in b.linears.items()},
+    )

@@ -1,0 +1,259 @@
+"""A sweep from beginning to end: prepare, drop what is finished, plan, start shards, run, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysweep.cluster.nodes import this_node
+from raysweep.config.space import SearchSpace
+from raysweep.config.spaces import resolve_space
+from raysweep.errors import UsageError
+from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
+from raysweep.results.reader import load_results, trial_states
+from raysweep.results.state import SweepState
+from raysweep.results.writer import remove_stale_temporaries, write_atomically
+from raysweep.shards.group_info import GroupInfo
+from raysweep.shards.plan import ShardPlan
+from raysweep.shards.setup import set_up, shard_specs
+from raysweep.shards.trial import DENSE_KEY, known_perplexity, pruned_key
+from raysweep.sweep.identified import SweepTrial
+from raysweep.sweep.planning import make_plans
+from raysweep.sweep.prepare import Phase, PreparedModel, prepare
+from raysweep.sweep.progress import Progress, Silent
+from raysweep.sweep.rows import RowContext
+from raysweep.sweep.runners import InProcess, OnRay, Runner
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A sweep as it will run. states: of the trials that have rows already, by trial_id."""
+
+    space: SearchSpace
+    folder: Path
+    models: list[PreparedModel]
+    states: dict[str, str]
+
+    @property
+    def trials(self) -> list[SweepTrial]:
+        return [trial for model in self.models for trial in model.trials]
+
+    def is_done(self, trial: SweepTrial) -> bool:
+        """Finished trials are never run again; failed ones are."""
+        return self.states.get(trial.trial_id) in ("finished", "stopped")
+
+    def remaining(self, phase: Phase) -> list[SweepTrial]:
+        return [trial for trial in phase.trials if not self.is_done(trial)]
+
+    @property
+    def finished(self) -> int:
+        return sum(self.is_done(trial) for trial in self.trials)
+
+
+def launch(
+    space: SearchSpace | str | Path,
+    *,
+    storage: str | Path | None = None,
+    name: str | None = None,
+    address: str | None = None,
+    in_process: bool = False,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Runs a sweep, or continues the one of that name; returns all its rows.
+
+    space:      a search space, its YAML file, or the name of one that ships with raysweep
+    storage:    folder of the results, as `--storage`;  name: instead of the space's own
+    address:    of a Ray cluster, as `--address`
+    in_process: without Ray, one trial after another; the numbers are the same
+
+    Raises UsageError before anything starts or is written when the sweep cannot work. Trials that fail are rows with
+    status `failed`.
+    """
+    progress = progress or Silent()
+    loaded = _loaded(space, name)
+    folder = checked_folder(loaded, storage)
+    if in_process:
+        _run(prepare_launch(loaded, folder, "cpu"), InProcess(), progress)
+    else:
+        _launch_on_ray(loaded, folder, address, progress)
+    return load_results(folder)
+
+
+def prepare_launch(space: SearchSpace, folder: Path, device: str) -> Launch:
+    """Reads and checks everything that can be before anything starts. Raises UsageError."""
+    states = trial_states(folder) if folder.exists() else {}
+    return Launch(space, folder, prepare(space, device), states)
+
+
+def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Path:
+    """The folder of the sweep, once it is sure that it can be written. Makes nothing."""
+    folder = new_sweep_folder(space.name, storage_folder(storage, space.execution.storage)).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"storage {folder} cannot be written: {existing} is {'read-only' if existing.is_dir() else 'no folder'}",
+            allowed="a folder that can be made and written",
+            remedy="Choose another one with --storage or RAYSWEEP_STORAGE.",
+        )
+    return folder
+
+
+def device_here() -> str:
+    return "cuda" if this_node().gpus else "cpu"
+
+
+def _loaded(space: SearchSpace | str | Path, name: str | None) -> SearchSpace:
+    if not isinstance(space, SearchSpace):
+        space = SearchSpace.from_yaml(resolve_space(str(space)))
+    return space.with_name(name) if name else space
+
+
+def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progress: Progress) -> None:
+    """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked."""
+    from raysweep.cluster.connect import connected, running_address
+
+    progress.stage("Checking model and data")
+    joined = running_address(address)
+    prepared = prepare_launch(space, folder, device_here())
+    if prepared.finished == len(prepared.trials):
+        progress.begin(len(prepared.trials), prepared.finished, None)
+        progress.end()
+        return
+    if joined is None:
+        make_plans(prepared.models, space, [this_node()])
+    progress.stage("Joining the Ray cluster" if joined else "Starting Ray on this machine")
+    with connected(joined) as cluster:
+        device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
+        if device != device_here():
+            prepared = prepare_launch(space, folder, device)
+        _run(prepared, OnRay(cluster.nodes, cluster.dashboard), progress)
+
+
+def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
+    total = len(prepared.trials)
+    if prepared.finished < total:
+        plans = make_plans(prepared.models, prepared.space, runner.nodes())
+        prepared.folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(prepared.folder)
+        write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
+        with _recorded(prepared, runner, plans[0].shards, progress) as recorder:
+            for model, plan in zip(prepared.models, plans, strict=True):
+                _run_model(prepared, model, plan, runner, recorder)
+
+
+def _run_model(
+    prepared: Launch, model: PreparedModel, plan: ShardPlan, runner: Runner, recorder: _Recorder
+) -> None:
+    """The phases of one model, one after another on the same shards."""
+    phases = [phase for phase in model.phases if prepared.remaining(phase)]
+    if not phases:
+        return
+    granularities = sorted({t.trial.granularity for t in model.trials if t.trial.granularity})
+    specs = shard_specs(plan, model.config.path, model.config.revision, model.config.trust_remote_code)
+    recorder.progress.stage(f"Loading {model.config.path} into {plan.shards} shard{'s' * (plan.shards > 1)}")
+    with runner.group(prepared.space.name, specs, plan) as group:
+        for phase in phases:
+            recorder.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
+            texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
+            info = set_up(group, plan.ranges, texts, granularities, model.shape)
+            for key, value in _known_results(prepared, model, phase, info).items():
+                group.share(key, "earlier launch", lambda value=value: value)
+            columns = _phase_columns(prepared.space, model, phase, plan, info, runner)
+            rows = RowContext(prepared.folder, tuple(model.evaluation), columns)
+            recorder.begin()
+            runner.run(group, prepared.remaining(phase), rows, plan, recorder.row)
+
+
+def _phase_columns(
+    space: SearchSpace, model: PreparedModel, phase: Phase, plan: ShardPlan, info: GroupInfo, runner: Runner
+) -> dict[str, Any]:
+    """Columns that are equal in all rows of a phase."""
+    import torch
+    import transformers
+
+    from raysweep import __version__
+
+    return {
+        "sweep": space.name,
+        "dtype": model.dtype,
+        "model_hash": model.model_hash,
+        "calibration_hash": phase.tokens.content_hash,
+        "evaluation_protocol": json.dumps(space.evaluation_protocol(), sort_keys=True),
+        "raysweep_version": __version__,
+        "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
+        "ray_version": runner.ray_version,
+        "device_name": info.device_name,
+        "shards": plan.shards,
+        "fallbacks": 0,
+        "retries": 0,
+    }
+
+
+def _known_results(prepared: Launch, model: PreparedModel, phase: Phase, info: GroupInfo) -> dict[str, Any]:
+    """Perplexities that earlier launches found and that trials of this phase need again, by their key."""
+    done = {trial.trial_id: trial.trial for trial in (*model.phases[0].trials, *phase.trials) if prepared.is_done(trial)}
+    wanted = {identity for identity, trial in done.items() if trial.recovery in ("dense", "none")}
+    if not wanted:
+        return {}
+    rows = load_results(prepared.folder).set_index("trial_id").loc[sorted(wanted)]
+    mine = {trial.trial_id for trial in phase.trials}
+    return {
+        DENSE_KEY if done[identity].is_dense else pruned_key(done[identity]): known_perplexity(info, float(value))
+        for identity, value in rows["perplexity"].items()
+        if done[identity].is_dense or identity in mine
+    }
+
+
+class _Recorder:
+    """Keeps the sweep's state file up to date while rows arrive, and tells the display."""
+
+    def __init__(self, prepared: Launch, state: SweepState, progress: Progress) -> None:
+        self._folder, self.progress = prepared.folder, progress
+        self.state = state.write(self._folder)
+        self._begun = False
+
+    def begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self.progress.begin(self.state.planned, self.state.finished, self.state.dashboard)
+
+    def row(self, row: dict[str, Any]) -> None:
+        failed = row.get("status") == "failed"
+        counted = replace(self.state, finished=self.state.finished + (not failed), failed=self.state.failed + failed)
+        self.state = counted.write(self._folder)
+        self.progress.row(row)
+
+    def end(self, state: str) -> None:
+        self.state = replace(self.state, state=state, running=0).write(self._folder)
+        self.progress.end()
+
+
+@contextmanager
+def _recorded(prepared: Launch, runner: Runner, shards: int, progress: Progress) -> Iterator[_Recorder]:
+    """The state file says `running` within the context, and afterwards how it ended."""
+    state = SweepState(
+        prepared.space.name,
+        planned=len(prepared.trials),
+        finished=prepared.finished,
+        shards=shards,
+        dashboard=runner.dashboard,
+    )
+    recorder = _Recorder(prepared, state, progress)
+    outcome = "failed"
+    try:
+        yield recorder
+        outcome = "failed" if recorder.state.failed else "finished"
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
+    finally:
+        recorder.end(outcome)

@@ -1,0 +1,200 @@
+"""Reads all that a sweep needs before anything starts, and refuses what cannot work: models, text, shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from raysweep.config.expansion import PlannedTrial
+from raysweep.config.sections import CalibrationConfig, ModelConfig, PerplexityConfig, ValidationConfig
+from raysweep.config.space import SearchSpace
+from raysweep.config.trial import Trial
+from raysweep.errors import UsageError
+from raysweep.fingerprint import recovery_id, trial_id
+from raysweep.model.loading import ModelSource
+from raysweep.model.shape import ModelShape, model_hash, read_shape
+from raysweep.model.text import TextSource
+from raysweep.model.tokenizer import load_tokenizer
+from raysweep.model.tokens import (
+    TokenSet,
+    calibration_tokens,
+    check_vocabulary,
+    evaluation_tokens,
+    validation_tokens,
+)
+from raysweep.pruning.masks import check_n_of_m
+from raysweep.shards.group_info import CALIBRATION, EVALUATION_PREFIX, VALIDATION
+from raysweep.sweep.identified import SweepTrial
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Trials that share a calibration set: they run while the shards hold it."""
+
+    calibration: CalibrationConfig
+    tokens: TokenSet
+    trials: tuple[SweepTrial, ...]
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """One model of the sweep with its texts and trials, phase by phase. The first phase also holds the dense trial."""
+
+    config: ModelConfig
+    source: ModelSource
+    shape: ModelShape
+    model_hash: str
+    dtype: str
+    validation: TokenSet | None
+    evaluation: dict[str, TokenSet]
+    phases: tuple[Phase, ...]
+
+    @property
+    def trials(self) -> list[SweepTrial]:
+        return [trial for phase in self.phases for trial in phase.trials]
+
+    def texts(self, phase: Phase) -> dict[str, TokenSet]:
+        """All texts of a phase by the name under which shards know them; the first evaluation entry comes first."""
+        texts = {f"{EVALUATION_PREFIX}{name}": tokens for name, tokens in self.evaluation.items()}
+        if self.validation is not None:
+            texts[VALIDATION] = self.validation
+        return texts | {CALIBRATION: phase.tokens}
+
+
+def prepare(space: SearchSpace, device: str) -> list[PreparedModel]:
+    """Every model of the space with tokens, shapes and identities. Raises UsageError for all that cannot work.
+
+    device: cpu or cuda, which settles `dtype: auto`
+    """
+    planned = space.expand()
+    prepared, number = [], 0
+    for config in space.models:
+        mine = [trial for trial in planned if trial.model == config]
+        prepared.append(_Preparation(space, config, device).model(mine, number))
+        number += len(mine)
+    return prepared
+
+
+class _Preparation:
+    """One model's tokenizer, shape and texts."""
+
+    def __init__(self, space: SearchSpace, config: ModelConfig, device: str) -> None:
+        self.space, self.config = space, config
+        self.source = ModelSource(config.path, config.revision, config.trust_remote_code)
+        self.shape = read_shape(self.source, config.dtype)
+        self.dtype = self.shape.dtype_on_cpu if device == "cpu" else self.shape.dtype_on_device
+        self.tokenizer = _Lazy(lambda: load_tokenizer(config.path, config.revision, config.trust_remote_code))
+
+    def model(self, planned: list[PlannedTrial], first_number: int) -> PreparedModel:
+        for trial in planned:
+            self._check_pattern(trial.trial)
+        calibrations = {config: self._calibration(config) for config in self.space.calibrations}
+        evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
+        validation = self._validation(list(calibrations.values()))
+        digest = model_hash(self.source)
+        hashes = {name: tokens.content_hash for name, tokens in evaluation.items()}
+        if validation is not None:
+            hashes[VALIDATION] = validation.content_hash
+
+        def identified(trial: PlannedTrial, number: int) -> SweepTrial:
+            calibration_hash = calibrations[trial.calibration].content_hash if trial.calibration else None
+            recovery = recovery_id(trial.trial, digest, self.dtype, calibration_hash)
+            return SweepTrial(trial, recovery, trial_id(recovery, self.space.evaluation_protocol(), hashes), number)
+
+        trials = [identified(trial, first_number + place) for place, trial in enumerate(planned)]
+        return PreparedModel(
+            self.config,
+            self.source,
+            self.shape,
+            digest,
+            self.dtype,
+            validation,
+            evaluation,
+            _phases(trials, calibrations),
+        )
+
+    def _check_pattern(self, trial: Trial) -> None:
+        if trial.group_size is None:
+            return
+        for block in self.shape.blocks:
+            for name, (_, inputs) in block.linears.items():
+                try:
+                    check_n_of_m(inputs, *trial.group_size)
+                except UsageError as error:
+                    raise UsageError(
+                        f"{name}: {error.what}", where="sweep: pattern", allowed=error.allowed, remedy=error.remedy
+                    ) from None
+
+    def _calibration(self, config: CalibrationConfig) -> TokenSet:
+        return self._checked(
+            calibration_tokens(
+                self.tokenizer(),
+                TextSource(config.dataset, config.config, config.data_files, config.split),
+                sampling=config.sampling,
+                num_samples=config.num_samples,
+                sequence_length=config.sequence_length,
+                seed=config.seed,
+                max_positions=self.shape.max_positions,
+            )
+        )
+
+    def _validation(self, calibrations: list[TokenSet]) -> TokenSet | None:
+        config = self.space.validation
+        if not config.samples:
+            return None
+        return self._checked(
+            validation_tokens(
+                self.tokenizer(),
+                _validation_source(config, self.space.calibrations[0]),
+                samples=config.samples,
+                sequence_length=self.space.evaluation.perplexity[0].sequence_length,
+                seed=config.seed,
+                exclude=calibrations,
+                max_positions=self.shape.max_positions,
+            )
+        )
+
+    def _evaluation(self, entry: PerplexityConfig) -> TokenSet:
+        return self._checked(
+            evaluation_tokens(
+                self.tokenizer(),
+                TextSource(entry.dataset, entry.config, entry.data_files, entry.split),
+                sequence_length=entry.sequence_length,
+                max_windows=entry.max_windows,
+                bos_each_window=entry.bos_each_window,
+                max_positions=self.shape.max_positions,
+                name=f"evaluation.perplexity {entry.name}",
+            )
+        )
+
+    def _checked(self, tokens: TokenSet) -> TokenSet:
+        check_vocabulary(tokens, self.shape.vocabulary)
+        return tokens
+
+
+class _Lazy:
+    """A value that is made when it is first asked for."""
+
+    def __init__(self, make: Any) -> None:
+        self._make, self._value = make, None
+
+    def __call__(self) -> Any:
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+
+def _validation_source(config: ValidationConfig, calibration: CalibrationConfig) -> TextSource:
+    if config.dataset is None:
+        split = config.split or calibration.split
+        return TextSource(calibration.dataset, calibration.config, calibration.data_files, split)
+    return TextSource(config.dataset, config.config, config.data_files, config.split or calibration.split)
+
+
+def _phases(trials: list[SweepTrial], calibrations: dict[CalibrationConfig, TokenSet]) -> tuple[Phase, ...]:
+    """One phase per calibration set; the dense trial, which has none, goes with the first."""
+    by_calibration: dict[CalibrationConfig, list[SweepTrial]] = {config: [] for config in calibrations}
+    first = next(iter(calibrations))
+    for trial in trials:
+        by_calibration[trial.planned.calibration or first].append(trial)
+    return tuple(Phase(config, calibrations[config], tuple(mine)) for config, mine in by_calibration.items())

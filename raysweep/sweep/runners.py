@@ -1,0 +1,92 @@
+"""The two ways to run a sweep's trials: over Ray and Ray Tune, or one after another in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from raysweep.cluster.nodes import Node, this_node
+from raysweep.shards.group_info import ShardSpec
+from raysweep.shards.plan import ShardPlan
+from raysweep.shards.setup import OwnedGroup
+from raysweep.sweep.identified import SweepTrial
+from raysweep.sweep.rows import RowContext, run_and_write
+
+START_TIMEOUT_S = 900.0  # for all shards to read their blocks; assumption: a 70B model over a network file system
+
+OnRow = Callable[[dict[str, Any]], None]
+
+
+class Runner(Protocol):
+    """Starts shard groups and runs trials through them."""
+
+    ray_version: str | None
+    dashboard: str | None
+
+    def nodes(self) -> Sequence[Node]: ...
+
+    def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Any:
+        """A context in which a group is up; its shards end with it."""
+        ...
+
+    def run(
+        self, group: OwnedGroup, trials: Sequence[SweepTrial], rows: RowContext, plan: ShardPlan, on_row: OnRow
+    ) -> None:
+        """Runs the trials to the end, the first ones first."""
+        ...
+
+
+class InProcess:
+    """Without Ray: the twin of the shard group, one trial at a time. The numbers are those of the Ray one."""
+
+    ray_version = None
+    dashboard = None
+
+    def nodes(self) -> Sequence[Node]:
+        return (this_node(),)
+
+    @contextmanager
+    def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Iterator[OwnedGroup]:
+        from raysweep.shards.local import LocalGroup
+
+        with LocalGroup(specs) as group:
+            yield group
+
+    def run(
+        self, group: OwnedGroup, trials: Sequence[SweepTrial], rows: RowContext, plan: ShardPlan, on_row: OnRow
+    ) -> None:
+        for trial in trials:
+            on_row(run_and_write(group, trial, rows))
+
+
+class OnRay:
+    """Over the Ray cluster that this process is connected to."""
+
+    def __init__(self, nodes: Sequence[Node], dashboard: str | None) -> None:
+        import ray
+
+        self.ray_version: str | None = ray.__version__
+        self.dashboard = dashboard
+        self._nodes = nodes
+        self._phases = 0
+
+    def nodes(self) -> Sequence[Node]:
+        return self._nodes
+
+    @contextmanager
+    def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Iterator[OwnedGroup]:
+        from raysweep.shards.group import RayGroup, Resources
+
+        resources = Resources(plan.cpus, plan.gpus)
+        with RayGroup.start(name, specs, resources, START_TIMEOUT_S) as group:
+            yield group
+
+    def run(
+        self, group: OwnedGroup, trials: Sequence[SweepTrial], rows: RowContext, plan: ShardPlan, on_row: OnRow
+    ) -> None:
+        from raysweep.sweep.tuning import PhaseContext, run_phase
+
+        self._phases += 1
+        context = PhaseContext(group.name, group.info, rows, {trial.number: trial for trial in trials})
+        run_phase(context, trials, plan.concurrent_trials, rows.folder / "tune", f"phase-{self._phases}", on_row)
