@@ -1,4 +1,4 @@
-"""Builds the data of builtin:pystdlib: sources of the standard library, split by module, tokenizer, token files.
+"""Builds the data of builtin:pystdlib from the standard library: text by split, tokenizer, token files.
 
 Run with the interpreter whose library is meant (the shipped data: CPython 3.11.7):
 
@@ -35,7 +35,7 @@ def is_bulk_table(path: str, text: str) -> bool:
 
 
 def read_library(root: Path) -> dict[str, str]:
-    """The sources below `root` by relative path, in UTF-8, without tables, generated files and exact duplicates."""
+    """The UTF-8 sources below `root` by relative path, without tables, generated files and duplicates."""
     texts: dict[str, str] = {}
     seen: set[str] = set()
     for file in sorted(root.rglob("*.py")):
@@ -120,8 +120,10 @@ def token_stream(paths: list[str], texts: dict[str, str], tokenizer: Tokenizer) 
     return np.concatenate([np.array([end, *encoding.ids], dtype=np.uint16) for encoding in encodings])
 
 
-def write_split(split: str, paths: list[str], texts: dict[str, str], tokenizer: Tokenizer, work: Path) -> dict[str, int]:
-    """Writes the text of a split into the package and its tokens into the working folder; returns their sizes."""
+def write_split(
+    split: str, paths: list[str], texts: dict[str, str], tokenizer: Tokenizer, work: Path
+) -> dict[str, int]:
+    """Writes a split's text into the package and its tokens into the working folder; returns their sizes."""
     shipped = PACKAGE / "text" / f"{split}.parquet"
     write_parquet(paths, texts, shipped)
     tokens = token_stream(paths, texts, tokenizer)
@@ -135,8 +137,8 @@ def write_split(split: str, paths: list[str], texts: dict[str, str], tokenizer: 
 
 
 def main() -> None:
-    """Writes text and tokenizer into the package, token files into the working folder, sizes beside this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Writes text and tokenizer into the package, tokens into the working folder, sizes beside itself."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
     parser.add_argument("--work", type=Path, default=Path(".builtin-data"))
     arguments = parser.parse_args()

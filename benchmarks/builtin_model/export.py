@@ -1,6 +1,6 @@
 """Turns trained weights into the Hugging Face folder of builtin:pystdlib and checks that transformers agrees.
 
-    python benchmarks/builtin_model/export.py --weights trained/best.pt --data .builtin-data
+python benchmarks/builtin_model/export.py --weights trained/best.pt --data .builtin-data
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def losses(folder: Path, weights: Path, data: Path) -> tuple[float, float]:
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     shipped = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        return float(network(tokens[:, :-1], tokens[:, 1:]).mean()), float(shipped(tokens, labels=tokens).loss)
+        ours, theirs = network(tokens[:, :-1], tokens[:, 1:]).mean(), shipped(tokens, labels=tokens).loss
+    return float(ours), float(theirs)
 
 
 def main() -> None:
     """Writes the folder; ends with an error when the two implementations disagree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path(".builtin-data"))
     arguments = parser.parse_args()

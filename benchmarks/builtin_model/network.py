@@ -1,7 +1,7 @@
-"""The decoder of builtin:pystdlib as plain PyTorch, with the parameter names of transformers' LlamaForCausalLM.
+"""The decoder of builtin:pystdlib as plain PyTorch, with the parameter names of LlamaForCausalLM.
 
-Written out because training compiles it as one graph without masks or caches; the export checks that transformers
-computes the same loss from the same weights.
+Written out because training compiles it as one graph without masks or caches; the export checks that
+transformers computes the same loss from the same weights.
 """
 
 # B windows, T tokens of a window, D hidden, H heads, K key/value heads, E width of a head, V vocabulary
@@ -102,7 +102,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE)
         x_BTD = x_BTD + functional.dropout(attended, self.dropout, self.training)
-        return x_BTD + functional.dropout(self.mlp(self.post_attention_layernorm(x_BTD)), self.dropout, self.training)
+        widened = self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD + functional.dropout(widened, self.dropout, self.training)
 
 
 class Decoder(nn.Module):
@@ -127,7 +128,7 @@ class LanguageModel(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Normal(0, 0.02) weights; what adds to the stream is scaled down by the root of its 2 * blocks addends."""
+        """Normal(0, 0.02); what adds to the stream is smaller by the root of its 2 * blocks addends."""
         addends = 2 * CONFIG["num_hidden_layers"]
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:

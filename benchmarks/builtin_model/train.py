@@ -2,9 +2,9 @@
 
     python benchmarks/builtin_model/train.py --data .builtin-data --output trained --limit-s 500
 
-Each run is a whole schedule (warm-up, then linear to zero) from a fresh start. Runs of a series grow longer until one
-does not lower the validation loss; then the next series (more dropout) begins at the length that was best. The best
-weights so far are on disk at any moment, and no run is begun that the time limit would cut.
+Each run is a whole schedule (warm-up, then linear to zero) from a fresh start. Runs of a series grow longer
+until one does not lower the validation loss; the next series (more dropout) begins at the length that was
+best. The best weights so far are on disk at any moment, and no run is begun that the time limit would cut.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from network import LanguageModel
 from torch import Tensor
 
 BETAS = (0.9, 0.95)
+LENGTH = 512  # tokens of a window, the model's longest
 WARMUP_FRACTION = 0.04
 EVALUATIONS = 8  # points of a run's validation curve
 
@@ -99,7 +100,9 @@ def optimizer_of(model: torch.nn.Module, settings: Settings) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=True)
 
 
-def run(model: torch.nn.Module, train: Tensor, held_out: Tensor, settings: Settings) -> list[dict[str, float]]:
+def run(
+    model: torch.nn.Module, train: Tensor, held_out: Tensor, settings: Settings
+) -> list[dict[str, float]]:
     """One whole schedule on a (compiled) model that was reset; returns its validation curve."""
     optimizer = optimizer_of(model, settings)
     steps = steps_of(len(train), settings)
@@ -160,7 +163,9 @@ def device_name() -> str:
 def search(arguments: argparse.Namespace) -> None:
     """Goes through the series of runs within the time limit."""
     began = time.monotonic()
-    train, held_out = (load_tokens(arguments.data, split, arguments.device) for split in ("train", "validation"))
+    train, held_out = (
+        load_tokens(arguments.data, split, arguments.device) for split in ("train", "validation")
+    )
     if arguments.tokens:
         train, held_out = train[: arguments.tokens], held_out[: arguments.tokens]
     record = Record(arguments.output, [])
@@ -175,7 +180,9 @@ def search(arguments: argparse.Namespace) -> None:
                 break
             torch.manual_seed(0)
             model.reset()
-            settings = Settings(epochs, dropout, arguments.learning_rate, arguments.weight_decay, arguments.batch, 512)
+            settings = Settings(
+                epochs, dropout, arguments.learning_rate, arguments.weight_decay, arguments.batch, LENGTH
+            )
             curve = run(compiled, train, held_out, settings)
             loss = record.add(model, settings, curve)
             epoch_s = curve[-1]["seconds"] / epochs
@@ -187,7 +194,7 @@ def search(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(".builtin-data"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, nargs="+", default=[6, 12, 20, 32, 48, 72, 100])
