@@ -1,6 +1,6 @@
 """Turns trained weights into the Hugging Face folder of builtin:pystdlib and checks that transformers agrees.
 
-python benchmarks/builtin_model/export.py --weights trained/best.pt --data .builtin-data
+python benchmarks/builtin_model/export.py --weights .builtin-data/trained/best.pt
 """
 
 from __future__ import annotations

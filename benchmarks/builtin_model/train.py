@@ -1,6 +1,6 @@
 """Trains builtin:pystdlib on one device: ever longer runs until the held-out loss stops falling.
 
-    python benchmarks/builtin_model/train.py --data .builtin-data --output trained --limit-s 500
+    python benchmarks/builtin_model/train.py --output .builtin-data/trained --limit-s 500
 
 Each run is a whole schedule (warm-up, then linear to zero) from a fresh start. Runs of a series grow longer
 until one does not lower the validation loss; the next series (more dropout) begins at the length that was
