@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,11 @@ def run_phase(
             trial_dirname_creator=lambda trial: context.trials[trial.config[NUMBER]].trial_id,
         ),
         run_config=tune.RunConfig(
-            name=name, storage_path=str(storage), callbacks=[_Listener(on_row)], verbose=0, log_to_file=False
+            name=name,
+            storage_path=str(storage),
+            callbacks=[_Listener(on_row)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
         ),
     )
     tuner.fit()
@@ -99,6 +104,7 @@ class _Listener(tune.Callback):
 
 def _quiet_tune() -> None:
     """Rows are the record: Tune's per-trial loggers, its own Ctrl-C handling and its warnings are switched off."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it looks for result files that rows replace
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
