@@ -1,0 +1,77 @@
+"""Where commands write: results on stdout, everything else on stderr; plain text and JSON documents."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+PIPED_WIDTH = 80  # of text that no terminal shows, unless COLUMNS says otherwise
+
+
+def output() -> Console:
+    """Stdout. Colors on terminals only; as wide as the terminal, COLUMNS, or 80."""
+    from rich.console import Console
+
+    return Console(width=_width(sys.stdout.isatty()), highlight=False, emoji=False)
+
+
+def messages() -> Console:
+    """Stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, width=_width(sys.stderr.isatty()), highlight=False, emoji=False)
+
+
+def say(text: str, style: str = "") -> None:
+    """One message on stderr, never wrapped by us, so that paths can be copied."""
+    from rich.text import Text
+
+    messages().print(Text(text, style=style), soft_wrap=True)
+
+
+def say_error(text: str) -> None:
+    """`error: ...` on stderr; the word is red on terminals."""
+    from rich.text import Text
+
+    messages().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=1, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON has them: null where a column does not apply, moments as ISO text."""
+    return [{name: _json_value(value) for name, value in row.items()} for row in rows.to_dict("records")]
+
+
+def _json_value(value: Any) -> Any:
+    import pandas as pd
+
+    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value.item() if hasattr(value, "item") else value
+
+
+def _width(terminal: bool) -> int | None:
+    if terminal:
+        return None  # rich asks the terminal
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdigit() and int(columns) > 0 else PIPED_WIDTH
+
+
+def terminal_height() -> int:
+    return shutil.get_terminal_size().lines

@@ -1,0 +1,228 @@
+"""Shows a launch while it runs: a live picture on terminals, one plain line for every step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from raysweep.cli.console import messages, terminal_height
+from raysweep.cli.numbers import clock, count, duration, fixed
+from raysweep.cli.tally import Row, Tally
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+BAR_WIDTH = 36
+LINES_BESIDE_CELLS = 8  # of the live picture and the prompt: the cells get the rest of the terminal's height
+
+
+class Display(Protocol):
+    """What a launch tells its progress to (raysweep.sweep.progress.Progress), with the tally it keeps."""
+
+    tally: Tally
+
+    def stage(self, text: str) -> None: ...
+
+    def begin(self, planned: int, finished: int, dashboard: str | None) -> None: ...
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@contextmanager
+def shown(tally: Tally) -> Iterator[Display]:
+    """A display for the length of the context; nothing of it keeps running afterwards."""
+    console = messages()
+    live = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
+    display: LiveDisplay | PlainDisplay = (
+        LiveDisplay(tally, console) if live else PlainDisplay(tally, console)
+    )
+    try:
+        yield display
+    finally:
+        display.end()
+
+
+class PlainDisplay:
+    """One line for every stage and every trial."""
+
+    def __init__(self, tally: Tally, console: Console) -> None:
+        self.tally, self._console = tally, console
+
+    def stage(self, text: str) -> None:
+        self._line(text)
+
+    def begin(self, planned: int, finished: int, dashboard: str | None) -> None:
+        self.tally.begin(planned, finished)
+        kept = f", {finished} finished before" if finished else ""
+        where = f"; dashboard {dashboard}" if dashboard else ""
+        self._line(f"{count(planned, 'trial')}{kept}{where}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.tally.row(row)
+        width = len(str(self.tally.planned))
+        left = self.tally.seconds_left()
+        more = f"  {duration(left)} left" if left else ""
+        self._line(f"[{self.tally.done:>{width}}/{self.tally.planned}] {row_words(row)}{more}")
+
+    def end(self) -> None:
+        """Nothing runs here."""
+
+    def _line(self, text: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def row_words(row: Row) -> str:
+    """wanda/row 0.6 subblock lr=0.001  perplexity 9.11  validation 6.81  12 s"""
+    if row.get("status") == "failed":
+        return f"{row.get('label')}  failed: {row.get('error') or 'its process ended'}"
+    words = [str(row.get("label"))]
+    for title, name in (("perplexity", "perplexity"), ("validation", "validation_perplexity")):
+        if row.get(name) is not None:
+            words.append(f"{title} {fixed(row[name], 2)}")
+    if row.get("seconds_total") is not None:
+        words.append(duration(row["seconds_total"]))
+    return "  ".join(words)
+
+
+class LiveDisplay:
+    """A picture at the bottom of the terminal: stage, bar, best so far, dashboard. Finished stages stay above it."""
+
+    def __init__(self, tally: Tally, console: Console) -> None:
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        self.tally, self._console = tally, console
+        self._spinner = Spinner("dots", style="cyan")
+        self._stage: tuple[str, float] | None = None
+        self._dashboard: str | None = None
+        self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=8, transient=True)
+
+    def stage(self, text: str) -> None:
+        self._finish_stage()
+        self._stage = (text, time.monotonic())
+        self._live.start()
+
+    def begin(self, planned: int, finished: int, dashboard: str | None) -> None:
+        self._finish_stage()
+        self.tally.begin(planned, finished)
+        self._dashboard = dashboard
+
+    def row(self, row: dict[str, Any]) -> None:
+        from rich.text import Text
+
+        self._finish_stage()
+        self.tally.row(row)
+        if row.get("status") == "failed":
+            self._console.print(Text.assemble(("✗ ", "bold red"), row_words(row)))
+
+    def end(self) -> None:
+        self._stage = None
+        self._live.stop()
+
+    def _finish_stage(self) -> None:
+        from rich.text import Text
+
+        if self._stage is not None:
+            text, since = self._stage
+            took = duration(time.monotonic() - since)
+            self._console.print(Text.assemble(("✓ ", "green"), text, (f"  {took}", "dim")))
+            self._stage = None
+
+    def _picture(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = []
+        if self._stage is not None:
+            self._spinner.update(text=Text(self._stage[0]))
+            parts.append(self._spinner)
+        if self.tally.planned:
+            parts += [Text(""), self._bar()]
+            if self.tally.best:
+                parts += [Text(""), self._cells()]
+            if self._dashboard:
+                parts += [Text(""), Text.assemble(("dashboard  ", "dim"), (self._dashboard, "cyan"))]
+        return Group(*parts)
+
+    def _bar(self) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        bar = ProgressBar(
+            total=self.tally.planned,
+            completed=self.tally.done,
+            width=min(BAR_WIDTH, self._console.width // 3),
+        )
+        grid.add_row(bar, self._counts())
+        return grid
+
+    def _counts(self) -> Text:
+        from rich.text import Text
+
+        tally, left = self.tally, self.tally.seconds_left()
+        words = [(f"{tally.done}", "bold"), f" of {count(tally.planned, 'trial')}"]
+        if tally.failures:
+            words += ["  ", (f"{len(tally.failures)} failed", "bold red")]
+        words += [(f"  {clock(tally.elapsed)}", "dim")]
+        if left:
+            words += [(f"  about {clock(left)} left", "cyan")]
+        return Text.assemble(*words)
+
+    def _cells(self) -> Table:
+        """Dense, then the best trial of every cell, the cells that improved last at the end."""
+        from rich.table import Table
+        from rich.text import Text
+
+        search = self.tally.search
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for _ in range(2):
+            grid.add_column(overflow="ellipsis", no_wrap=True)
+        grid.add_column(justify="right")
+        grid.add_column(justify="right")
+        grid.add_row(
+            "",
+            Text("best so far", style="dim"),
+            Text(_short(search.metric), style="dim"),
+            Text("perplexity", style="dim"),
+        )
+        if self.tally.dense is not None:
+            grid.add_row(*self._cell("", "dense", self.tally.dense, "dim"))
+        room = max(3, terminal_height() - LINES_BESIDE_CELLS)
+        cells = list(self.tally.best.items())
+        for cell, row in cells[:room]:
+            title = " ".join(_word(part) for part in cell if part is not None)
+            grid.add_row(*self._cell(title, str(row.get("label", "")), row, "bold"))
+        if len(cells) > room:
+            grid.add_row("", Text(f"and {count(len(cells) - room, 'more cell')}", style="dim"))
+        return grid
+
+    def _cell(self, title: str, label: str, row: Row, style: str) -> list[Text]:
+        from rich.text import Text
+
+        values = [row.get(self.tally.search.metric), row.get("perplexity")]
+        numbers = [
+            "" if value is None else f"{value:.4g}" if value < 1 else fixed(value, 2) for value in values
+        ]
+        return [
+            Text(title, style="cyan"),
+            Text(label),
+            Text(numbers[0], style=style),
+            Text(numbers[1], style="dim"),
+        ]
+
+
+def _short(metric: str) -> str:
+    return {"validation_perplexity": "validation"}.get(metric, metric.replace("_", " "))
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

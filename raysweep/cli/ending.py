@@ -1,0 +1,102 @@
+"""How a command ends: its exit status for every kind of ending, and one clean way out for signals."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import ParamSpec
+
+import typer
+
+from raysweep.cli.console import say, say_error
+from raysweep.errors import RaysweepError
+
+P = ParamSpec("P")
+
+FAILED = 1
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+DEBUG_VARIABLE = "RAYSWEEP_DEBUG"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. Ends the process by the same clean-up as Ctrl-C."""
+
+
+def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
+    """A command whose result is its exit status, and whose errors are one message each instead of a traceback."""
+
+    @functools.wraps(command)
+    def run(*arguments: P.args, **options: P.kwargs) -> None:
+        raise typer.Exit(_status(lambda: command(*arguments, **options)))
+
+    return run
+
+
+def _status(command: Callable[[], int | None]) -> int:
+    try:
+        return command() or 0
+    except RaysweepError as error:
+        _show_traceback()
+        say_error(str(error))
+        return error.exit_status
+    except KeyboardInterrupt as interruption:
+        _show_traceback()
+        return interruption_status(interruption)
+    except SystemExit as ending:
+        if ending.code == signal.SIGTERM:  # Ray's own answer to SIGTERM
+            return TERMINATED
+        raise
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:  # the last resort: a bug, or a library's error that nobody foresaw
+        if not _show_traceback():
+            first_line = (str(error).strip() or "no message").splitlines()[0]
+            say_error(f"{type(error).__name__}: {first_line}")
+            say(
+                "  This was not foreseen. `raysweep --debug ...` or RAYSWEEP_DEBUG=1 shows where it happened."
+            )
+        return FAILED
+
+
+def interruption_status(interruption: KeyboardInterrupt) -> int:
+    return TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
+
+
+def debugging() -> bool:
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+def _show_traceback() -> bool:
+    """The traceback of the error in hand, if it was asked for."""
+    if debugging():
+        say(traceback.format_exc().rstrip())
+    return debugging()
+
+
+@contextmanager
+def clean_interruptions() -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM raises; a second one during the clean-up only says so; a third one raises again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 2:
+            say("still cleaning up; once more ends it at once and may leave processes behind")
+            return
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

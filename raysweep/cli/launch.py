@@ -1,0 +1,87 @@
+"""`raysweep launch`: runs a sweep under a display, prints its table, and says how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raysweep.cli.console import say
+from raysweep.cli.display import shown
+from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status
+from raysweep.cli.numbers import count
+from raysweep.cli.results import show_rows
+from raysweep.cli.spaces import load_space
+from raysweep.cli.tally import Tally
+from raysweep.config.space import SearchSpace
+from raysweep.errors import RaysweepError
+from raysweep.results.folders import TRIALS, new_sweep_folder, row_files, storage_folder
+
+
+def run_launch(
+    space: str,
+    settings: Sequence[str],
+    name: str | None,
+    storage: str | None,
+    address: str | None,
+    in_process: bool,
+    as_json: bool,
+) -> int:
+    loaded = load_space(space, settings, name)
+    folder = new_sweep_folder(loaded.name, storage_folder(storage, loaded.execution.storage))
+    tally = Tally.of(loaded, _earlier_rows(folder))
+    with clean_interruptions():
+        try:
+            rows = _run(loaded, tally, storage=storage, address=address, in_process=in_process)
+        except KeyboardInterrupt as interruption:
+            _say_kept(folder)
+            return interruption_status(interruption)
+    show_rows(folder, rows, as_json=as_json)
+    return _say_ending(folder, len(rows), tally)
+
+
+def _run(space: SearchSpace, tally: Tally, **options: Any) -> Any:
+    with shown(tally) as display:
+        display.stage("Loading libraries")
+        from raysweep.sweep.launch import launch
+
+        return launch(space, progress=display, **options)
+
+
+def _earlier_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of trials that finished in earlier launches, with labels."""
+    from raysweep.analysis.table import trial_label
+    from raysweep.cli.console import json_rows
+    from raysweep.results.reader import load_results
+
+    if not any(row_files(folder, TRIALS)):
+        return []
+    try:
+        rows = load_results(folder)
+    except RaysweepError:
+        return []
+    finished = rows[rows["status"] == "finished"]
+    return [row | {"label": trial_label(row)} for row in json_rows(finished)]
+
+
+def _say_kept(folder: Path) -> None:
+    kept = sum(1 for _ in row_files(folder, TRIALS))
+    where = f"{count(kept, 'row')} kept in {_short_path(folder)}" if kept else "no trial had finished"
+    say(f"interrupted: {where}; the same command continues the sweep")
+
+
+def _say_ending(folder: Path, rows: int, tally: Tally) -> int:
+    """The last line; and the exit status."""
+    path = _short_path(folder)
+    say(f'{count(rows, "row")} in {path}; in pandas: raysweep.load_results("{path}")')
+    missing = tally.planned - tally.done
+    if missing > 0:
+        say(f"{count(missing, 'trial')} left no row; the same command runs them again", "red")
+    return FAILED if tally.failures or missing > 0 else 0
+
+
+def _short_path(folder: Path) -> str:
+    """Relative where it lies below the current folder."""
+    absolute = folder.absolute()
+    here = Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -1,0 +1,81 @@
+"""`raysweep status`: which sweeps a storage holds, and how far they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysweep.cli.console import output, print_json, say
+from raysweep.cli.numbers import duration
+from raysweep.results.folders import list_sweeps, storage_folder, sweep_folder
+from raysweep.results.state import SweepState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STYLES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
+
+
+def run_status(name: str | None, storage: str | None, as_json: bool) -> None:
+    root = storage_folder(storage)
+    folders = [sweep_folder(name, storage)] if name else [root / known for known in list_sweeps(root)]
+    documents = [sweep_status(folder) for folder in folders]
+    if as_json:
+        print_json(documents[0] if name else documents)
+    elif documents:
+        _print_table(output(), documents)
+    else:
+        say(f"no sweep in {root} yet: run `raysweep launch`, or name another --storage")
+
+
+def sweep_status(folder: Path) -> dict[str, Any]:
+    """What its launching process last said, with the rows counted as they lie there. Null where nothing was said."""
+    from raysweep.results.reader import trial_states
+
+    rows = Counter(trial_states(folder).values())
+    state = SweepState.read(folder)
+    said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
+    counted = {"finished": rows["finished"] + rows["stopped"], "failed": rows["failed"]}
+    return {**said, "name": folder.resolve().name, "folder": str(folder), **counted}
+
+
+def _print_table(console: Console, documents: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
+    )
+    for title in ("sweep", "state", "finished", "failed", "shards", "started", "time left"):
+        right = title in ("finished", "failed", "shards", "time left")
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for one in documents:
+        state = one["state"] or "unknown"
+        table.add_row(
+            one["name"],
+            Text(state, style=STYLES.get(state, "dim")),
+            f"{one['finished']} of {one['planned']}" if one["planned"] else str(one["finished"]),
+            Text(str(one["failed"]), style="red" if one["failed"] else ""),
+            "" if one["shards"] is None else str(one["shards"]),
+            _since(one["started_at"]),
+            "" if one["seconds_left"] is None or state != "running" else duration(one["seconds_left"]),
+        )
+    console.print(table)
+    for one in documents:
+        if one["dashboard"] and one["state"] == "running":
+            console.print(Text(f"dashboard of {one['name']}: {one['dashboard']}"), soft_wrap=True)
+
+
+def _since(moment: str | None) -> str:
+    """3 min ago, else day and time, local."""
+    if moment is None:
+        return ""
+    started = datetime.fromisoformat(moment)
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    if 0 <= seconds < 3600:
+        return f"{int(seconds // 60)} min ago"
+    return f"{started.astimezone():%Y-%m-%d %H:%M}"

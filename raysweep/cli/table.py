@@ -1,0 +1,231 @@
+"""Prints the table of a sweep: as wide as there is room for, and saying so where columns had to go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raysweep.cli.numbers import MIB, decimals_for, fixed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+Cells = list[str]
+
+TITLES = {
+    "criterion": "criterion",
+    "perplexity": "perplexity",
+    "validation_perplexity": "validation\nperplexity",
+    "output_error_calibration": "output\nerror",
+    "device_seconds": "device\nseconds",
+    "device_seconds_standalone": "standalone\nseconds",
+    "peak_recovery_bytes": "recovery\nMiB",
+    "learning_rate": "learning\nrate",
+    "calibration_seed": "calibration\nseed",
+}
+FIRST_TO_GO = (
+    "peak_recovery_bytes",
+    "device_seconds_standalone",
+    "device_seconds",
+    "output_error_calibration",
+    "model_hash",
+)
+"""Columns that a narrow table does without, in this order; then other perplexities. The rest wraps."""
+GAP = 2  # characters between columns: one of padding, one of the divider
+
+
+@dataclass(frozen=True)
+class ColumnText:
+    """A column as text. title: its lines;  right: whether it is aligned to the right, as numbers are"""
+
+    name: str
+    title: str
+    cells: Cells
+    right: bool
+
+    @property
+    def width(self) -> int:
+        return max(len(line) for line in [*self.title.split("\n"), *self.cells])
+
+
+def print_summary(
+    console: Console, rows: pd.DataFrame, sort: str | None = None, best: Collection[str] = ()
+) -> None:
+    """The table of `rows`, what all of them have in common, and the trials that failed.
+
+    best: identities of the trials whose validation perplexity is marked
+    """
+    from raysweep.analysis.table import failures, fixed_columns, summary_table
+
+    table = summary_table(rows, sort)
+    if len(table):
+        columns = table_columns(table)
+        shown, dropped = fitting(columns, console.width)
+        console.print(_rich_table(table, shown, _best_rows(rows, table, best), grouped=sort is None))
+        _print_caption(console, fixed_columns(rows), rows, dropped)
+    failed = failures(rows)
+    if failed:
+        _print_failures(console, failed)
+
+
+def table_columns(table: pd.DataFrame) -> list[ColumnText]:
+    """The columns of a summary table as text; recovery and granularity share one."""
+    frame = table.copy()
+    if "granularity" in frame:
+        frame["recovery"] = frame["granularity"].fillna(frame["recovery"])
+        frame = frame.drop(columns="granularity")
+    elif "recovery" not in frame:
+        return [_column(frame, name) for name in frame]
+    if "criterion" in frame:
+        frame.loc[frame["recovery"] == "dense", ["criterion", "recovery"]] = ["dense", ""]
+    return [_column(frame, name) for name in frame]
+
+
+def fitting(columns: list[ColumnText], width: int) -> tuple[list[ColumnText], list[ColumnText]]:
+    """The columns that are shown in `width` characters, and those that are not."""
+    others = [c.name for c in columns if c.name.startswith("perplexity_")]
+    shown, dropped = list(columns), []
+    for name in (*FIRST_TO_GO, *reversed(others)):
+        if sum(column.width + GAP for column in shown) - GAP <= width:
+            break
+        gone = [column for column in shown if column.name == name]
+        dropped += gone
+        shown = [column for column in shown if column.name != name]
+    return shown, dropped
+
+
+def _column(frame: pd.DataFrame, name: str) -> ColumnText:
+    title = TITLES.get(name, name.replace("_", "\n", 1))
+    values = [None if _is_null(value) else _plain(value) for value in frame[name]]
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    shown = _format(name, numbers)
+    return ColumnText(name, title, ["" if value is None else shown(value) for value in values], bool(numbers))
+
+
+def _format(name: str, numbers: list[Any]) -> Callable[[Any], str]:
+    if name.split("_")[0] in ("perplexity", "validation", "dense", "pruned") and "perplexity" in name:
+        return lambda value: fixed(value, 2)
+    if "error" in name:
+        decimals = decimals_for(numbers, digits=2, at_most=6)
+        return lambda value: fixed(value, max(3, decimals)) if value else "0"
+    if name.endswith("bytes"):
+        return lambda value: fixed(value / MIB, 1)
+    if "seconds" in name:
+        return lambda value: fixed(value, 1 if value < 1000 else 0)
+    return _number_or_word
+
+
+def _is_null(value: Any) -> bool:
+    import pandas as pd
+
+    return value is None or bool(pd.isna(value))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _best_rows(rows: pd.DataFrame, table: pd.DataFrame, best: Collection[str]) -> set[int]:
+    """Rows of the table whose trial is among the best, found by the numbers that identify a row."""
+    keys = ["perplexity", "validation_perplexity", "device_seconds"]
+    chosen = {tuple(map(str, row)) for row in rows[rows["trial_id"].isin(best)][keys].itertuples(index=False)}
+    return {
+        place
+        for place, row in enumerate(table[keys].itertuples(index=False))
+        if tuple(map(str, row)) in chosen
+    }
+
+
+def _rich_table(table: pd.DataFrame, columns: list[ColumnText], best: set[int], grouped: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from raysweep.analysis.table import mask_groups
+
+    made = Table(
+        box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
+    )
+    for column in columns:
+        made.add_column(
+            column.title, justify="right" if column.right else "left", vertical="bottom", overflow="fold"
+        )
+    groups = mask_groups(table) if grouped else list(range(len(table)))
+    spaced = grouped and len(table) > 2 * len(set(groups))
+    for place in range(len(table)):
+        repeated = grouped and place > 0 and groups[place] == groups[place - 1]
+        style = "dim" if table["recovery"].iloc[place] == "dense" else ""
+        cells = [_cell(column, place, repeated) for column in columns]
+        marked = [
+            Text(
+                cell,
+                style="bold green" if place in best and column.name == "validation_perplexity" else style,
+            )
+            for column, cell in zip(columns, cells, strict=True)
+        ]
+        ends = place + 1 < len(table) and groups[place] != groups[place + 1]
+        made.add_row(*marked, end_section=spaced and ends)
+    return made
+
+
+def _cell(column: ColumnText, place: int, repeated: bool) -> str:
+    from raysweep.analysis.table import LATER_MASK_FIELDS, MASK_COLUMNS
+
+    hidden = repeated and column.name in (*MASK_COLUMNS, *LATER_MASK_FIELDS)
+    return "" if hidden else column.cells[place]
+
+
+def _print_caption(
+    console: Console, constants: Mapping[str, Any], rows: pd.DataFrame, dropped: list[ColumnText]
+) -> None:
+    from rich.text import Text
+
+    names = [name.removeprefix("perplexity_") for name in rows if name.startswith("perplexity_")]
+    words = [*constant_words(constants), *([f"perplexity on {names[0]}"] if names else [])]
+    console.print()
+    console.print(Text("All: " + ", ".join(words), style="dim"))
+    if dropped:
+        gone = ", ".join(column.name for column in dropped)
+        console.print(
+            Text(f"No room for {gone}; a wider terminal, COLUMNS=120 or --json shows it", style="dim")
+        )
+
+
+def constant_words(constants: Mapping[str, Any]) -> list[str]:
+    """What all trials have in common, as far as it is not the usual: `sparsity 0.6`, `learning rate 0.001`."""
+    from raysweep.config.fields import default_of, has_settled_default
+    from raysweep.config.trial import Trial
+
+    words = [str(constants[name]) for name in ("model", "dtype", "criterion") if name in constants]
+    for name, value in constants.items():
+        info = Trial.model_fields.get(name)
+        usual = info is not None and has_settled_default(info) and value == default_of(info)
+        if info is None or usual or name in ("criterion", "seed"):
+            continue
+        words.append(f"{name.replace('_', ' ')} {_number_or_word(value)}")
+    return [*words, *_calibration_words(constants)]
+
+
+def _calibration_words(constants: Mapping[str, Any]) -> list[str]:
+    """calibration 64 x 256 tokens of builtin:pystdlib"""
+    samples, length = constants.get("calibration_num_samples"), constants.get("calibration_sequence_length")
+    dataset = constants.get("calibration_dataset")
+    size = f" {samples} x {length} tokens" if samples and length else ""
+    source = f" of {dataset}" if dataset and dataset != constants.get("model") else ""
+    return [f"calibration{size}{source}"] if size or source else []
+
+
+def _number_or_word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _print_failures(console: Console, failed: list[tuple[str, str]]) -> None:
+    from rich.text import Text
+
+    console.print()
+    console.print(Text(f"Failed: {len(failed)}", style="bold red"))
+    for label, reason in failed:
+        console.print(Text(f"  {label}: {reason}", style="red"), soft_wrap=True)
