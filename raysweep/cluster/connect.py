@@ -7,13 +7,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address  # what `ray.init` looks a running cluster up with
 
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.errors import UsageError
 
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
 NAMESPACE = "raysweep"
 
 
@@ -27,52 +29,47 @@ class Cluster:
 
 
 def running_address(address: str | None) -> str | None:
-    """The cluster that would be joined: `address`, RAY_ADDRESS, or one that runs on this machine; None = a new one."""
-    if address == LOCAL:
+    """The cluster that would be joined: `address`, RAY_ADDRESS, or one that runs on this machine; None = a new one.
+
+    Raises UsageError for `auto` where none runs, and for an address that is none.
+    """
+    wanted = address or os.environ.get("RAY_ADDRESS") or None
+    if wanted == LOCAL:
         return None
-    wanted = address or os.environ.get("RAY_ADDRESS")
-    if wanted and wanted not in ("auto", LOCAL):
-        return wanted
-    found = ray._private.services.canonicalize_bootstrap_address(None)  # what `ray status` looks up
-    if found is None and wanted == "auto":
-        raise UsageError("no Ray cluster runs on this machine", remedy="Start one with `ray start --head`.")
+    try:
+        found = canonicalize_bootstrap_address(wanted)
+    except (ValueError, OSError) as error:
+        raise _no_cluster(str(wanted), str(error)) from error
+    if found is None and wanted == AUTO:
+        raise _no_cluster(AUTO, "none runs on this machine")
     return found
 
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Cluster]:
-    """A cluster for the length of the context. One that was running is left running.
+    """A cluster for the length of the context: the one at `address`, or with None a new one on this machine.
 
-    Raises UsageError when `address` names a cluster that does not answer.
+    One that was running is left running. Raises UsageError when `address` does not answer.
     """
-    found = running_address(address)
-    _connect(found)
     try:
-        dashboard = ray._private.worker.global_worker.node.webui_url if ray.is_initialized() else None
-        yield Cluster(nodes(), found is None, f"http://{dashboard}" if dashboard else None)
+        context = _connect(address)
+        dashboard = context.dashboard_url
+        yield Cluster(nodes(), address is None, f"http://{dashboard}" if dashboard else None)
     finally:
         ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
+def _connect(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tells at length that it is on
     try:
-        ray.init(
-            address=address or LOCAL,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            configure_logging=True,
+        return ray.init(
+            address=address or LOCAL, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"no Ray cluster answers at {address!r}: {reason}",
-            allowed="HOST:PORT of a running cluster, auto, or local",
-            remedy="Start one with `ray start --head`, or leave --address out for a local one.",
-        ) from error
+        raise _no_cluster(address, str(error).strip().splitlines()[0]) from error
 
 
 def nodes() -> tuple[Node, ...]:
@@ -85,3 +82,11 @@ def _node(resources: dict[str, float]) -> Node:
     memory = int(resources.get("memory", 0)) + int(resources.get("object_store_memory", 0))
     gpu_bytes = this_node().gpu_bytes if gpus else 0  # assumes that all nodes have GPUs like this one's
     return Node(resources.get("CPU", 0.0), gpus, memory, gpu_bytes)
+
+
+def _no_cluster(address: str, reason: str) -> UsageError:
+    return UsageError(
+        f"no Ray cluster answers at {address!r}: {reason}",
+        allowed="HOST:PORT of a running cluster, auto, or local",
+        remedy="Start one with `ray start --head`, or use --address local.",
+    )

@@ -92,7 +92,7 @@ class _Preparation:
         evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
         validation = self._validation(list(calibrations.values()))
         digest = model_hash(self.source)
-        hashes = {name: tokens.content_hash for name, tokens in evaluation.items()}
+        hashes = {f"{EVALUATION_PREFIX}{name}": tokens.content_hash for name, tokens in evaluation.items()}
         if validation is not None:
             hashes[VALIDATION] = validation.content_hash
 

@@ -54,10 +54,9 @@ def run_and_write(group: ShardGroup, trial: SweepTrial, rows: RowContext) -> dic
     started_at = now()
     try:
         outcome = run_trial(group, trial.trial, trial.trial_id, trial.number)
+        row = rows.write(trial, outcome, started_at)
     except RaysweepError as error:
         row = rows.write_failure(trial, error, started_at)
-    else:
-        row = rows.write(trial, outcome, started_at)
     return row | {"label": trial.label}
 
 
