@@ -1,4 +1,4 @@
-"""The table of a sweep: what varies between its trials, beside their numbers, in an order that compares them."""
+"""The table of a sweep: what varies between its trials beside their numbers, in an order that compares."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ _ORDERS = {"recovery": RECOVERIES, "granularity": GRANULARITIES}  # others follo
 def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     """The rows of `load_results`, one for each finished trial, with the columns that compare them.
 
-    First the columns that vary (`criterion` reads `wanda/row`: with its comparison group), then the measures; all
-    under their names in `rows`. The dense row comes first, then mask by mask the pruned row and its recoveries.
+    The index is `trial_id`. First come the columns that vary (`criterion` with its comparison group, as in
+    `wanda/row`), then the measures, all under their names in `rows`. The dense row comes first, then mask by
+    mask the pruned row and its recoveries.
 
-    sort: order by this column of `rows` instead, lowest first, or highest first with a minus in front (`-sparsity`)
+    sort: order by this column of `rows` instead, lowest first; with a minus (`-sparsity`) highest first
     Raises UsageError for an unknown column.
     """
     column, _ = _sort_column(sort, rows.columns)
@@ -53,7 +54,7 @@ def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     labels = [name for name in LABELS if name in table and _varies(table, name)]
     measures = [*MEASURES[:1], *_other_perplexities(table), *MEASURES[1:]]
     shown = [*labels, *measures, *([column] if column else [])]
-    return table[list(dict.fromkeys(shown))].reset_index(drop=True)
+    return table.set_index("trial_id")[list(dict.fromkeys(shown))]
 
 
 def sorted_rows(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
@@ -73,19 +74,29 @@ def fixed_columns(rows: pd.DataFrame) -> dict[str, Any]:
 
 def failures(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """Label and reason of every failed trial."""
-    failed = rows[rows["status"] == "failed"].to_dict("records")
-    return [(trial_label(row), str(row["error"] or "no reason was recorded")) for row in failed]
+    return [
+        (trial_label(row), str(row["error"]) if pd.notna(row["error"]) else "no reason was recorded")
+        for row in records(rows[rows["status"] == "failed"])
+    ]
+
+
+def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dictionaries of plain Python values, None where a column does not apply."""
+    return [
+        {str(name): None if pd.isna(value) else _plain(value) for name, value in row.items()}
+        for row in rows.to_dict("records")
+    ]
 
 
 def trial_label(row: Mapping[str, Any]) -> str:
-    """The trial's short name, as progress lines show it; its identity for a row that no trial of today has."""
-    fields = {name: row[name] for name in Trial.model_fields if name in row and pd.notna(row[name])}
+    """The trial's short name, as progress lines show it; its identity where the fields make no trial."""
+    fields = {name: row[name] for name in Trial.model_fields if row.get(name) is not None}
     try:
-        label = Trial.model_validate({name: _plain(value) for name, value in fields.items()}).label()
+        label = Trial.model_validate(fields).label()
     except (UsageError, ValueError):
         return str(row["trial_id"])
     seed = row.get("calibration_seed")
-    return label + (f" calibration.seed={seed}" if pd.notna(seed) and seed else "")
+    return label + (f" calibration.seed={seed}" if seed else "")
 
 
 def _plain(value: Any) -> Any:
@@ -168,8 +179,9 @@ def _follows_calibration_seed(table: pd.DataFrame) -> bool:
 
 def _other_perplexities(table: pd.DataFrame) -> list[str]:
     """The perplexities of all evaluation entries but the first, which is `perplexity` itself."""
-    names = [name for name in table if name.startswith(PERPLEXITY_PREFIX) and table[name].notna().any()]
-    return [name for name in names if not table[name].equals(table["perplexity"].rename(name))]
+    names = [name for name in map(str, table) if name.startswith(PERPLEXITY_PREFIX)]
+    first = table["perplexity"]
+    return [name for name in names if table[name].notna().any() and not table[name].equals(first)]
 
 
 def _reading_order(table: pd.DataFrame) -> list[int]:
@@ -177,7 +189,7 @@ def _reading_order(table: pd.DataFrame) -> list[int]:
     models = {model: place for place, model in enumerate(table["model"].dropna().unique())}
     names = [name for name in LABELS if name in table]
     keys = []
-    for place, row in enumerate(table[names].to_dict("records")):
+    for place, row in enumerate(records(table[names])):
         dense_first = row["recovery"] != "dense"
         parts = [_sort_key(name, row[name]) for name in names if name != "model"]
         keys.append((models.get(row["model"], -1), dense_first, parts, place))
@@ -186,7 +198,7 @@ def _reading_order(table: pd.DataFrame) -> list[int]:
 
 def _sort_key(name: str, value: Any) -> tuple[int, float, str]:
     """Known words in their own order, numbers by size, texts by letter, null first."""
-    if pd.isna(value):
+    if value is None:
         return (0, 0.0, "")
     order = _ORDERS.get(name, ())
     if value in order:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -47,23 +46,19 @@ def say_error(text: str) -> None:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=1, allow_nan=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
 def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON has them: null where a column does not apply, moments as ISO text."""
-    return [{name: _json_value(value) for name, value in row.items()} for row in rows.to_dict("records")]
+    from raysweep.analysis.table import records
+
+    return [{name: _json_value(value) for name, value in row.items()} for row in records(rows)]
 
 
 def _json_value(value: Any) -> Any:
-    import pandas as pd
-
-    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return value.item() if hasattr(value, "item") else value
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _width(terminal: bool) -> int | None:

@@ -93,7 +93,7 @@ def row_words(row: Row) -> str:
 
 
 class LiveDisplay:
-    """A picture at the bottom of the terminal: stage, bar, best so far, dashboard. Finished stages stay above it."""
+    """A picture below what was printed: stage, bar, best so far, dashboard. Finished stages stay above it."""
 
     def __init__(self, tally: Tally, console: Console) -> None:
         from rich.live import Live
@@ -169,7 +169,10 @@ class LiveDisplay:
         from rich.text import Text
 
         tally, left = self.tally, self.tally.seconds_left()
-        words = [(f"{tally.done}", "bold"), f" of {count(tally.planned, 'trial')}"]
+        words: list[str | tuple[str, str]] = [
+            (f"{tally.done}", "bold"),
+            f" of {count(tally.planned, 'trial')}",
+        ]
         if tally.failures:
             words += ["  ", (f"{len(tally.failures)} failed", "bold red")]
         words += [(f"  {clock(tally.elapsed)}", "dim")]

@@ -29,7 +29,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
-    """A command whose result is its exit status, and whose errors are one message each instead of a traceback."""
+    """A command whose result is its exit status, and whose errors are one message instead of a traceback."""
 
     @functools.wraps(command)
     def run(*arguments: P.args, **options: P.kwargs) -> None:
@@ -81,7 +81,7 @@ def _show_traceback() -> bool:
 
 @contextmanager
 def clean_interruptions() -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM raises; a second one during the clean-up only says so; a third one raises again."""
+    """The first Ctrl-C or SIGTERM raises; a second one during the clean-up only says so; later ones raise."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -9,12 +9,24 @@ import typer
 
 from raysweep import __version__
 from raysweep.cli.ending import DEBUG_VARIABLE, guarded
-from raysweep.cli.options import SPACE_HELP, Json, Name, Settings, Space, Storage
+from raysweep.cli.options import (
+    DEFAULT_SPACE,
+    Address,
+    InProcess,
+    Json,
+    MaybeSweep,
+    Name,
+    OnlySweep,
+    Settings,
+    Sort,
+    Space,
+    Storage,
+)
 
 app = typer.Typer(
     name="raysweep",
     help="Sweeps of pruning and recovery for language models, on Ray.",
-    epilog="`raysweep launch` alone runs the quickstart: a small model and its text, in minutes, without downloads.",
+    epilog="`raysweep launch` alone runs the quickstart: a small model that ships with it, in minutes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,10 +48,14 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", metavar="", help="Show the version.", callback=_show_version, is_eager=True
+        ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help=f"Show tracebacks of errors, as {DEBUG_VARIABLE}=1 does.")
+        bool,
+        typer.Option("--debug", metavar="", help=f"Show tracebacks of errors, as {DEBUG_VARIABLE}=1 does."),
     ] = False,
 ) -> None:
     if debug:
@@ -49,32 +65,17 @@ def _common(
 @app.command()
 @guarded
 def launch(
-    space: Annotated[
-        str, typer.Argument(metavar="[SPACE]", help=SPACE_HELP, show_default=True)
-    ] = "quickstart",
+    space: Space = DEFAULT_SPACE,
     settings: Settings = None,
     name: Name = None,
     storage: Storage = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="ADDRESS",
-            help="Ray cluster: HOST:PORT, auto, or local for a new one. Default: the one that this machine is on "
-            "(RAY_ADDRESS, or a running one), else a new one.",
-        ),
-    ] = None,
-    in_process: Annotated[
-        bool,
-        typer.Option(
-            "--in-process", help="Without Ray: one trial after another in this process. Equal numbers."
-        ),
-    ] = False,
+    address: Address = None,
+    in_process: InProcess = False,
     as_json: Json = False,
 ) -> int:
     """Run a sweep, or continue the sweep of that name: finished trials are kept, new ones are added.
 
-    Exit status: 0 all trials finished, 1 some failed, 2 wrong usage or file, 130 after Ctrl-C, 143 after SIGTERM.
+    Exit status: 0 all finished, 1 some failed, 2 wrong usage or file, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from raysweep.cli.launch import run_launch
 
@@ -84,13 +85,13 @@ def launch(
 @app.command()
 @guarded
 def plan(
-    space: Space,
+    space: Space = DEFAULT_SPACE,
     settings: Settings = None,
     name: Name = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Show what would run on this machine, without running it: trials, shards, memory. Refuses what cannot fit."""
+    """Show what would run on this machine: trials, shards, memory. Runs nothing; refuses what cannot fit."""
     from raysweep.cli.plan import run_plan
 
     run_plan(space, settings or [], name, storage, as_json)
@@ -98,16 +99,7 @@ def plan(
 
 @app.command()
 @guarded
-def status(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[NAME]", help="A sweep: its name in the storage, or its folder. Default: all."
-        ),
-    ] = None,
-    storage: Storage = None,
-    as_json: Json = False,
-) -> None:
+def status(name: MaybeSweep = None, storage: Storage = None, as_json: Json = False) -> None:
     """Show running and finished sweeps: state, trials, time left."""
     from raysweep.cli.status import run_status
 
@@ -117,24 +109,7 @@ def status(
 @app.command()
 @guarded
 def results(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[NAME]",
-            help="A sweep: its name in the storage, or its folder. May be left out when the storage has one sweep.",
-        ),
-    ] = None,
-    sort: Annotated[
-        str | None,
-        typer.Option(
-            "--sort",
-            metavar="COLUMN",
-            help="Order by a column of the results, lowest first; highest first with -COLUMN. "
-            "Default: mask by mask.",
-        ),
-    ] = None,
-    storage: Storage = None,
-    as_json: Json = False,
+    name: OnlySweep = None, sort: Sort = None, storage: Storage = None, as_json: Json = False
 ) -> None:
     """Print the table of a sweep's trials."""
     from raysweep.cli.results import run_results

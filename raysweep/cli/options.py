@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, with their help."""
+"""Arguments and options of the commands, with their help."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from typing import Annotated
 
 import typer
 
-SPACE_HELP = "A search space: the path of a YAML file, or the name of one that ships with raysweep."
+DEFAULT_SPACE = "quickstart"
 
-Space = Annotated[str, typer.Argument(metavar="SPACE", help=SPACE_HELP)]
+Space = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPACE",
+        help="A search space: the path of a YAML file, or the name of one that ships with raysweep.",
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -29,7 +35,49 @@ Storage = Annotated[
     typer.Option(
         "--storage",
         metavar="DIR",
-        help="Folder of all results. Default: RAYSWEEP_STORAGE, else execution.storage, else ./raysweep-results.",
+        help="Folder of all results. Default: RAYSWEEP_STORAGE, else execution.storage, "
+        "else ./raysweep-results.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="ADDRESS",
+        help="Ray cluster: HOST:PORT, auto, or local for a new one. Default: the one that this machine is on "
+        "(RAY_ADDRESS, or a running one), else a new one.",
+    ),
+]
+InProcess = Annotated[
+    bool,
+    typer.Option(
+        "--in-process",
+        metavar="",
+        help="Without Ray: one trial after another in this process. The numbers are the same.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON document on stdout instead of tables.")
+]
+MaybeSweep = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="NAME", help="A sweep: its name in the storage, or its folder. Left out, all are shown."
+    ),
+]
+OnlySweep = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="NAME",
+        help="A sweep: its name in the storage, or its folder. May be left out when there is only one.",
+    ),
+]
+Sort = Annotated[
+    str | None,
+    typer.Option(
+        "--sort",
+        metavar="COLUMN",
+        help="Order by a column of the results, lowest first; with -COLUMN highest first. "
+        "Default: mask by mask.",
+    ),
+]

@@ -1,8 +1,8 @@
-"""`raysweep plan`: what a launch on this machine would run, and what it would need. Runs and writes nothing."""
+"""`raysweep plan`: what a launch on this machine would run, and what it would need. Runs nothing."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,11 +17,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from raysweep.cluster.nodes import Node
+    from raysweep.shards.memory import ShardMemory
     from raysweep.shards.plan import ShardPlan
     from raysweep.sweep.launch import Launch
     from raysweep.sweep.prepare import PreparedModel
 
-MEMORY_PARTS = ("weights", "activations", "statistics", "trials", "recovery", "evaluation", "knowledge")
+MEMORY_PARTS = {
+    "weights": "weights",
+    "activations": "activations at block boundaries",
+    "statistics": "statistics",
+    "trials": "weights of trials in flight",
+    "recovery": "recovery of one unit",
+    "evaluation": "evaluation",
+    "knowledge": "masks and inputs that are kept",
+}
 
 
 def run_plan(
@@ -81,13 +90,6 @@ def trial_counts(prepared: Launch) -> dict[str, int]:
 
 
 def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan) -> dict[str, Any]:
-    shards = [
-        {
-            "blocks": [start, stop],
-            "memory": {**asdict(memory), "device": memory.device, "host": memory.host, "total": memory.total},
-        }
-        for (start, stop), memory in zip(plan.ranges, plan.memory, strict=True)
-    ]
     return {
         "path": model.config.path,
         "parameters": model.shape.parameters,
@@ -104,9 +106,17 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan) -> 
         "gpus_per_shard": plan.gpus,
         "threads_per_shard": plan.threads,
         "shares_cores": plan.shares_cores,
-        "shards": shards,
+        "shards": [
+            _shard_document(blocks, memory) for blocks, memory in zip(plan.ranges, plan.memory, strict=True)
+        ],
         "host_bytes": host_bytes(plan),
     }
+
+
+def _shard_document(blocks: tuple[int, int], memory: ShardMemory) -> dict[str, Any]:
+    """blocks: first, and behind the last"""
+    sums = {"device": memory.device, "host": memory.host, "total": memory.total}
+    return {"blocks": list(blocks), "memory": asdict(memory) | sums}
 
 
 def host_bytes(plan: ShardPlan) -> int:
@@ -147,24 +157,34 @@ def _print_model(
 ) -> None:
     from rich.text import Text
 
-    from raysweep.shards.plan import format_bytes
-
     shape = model.shape
     size = f"{large(shape.parameters)} parameters, {count(len(shape.blocks), 'block')}, {plan.dtype}"
     console.print(Text.assemble((model.config.path, "bold"), f": {size}"))
     console.print()
     console.print(_trials_table(prepared, model))
     console.print()
-    console.print(_shards_table(plan))
+    console.print(_memory_table(plan))
     console.print()
-    there = f" of {format_bytes(node.memory_bytes)}" if node.memory_bytes else ""
-    console.print(f"host memory  {format_bytes(host_bytes(plan))}{there}, at most")
+    _print_facts(console, plan, node)
+
+
+def _print_facts(console: Console, plan: ShardPlan, node: Node) -> None:
+    from rich.table import Table
+
+    from raysweep.shards.plan import format_bytes
+
+    def at_most(needed: int, there: int) -> str:
+        return f"{format_bytes(needed)}" + (f" of {format_bytes(there)}" if there else "")
+
+    blocks = (f"{shard}: {_ranges(range(start, stop))}" for shard, (start, stop) in enumerate(plan.ranges))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row("blocks by shard", "; ".join(blocks))
+    grid.add_row("host memory", at_most(host_bytes(plan), node.memory_bytes))
     if plan.device == "cuda":
-        most = max(memory.device for memory in plan.memory)
-        there = f" of {format_bytes(node.gpu_bytes)}" if node.gpu_bytes else ""
-        console.print(f"GPU memory   {format_bytes(most)}{there}, at most, each")
-    console.print(f"cores        {_core_words(plan, node)}")
-    console.print(f"in flight    {count(plan.concurrent_trials, 'trial')}")
+        grid.add_row("memory of one GPU", at_most(max(m.device for m in plan.memory), node.gpu_bytes))
+    grid.add_row("cores", _core_words(plan, node))
+    grid.add_row("in flight", count(plan.concurrent_trials, "trial"))
+    console.print(grid)
 
 
 def _core_words(plan: ShardPlan, node: Node) -> str:
@@ -196,23 +216,35 @@ def _trials_table(prepared: Launch, model: PreparedModel) -> Table:
     return table
 
 
-def _shards_table(plan: ShardPlan) -> Table:
-    """MiB by what they are for. Shards in rows, parts in columns; process is what an empty worker takes."""
+def _memory_table(plan: ShardPlan) -> Table:
+    """Parts in rows, shards in columns; shards that need the same share one, so that all fit."""
+    from rich.text import Text
+
     from raysweep.shards.memory import PROCESS_BYTES
 
+    alike: dict[ShardMemory, list[int]] = defaultdict(list)
+    for shard, memory in enumerate(plan.memory):
+        alike[memory].append(shard)
     table = _new_table()
-    table.add_column("shard\nMiB", vertical="bottom", justify="right")
-    table.add_column("blocks", vertical="bottom")
-    titles = {"activations": "activa-\ntions", "statistics": "statis-\ntics", "evaluation": "evalu-\nation"}
-    for part in MEMORY_PARTS:
-        table.add_column(titles.get(part, part), justify="right", vertical="bottom")
-    for title in ("process", "total"):
-        table.add_column(title, justify="right", vertical="bottom")
-    for shard, ((start, stop), memory) in enumerate(zip(plan.ranges, plan.memory, strict=True)):
-        parts = [_mib(getattr(memory, part)) for part in MEMORY_PARTS]
-        blocks = f"{start}-{stop - 1}" if stop - start > 1 else str(start)
-        table.add_row(str(shard), blocks, *parts, _mib(PROCESS_BYTES), _mib(memory.total))
+    table.add_column("peak memory in MiB")
+    for shards in alike.values():
+        table.add_column(f"{'shard' if len(shards) == 1 else 'each of'} {_ranges(shards)}", justify="right")
+    for part, title in MEMORY_PARTS.items():
+        table.add_row(title, *(_mib(getattr(memory, part)) for memory in alike))
+    table.add_row("process with its libraries", *[_mib(PROCESS_BYTES)] * len(alike), end_section=True)
+    table.add_row(Text("total", style="bold"), *(Text(_mib(memory.total), style="bold") for memory in alike))
     return table
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 2-5"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _mib(size: int) -> str:

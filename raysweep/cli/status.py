@@ -32,7 +32,7 @@ def run_status(name: str | None, storage: str | None, as_json: bool) -> None:
 
 
 def sweep_status(folder: Path) -> dict[str, Any]:
-    """What its launching process last said, with the rows counted as they lie there. Null where nothing was said."""
+    """What its launching process last said (null where nothing), with the rows counted as they lie there."""
     from raysweep.results.reader import trial_states
 
     rows = Counter(trial_states(folder).values())

@@ -64,7 +64,7 @@ def print_summary(
     if len(table):
         columns = table_columns(table)
         shown, dropped = fitting(columns, console.width)
-        console.print(_rich_table(table, shown, _best_rows(rows, table, best), grouped=sort is None))
+        console.print(_rich_table(table, shown, best, grouped=sort is None))
         _print_caption(console, fixed_columns(rows), rows, dropped)
     failed = failures(rows)
     if failed:
@@ -78,10 +78,10 @@ def table_columns(table: pd.DataFrame) -> list[ColumnText]:
         frame["recovery"] = frame["granularity"].fillna(frame["recovery"])
         frame = frame.drop(columns="granularity")
     elif "recovery" not in frame:
-        return [_column(frame, name) for name in frame]
+        return [_column(frame, name) for name in map(str, frame)]
     if "criterion" in frame:
         frame.loc[frame["recovery"] == "dense", ["criterion", "recovery"]] = ["dense", ""]
-    return [_column(frame, name) for name in frame]
+    return [_column(frame, name) for name in map(str, frame)]
 
 
 def fitting(columns: list[ColumnText], width: int) -> tuple[list[ColumnText], list[ColumnText]]:
@@ -98,8 +98,10 @@ def fitting(columns: list[ColumnText], width: int) -> tuple[list[ColumnText], li
 
 
 def _column(frame: pd.DataFrame, name: str) -> ColumnText:
+    from raysweep.analysis.table import records
+
     title = TITLES.get(name, name.replace("_", "\n", 1))
-    values = [None if _is_null(value) else _plain(value) for value in frame[name]]
+    values = [row[name] for row in records(frame[[name]])]
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     shown = _format(name, numbers)
     return ColumnText(name, title, ["" if value is None else shown(value) for value in values], bool(numbers))
@@ -118,28 +120,9 @@ def _format(name: str, numbers: list[Any]) -> Callable[[Any], str]:
     return _number_or_word
 
 
-def _is_null(value: Any) -> bool:
-    import pandas as pd
-
-    return value is None or bool(pd.isna(value))
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
-
-
-def _best_rows(rows: pd.DataFrame, table: pd.DataFrame, best: Collection[str]) -> set[int]:
-    """Rows of the table whose trial is among the best, found by the numbers that identify a row."""
-    keys = ["perplexity", "validation_perplexity", "device_seconds"]
-    chosen = {tuple(map(str, row)) for row in rows[rows["trial_id"].isin(best)][keys].itertuples(index=False)}
-    return {
-        place
-        for place, row in enumerate(table[keys].itertuples(index=False))
-        if tuple(map(str, row)) in chosen
-    }
-
-
-def _rich_table(table: pd.DataFrame, columns: list[ColumnText], best: set[int], grouped: bool) -> Table:
+def _rich_table(
+    table: pd.DataFrame, columns: list[ColumnText], best: Collection[str], grouped: bool
+) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -162,7 +145,9 @@ def _rich_table(table: pd.DataFrame, columns: list[ColumnText], best: set[int], 
         marked = [
             Text(
                 cell,
-                style="bold green" if place in best and column.name == "validation_perplexity" else style,
+                style="bold green"
+                if table.index[place] in best and column.name == "validation_perplexity"
+                else style,
             )
             for column, cell in zip(columns, cells, strict=True)
         ]
@@ -183,7 +168,7 @@ def _print_caption(
 ) -> None:
     from rich.text import Text
 
-    names = [name.removeprefix("perplexity_") for name in rows if name.startswith("perplexity_")]
+    names = [name.removeprefix("perplexity_") for name in map(str, rows) if name.startswith("perplexity_")]
     words = [*constant_words(constants), *([f"perplexity on {names[0]}"] if names else [])]
     console.print()
     console.print(Text("All: " + ", ".join(words), style="dim"))
@@ -195,7 +180,7 @@ def _print_caption(
 
 
 def constant_words(constants: Mapping[str, Any]) -> list[str]:
-    """What all trials have in common, as far as it is not the usual: `sparsity 0.6`, `learning rate 0.001`."""
+    """What all trials have in common, as far as it is not the usual: `sparsity 0.6`, `epochs 3`."""
     from raysweep.config.fields import default_of, has_settled_default
     from raysweep.config.trial import Trial
 

@@ -1,4 +1,4 @@
-"""What a display knows of a sweep that runs: counts, the best trial of every cell, and how long it may take."""
+"""What a display knows of a sweep: counts, the best trial of every cell, and how long the rest may take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Kind = tuple[str, str | None]  # recovery and granularity: what decides how long
 
 @dataclass
 class Tally:
-    """Counts and rows. done: trials with a row, of earlier launches too;  lost: that have a row for their failure"""
+    """finished: earlier launches counted;  failures: label and reason;  best: by the values of a cell"""
 
     search: SearchConfig
     cell_columns: tuple[str, ...]
