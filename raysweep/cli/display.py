@@ -66,7 +66,7 @@ class PlainDisplay:
     def row(self, row: dict[str, Any]) -> None:
         self.tally.row(row)
         width = len(str(self.tally.planned))
-        left = self.tally.seconds_left()
+        left = self.tally.time_left.seconds()
         more = f"  {duration(left)} left" if left else ""
         self._line(f"[{self.tally.done:>{width}}/{self.tally.planned}] {row_words(row)}{more}")
 
@@ -114,6 +114,7 @@ class LiveDisplay:
         self._finish_stage()
         self.tally.begin(planned, finished)
         self._dashboard = dashboard
+        self._live.start()
 
     def row(self, row: dict[str, Any]) -> None:
         from rich.text import Text
@@ -161,6 +162,8 @@ class LiveDisplay:
             total=self.tally.planned,
             completed=self.tally.done,
             width=min(BAR_WIDTH, self._console.width // 3),
+            complete_style="cyan",
+            finished_style="green",
         )
         grid.add_row(bar, self._counts())
         return grid
@@ -168,14 +171,14 @@ class LiveDisplay:
     def _counts(self) -> Text:
         from rich.text import Text
 
-        tally, left = self.tally, self.tally.seconds_left()
+        tally, left = self.tally, self.tally.time_left.seconds()
         words: list[str | tuple[str, str]] = [
             (f"{tally.done}", "bold"),
             f" of {count(tally.planned, 'trial')}",
         ]
         if tally.failures:
             words += ["  ", (f"{len(tally.failures)} failed", "bold red")]
-        words += [(f"  {clock(tally.elapsed)}", "dim")]
+        words += [(f"  {clock(tally.time_left.elapsed)}", "dim")]
         if left:
             words += [(f"  about {clock(left)} left", "cyan")]
         return Text.assemble(*words)

@@ -10,11 +10,10 @@ from raysweep.cli.console import say
 from raysweep.cli.display import shown
 from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status
 from raysweep.cli.numbers import count
-from raysweep.cli.results import show_rows
+from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
-from raysweep.errors import RaysweepError
 from raysweep.results.folders import TRIALS, new_sweep_folder, row_files, storage_folder
 
 
@@ -29,7 +28,7 @@ def run_launch(
 ) -> int:
     loaded = load_space(space, settings, name)
     folder = new_sweep_folder(loaded.name, storage_folder(storage, loaded.execution.storage))
-    tally = Tally.of(loaded, _earlier_rows(folder))
+    tally = Tally.of(loaded, [row for row in labeled_rows(folder) if row["status"] != "failed"])
     with clean_interruptions():
         try:
             rows = _run(loaded, tally, storage=storage, address=address, in_process=in_process)
@@ -46,22 +45,6 @@ def _run(space: SearchSpace, tally: Tally, **options: Any) -> Any:
         from raysweep.sweep.launch import launch
 
         return launch(space, progress=display, **options)
-
-
-def _earlier_rows(folder: Path) -> list[dict[str, Any]]:
-    """Rows of trials that finished in earlier launches, with labels."""
-    from raysweep.analysis.table import trial_label
-    from raysweep.cli.console import json_rows
-    from raysweep.results.reader import load_results
-
-    if not any(row_files(folder, TRIALS)):
-        return []
-    try:
-        rows = load_results(folder)
-    except RaysweepError:
-        return []
-    finished = rows[rows["status"] == "finished"]
-    return [row | {"label": trial_label(row)} for row in json_rows(finished)]
 
 
 def _say_kept(folder: Path) -> None:

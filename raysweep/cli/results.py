@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.console import json_rows, output, print_json
 from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, UsageError
-from raysweep.results.folders import SPACE_FILE, list_sweeps, storage_folder, sweep_folder
+from raysweep.results.folders import SPACE_FILE, TRIALS, list_sweeps, row_files, storage_folder, sweep_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +47,20 @@ def show_rows(folder: Path, rows: pd.DataFrame, sort: str | None = None, as_json
     search = search_of(folder)
     best = best_rows(rows, search.metric, search.mode, search.compare_within)
     print_summary(output(), rows, sort, best)
+
+
+def labeled_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a sweep that may have none yet, with labels."""
+    from raysweep.analysis.table import records, trial_label
+    from raysweep.results.reader import load_results
+
+    if not any(row_files(folder, TRIALS)):
+        return []
+    try:
+        rows = load_results(folder)
+    except RaysweepError:  # files that are none of ours
+        return []
+    return [row | {"label": trial_label(row)} for row in records(rows)]
 
 
 def search_of(folder: Path) -> SearchConfig:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.console import output, print_json, say
 from raysweep.cli.numbers import duration
-from raysweep.results.folders import list_sweeps, storage_folder, sweep_folder
+from raysweep.cli.results import labeled_rows
+from raysweep.config.space import SearchSpace
+from raysweep.errors import RaysweepError
+from raysweep.results.folders import SPACE_FILE, list_sweeps, storage_folder, sweep_folder
 from raysweep.results.state import SweepState
 
 if TYPE_CHECKING:
@@ -38,8 +41,30 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     rows = Counter(trial_states(folder).values())
     state = SweepState.read(folder)
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
-    counted = {"finished": rows["finished"] + rows["stopped"], "failed": rows["failed"]}
+    counted: dict[str, Any] = {"finished": rows["finished"] + rows["stopped"], "failed": rows["failed"]}
+    if state and state.state == "running" and state.seconds_left is None:
+        counted["seconds_left"] = _seconds_left(folder, state)
     return {**said, "name": folder.resolve().name, "folder": str(folder), **counted}
+
+
+def _seconds_left(folder: Path, state: SweepState) -> float | None:
+    """From the rows of the running launch and those before it, as its own display does."""
+    from raysweep.cli.tally import TimeLeft
+
+    try:
+        planned = SearchSpace.from_yaml(folder / SPACE_FILE).expand()
+    except RaysweepError:
+        return None
+    launched = datetime.fromisoformat(state.started_at)
+    rows = labeled_rows(folder)
+    fresh = [row for row in rows if row["started_at"] >= launched]
+    earlier = [row for row in rows if row["started_at"] < launched and row["status"] != "failed"]
+    begun = min((row["started_at"] for row in fresh), default=launched)
+    left = TimeLeft(planned, earlier)
+    left.begin(state.planned, len(earlier), (datetime.now(UTC) - begun).total_seconds())
+    for row in fresh:
+        left.row(row)
+    return left.seconds()
 
 
 def _print_table(console: Console, documents: list[dict[str, Any]]) -> None:
