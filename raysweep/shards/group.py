@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -12,6 +12,9 @@ from raysweep.errors import RaysweepError, ShardLostError
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.priority import PriorityExecutor
 from raysweep.shards.shared import Claim, SharedResults, share
+
+if TYPE_CHECKING:
+    from raysweep.shards.worker import ShardWorker
 
 NAMESPACE = "raysweep"
 CALLS_AT_ONCE = 256  # that wait at one shard; each holds a thread, none of them works
@@ -25,15 +28,18 @@ class ShardActor:
     """
 
     def __init__(self, spec: ShardSpec) -> None:
-        from raysweep.shards.worker import ShardWorker
-
         self._queue = PriorityExecutor()
-        self._worker = self._queue.submit(0, lambda: ShardWorker(spec)).result()
+        self._worker = self._queue.submit(0, lambda: _load_worker(spec))
         self._shared = SharedResults()
         self._done = 0
 
+    def ready(self) -> None:
+        """Returns once the blocks are loaded; raises what went wrong, which a constructor could not hand on."""
+        self._worker.result()
+
     def run(self, order: int, method: str, *arguments: Any) -> Any:
-        result = self._queue.submit(order, lambda: getattr(self._worker, method)(*arguments)).result()
+        worker = self._worker.result()
+        result = self._queue.submit(order, lambda: getattr(worker, method)(*arguments)).result()
         self._done += 1
         return result
 
@@ -51,6 +57,12 @@ class ShardActor:
 
     def forget_shared(self) -> None:
         self._shared.clear()
+
+
+def _load_worker(spec: ShardSpec) -> ShardWorker:
+    from raysweep.shards.worker import ShardWorker
+
+    return ShardWorker(spec)
 
 
 @dataclass(frozen=True)
@@ -137,13 +149,10 @@ class RayGroup:
         self.close()
 
     def _wait_until_ready(self, timeout_s: float) -> None:
-        refs = [actor.state.remote() for actor in self.actors]
+        refs = [actor.ready.remote() for actor in self.actors]
         ready, missing = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
         for ref in ready:
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayActorError as error:
-                raise _cause(error) from error
+            self.result(ref)
         if missing:
             free = ray.available_resources()
             raise RaysweepError(
@@ -176,11 +185,9 @@ def _actor_name(name: str) -> str:
     return f"raysweep/{name}"
 
 
-def _cause(error: Exception) -> Exception:
+def _cause(error: ray.exceptions.RayTaskError) -> Exception:
     """The error of ours that a worker raised, or one that says what it raised."""
-    cause = getattr(error, "cause", None)
-    while cause is not None and not isinstance(cause, RaysweepError):
-        cause = getattr(cause, "cause", None)
+    cause = error.cause
     if isinstance(cause, RaysweepError):
         return cause
-    return ShardLostError(f"a shard failed: {str(error).strip().splitlines()[-1]}")
+    return ShardLostError(f"a shard failed: {type(cause).__name__}: {cause}")

@@ -81,7 +81,7 @@ def launch(
     loaded = _loaded(space, name)
     folder = checked_folder(loaded, storage)
     if in_process:
-        _run(prepare_launch(loaded, folder, "cpu"), InProcess(), progress)
+        _run(prepare_launch(loaded, folder, device_here()), InProcess(), progress)
     else:
         _launch_on_ray(loaded, folder, address, progress)
     return load_results(folder)

@@ -95,11 +95,19 @@ class _Listener(tune.Callback):
     def __init__(self, on_row: Callable[[dict[str, Any]], None]) -> None:
         self._on_row = on_row
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune stores its callbacks; a display cannot be stored, and a restored one would have nobody to tell."""
+        return _Listener, (_nobody,)
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._on_row(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._on_row({"status": "failed", "label": str(trial)})
+
+
+def _nobody(row: dict[str, Any]) -> None:
+    """Hears nothing."""
 
 
 def _quiet_tune() -> None:

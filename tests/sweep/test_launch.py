@@ -1,0 +1,202 @@
+"""Sweeps without Ray: what rows say, what is shared, what is never run again, and what fails."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raysweep.errors import NumericalError, UsageError
+from raysweep.reconstruction import range as block_range
+from raysweep.results.reader import load_results, load_units
+from raysweep.results.state import SweepState
+from raysweep.shards.local import LocalGroup
+from raysweep.shards.worker import ShardWorker
+from raysweep.sweep.launch import launch
+from raysweep.sweep.prepare import prepare
+from tests.frames import assert_same_numbers
+
+
+def launched(space, storage):
+    return launch(space, storage=storage, in_process=True)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the workers' methods in the order in which they were called."""
+    seen: list[str] = []
+    submit = LocalGroup.submit
+
+    def noting(self, shard, order, method, *arguments, label=""):
+        seen.append(method)
+        return submit(self, shard, order, method, *arguments, label=label)
+
+    monkeypatch.setattr(LocalGroup, "submit", noting)
+    return seen
+
+
+def test_rows_tell_the_whole_story(make_space, tmp_path):
+    space = make_space()
+    rows = launched(space, tmp_path)
+    assert list(rows.status.unique()) == ["finished"]
+    assert rows.recovery.value_counts().to_dict() == {"reconstruct": 6, "none": 2, "dense": 1}
+    dense = rows[rows.recovery == "dense"].iloc[0]
+    assert (rows.dense_perplexity == dense.perplexity).all()
+    assert (rows.perplexity == rows.perplexity_test).all()
+    pruned = rows[rows.recovery == "none"].set_index("criterion")
+    recovered = rows[rows.recovery == "reconstruct"]
+    for _, row in recovered.iterrows():
+        assert row.pruned_perplexity == pruned.loc[row.criterion].perplexity
+        assert row.unit_error_after < row.unit_error_before
+        assert row.output_error_calibration < pruned.loc[row.criterion].output_error_calibration
+        assert row.peak_recovery_bytes > 0
+        assert row.training_flops > 0
+        assert row.tokens_trained == row.tokens_unique == 6 * 32
+        assert row.optimizer_steps == 3
+    assert rows[rows.recovery != "dense"].realized_sparsity.between(0.49, 0.5).all()
+    assert (rows.device_seconds_standalone >= rows.device_seconds - 1e-9).all()
+    assert json.loads(dense.evaluation_protocol)["perplexity"][0]["name"] == "test"
+
+
+def test_units_have_a_row_per_unit_per_linear_and_per_block(make_space, tmp_path):
+    rows = launched(make_space(), tmp_path).set_index("trial_id")
+    units = load_units("tiny", tmp_path).join(rows[["recovery", "granularity"]], on="trial_id")
+    counts = units.groupby(["recovery", "granularity", "kind"], dropna=False).size()
+    assert counts["none"].droplevel(0).to_dict() == {"block": 2 * 4, "linear": 2 * 4 * 7}
+    for granularity, per_block in {"matrix": 7, "subblock": 2, "block": 1}.items():
+        assert counts["reconstruct", granularity, "unit"] == 2 * 4 * per_block
+    last = units[(units.kind == "block") & (units.block == 3)].set_index("trial_id")
+    pd.testing.assert_series_equal(
+        last.error_after, rows.output_error_calibration.loc[last.index], check_names=False, check_exact=True
+    )
+
+
+def test_perplexity_is_that_of_the_whole_model(make_space, tmp_path, tiny_llama):
+    space = make_space()
+    rows = launched(space, tmp_path)
+    tokens = torch.from_numpy(np.array(prepare(space, "cpu")[0].evaluation["test"].input_ids))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+    assert rows[rows.recovery == "dense"].perplexity.item() == pytest.approx(loss.exp().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_the_number_of_shards_changes_no_number(make_space, tmp_path, shards):
+    launched(make_space(execution={"shards": 1}), tmp_path / "one")
+    launched(make_space(execution={"shards": shards}), tmp_path / "more")
+    assert_same_numbers(tmp_path / "one" / "tiny", tmp_path / "more" / "tiny")
+
+
+def test_dense_pass_statistics_and_masks_are_made_once_for_all_trials(make_space, tmp_path, calls, monkeypatch):
+    made: list[str] = []
+    mask_of = block_range.mask_of
+    monkeypatch.setattr(
+        block_range, "mask_of", lambda criterion, view, rule: made.append(view.name) or mask_of(criterion, view, rule)
+    )
+    launched(make_space(execution={"shards": 2}), tmp_path)
+    batches = 2  # one of calibration and one of validation
+    assert calls.count("dense_pass") == 2 * batches
+    assert len(made) == 2 * 4 * 7  # criteria, blocks, linears
+    assert len(set(made)) == 4 * 7
+
+
+def test_a_finished_trial_is_never_run_again_and_a_grid_can_grow(make_space, space_dict, tmp_path, calls):
+    first = launched(make_space(), tmp_path)
+    calls.clear()
+    again = launched(make_space(), tmp_path)
+    assert calls == []
+    pd.testing.assert_frame_equal(first, again)
+    space_dict["sweep"][1]["learning_rate"] = [0.01, 0.02]
+    grown = launched(make_space(), tmp_path)
+    assert len(grown) == len(first) + 6
+    assert calls.count("recover") == 2 * 4 * (7 + 2 + 1)
+    assert set(first.trial_id) < set(grown.trial_id)
+    old = grown[grown.trial_id.isin(first.trial_id)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, first)
+    new = grown[~grown.trial_id.isin(first.trial_id)]
+    assert new.pruned_perplexity.notna().all()
+
+
+def test_a_grown_sweep_equals_one_launched_whole(make_space, tmp_path):
+    launched(make_space(sweep=make_space().to_dict()["sweep"][:1]), tmp_path / "grown")
+    launched(make_space(), tmp_path / "grown")
+    launched(make_space(), tmp_path / "whole")
+    assert_same_numbers(tmp_path / "grown" / "tiny", tmp_path / "whole" / "tiny")
+
+
+def test_calibration_sets_follow_one_another_on_shards_that_stay(make_space, tmp_path, monkeypatch):
+    loaded: list[int] = []
+    init = ShardWorker.__init__
+    monkeypatch.setattr(ShardWorker, "__init__", lambda self, spec: loaded.append(spec.start) or init(self, spec))
+    rows = launched(make_space(calibration={"seed": [0, 1, 2]}, execution={"shards": 2}), tmp_path)
+    assert loaded == [0, 2]
+    assert rows[rows.recovery == "dense"].calibration_seed.isna().all()
+    assert rows.groupby("calibration_seed").size().to_dict() == {0: 8, 1: 8, 2: 8}
+    assert rows[rows.criterion == "wanda"].groupby(["recovery", "granularity"], dropna=False).perplexity.nunique().min() == 3
+    assert (rows.seed.dropna() == rows.calibration_seed[rows.seed.notna()]).all()
+    alone = launched(make_space(calibration={"seed": 2}), tmp_path / "alone").set_index("trial_id")
+    same = rows.set_index("trial_id").loc[alone.index]
+    assert (same.perplexity == alone.perplexity).all()
+
+
+def test_a_numerical_failure_is_a_row_that_says_why_and_the_sweep_goes_on(make_space, space_dict, tmp_path):
+    space_dict["sweep"][1] |= {"criterion": "wanda", "granularity": ["block", "matrix"], "learning_rate": [1e30, 0.01]}
+    rows = launched(make_space(), tmp_path)
+    failed = rows[rows.status == "failed"]
+    assert set(failed.learning_rate) == {1e30}
+    assert failed.error.str.contains("not finite").all()
+    assert failed.perplexity.isna().all()
+    assert (rows[rows.learning_rate == 0.01].status == "finished").all()
+    assert SweepState.read(tmp_path / "tiny").state == "failed"
+
+
+def test_a_failed_trial_runs_again_and_its_row_is_replaced(make_space, tmp_path, monkeypatch):
+    def broken(self, name, trial, unit):
+        raise NumericalError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWorker, "recover", broken)
+        rows = launched(make_space(), tmp_path)
+        assert (rows.status == "failed").sum() == 6
+    rows = launched(make_space(), tmp_path)
+    assert (rows.status == "finished").all()
+    assert len(rows) == 9
+
+
+def test_trials_leave_nothing_in_the_workers(make_space, tmp_path, monkeypatch):
+    workers: list[ShardWorker] = []
+    init = ShardWorker.__init__
+    monkeypatch.setattr(ShardWorker, "__init__", lambda self, spec: workers.append(self) or init(self, spec))
+    launched(make_space(execution={"shards": 2}), tmp_path)
+    assert [worker.blocks.weights for worker in workers] == [{}, {}]
+    assert [worker.blocks._errors for worker in workers] == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep": [{"recovery": "none", "criterion": "wanda", "pattern": "5:10"}]}, "10 divides"),
+        ({"calibration": {"num_samples": 100_000}}, "num_samples"),
+        ({"calibration": {"sequence_length": 65}}, "64"),
+        ({"model": {"path": "./nowhere"}}, "nowhere"),
+        ({"execution": {"shards": 5}}, "4 blocks"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(make_space, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        launched(make_space(**changes), tmp_path / "storage")
+    assert not (tmp_path / "storage").exists()
+
+
+def test_storage_below_a_file_is_refused(make_space, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        launched(make_space(), tmp_path / "file" / "storage")
+
+
+def test_results_can_be_loaded_by_name(make_space, tmp_path):
+    rows = launched(make_space(), tmp_path)
+    pd.testing.assert_frame_equal(load_results("tiny", tmp_path), rows)

@@ -1,0 +1,139 @@
+"""Sweeps through real Ray actors and Ray Tune on a cluster that was running before and runs on afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from raysweep.errors import NumericalError, RaysweepError, ShardLostError, UsageError
+from raysweep.results.reader import load_results
+from raysweep.shards.group import RayGroup, Resources
+from raysweep.shards.group_info import ShardSpec
+from raysweep.sweep.launch import launch
+from tests.frames import assert_same_numbers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a running cluster with two CPUs."""
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield running.address
+    running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("twin")
+
+
+@pytest.mark.parametrize(("shards", "concurrent"), [(2, 4), (3, 1)])
+def test_ray_and_the_twin_in_process_give_the_same_numbers(
+    make_space, tmp_path, twin, tiny_llama, cluster, shards, concurrent
+):
+    if not (twin / "tiny").exists():
+        launch(make_space(execution={"shards": 1}), storage=twin, in_process=True)
+    execution = {"shards": shards, "concurrent_trials": concurrent}
+    rows = launch(make_space(execution=execution), storage=tmp_path, address=cluster)
+    assert (rows.status == "finished").all()
+    assert (rows.shards == shards).all()
+    assert_same_numbers(twin / "tiny", tmp_path / "tiny")
+    assert not ray.is_initialized()
+
+
+def test_the_cluster_is_left_running_and_empty(make_space, tmp_path, cluster):
+    launch(make_space(), storage=tmp_path, address=cluster)
+    ray.init(address=cluster, namespace="raysweep", log_to_driver=False)
+    try:
+        assert ray.util.list_named_actors(all_namespaces=True) == []
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert ray.available_resources()["CPU"] == 2
+    finally:
+        ray.shutdown()
+
+
+def test_errors_of_shards_arrive_as_what_they_are(tiny_llama, cluster):
+    spec = ShardSpec(str(tiny_llama), None, False, "float32", 0, 4)
+    ray.init(address=cluster, namespace="raysweep", log_to_driver=False)
+    try:
+        with RayGroup.start("errors", [spec], Resources(0.5), timeout_s=120) as group:
+            with pytest.raises(ShardLostError, match="KeyError"):
+                group.result(group.submit(0, 0, "forward", "unknown trial", "text", 0, 1, None, "cost"))
+            assert group.result(group.submit(0, 0, "text_batches", 3, 2048)) == [(0, 1), (1, 2), (2, 3)]
+            group.submit(0, 0, "release", "nobody")
+            ray.kill(group.actors[0])
+            with pytest.raises(ShardLostError):
+                group.result(group.submit(0, 0, "text_batches", 3, 2048))
+        with pytest.raises(UsageError, match="nowhere"):
+            RayGroup.start("wrong", [ShardSpec("./nowhere", None, False, "float32", 0, 4)], Resources(0.5), 120)
+        with pytest.raises(RaysweepError, match="not ready after 3 s"):
+            RayGroup.start("large", [spec], Resources(50.0), timeout_s=3)
+        assert ray.util.list_named_actors(all_namespaces=True) == []
+    finally:
+        ray.shutdown()
+
+
+def test_numerical_failures_keep_their_kind_over_ray(make_space, space_dict, tmp_path, cluster):
+    space_dict["sweep"] = [
+        {
+            "recovery": "reconstruct",
+            "criterion": "wanda",
+            "sparsity": 0.5,
+            "granularity": "block",
+            "learning_rate": [1e30, 0.01],
+        }
+    ]
+    rows = launch(make_space(), storage=tmp_path, address=cluster).set_index("learning_rate")
+    assert rows.status.loc[1e30] == "failed"
+    assert "not finite" in rows.error.loc[1e30]
+    assert rows.status.loc[0.01] == "finished"
+    assert NumericalError("x").exit_status == 1
+
+
+def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, space_dict, tmp_path):
+    space_dict["sweep"][1]["epochs"] = 40
+    space = make_space()
+    file = tmp_path / "space.yaml"
+    file.write_text(space.resolved_yaml())
+    command = [sys.executable, "-m", "raysweep", "launch", str(file), "--storage", str(tmp_path), "--address", "local"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "tiny" / "trials").glob("*.parquet")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    kept = load_results("tiny", tmp_path)
+    assert 0 < len(kept) < 9
+    assert (kept.status == "finished").all()
+    assert _processes_of_session(process.pid) == []
+    assert not [path for path in (tmp_path / "tiny").rglob(".*.tmp")]
+
+
+def _processes_of_session(session: int) -> list[str]:
+    """Command lines of living processes that descend from the launch, zombies left out."""
+    listing = subprocess.run(["ps", "-eo", "sid,stat,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
+    return [row[2] for row in rows if int(row[0]) == session and not row[1].startswith("Z")]
