@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,13 +65,28 @@ def _connect(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tells at length that it is on
     try:
-        return ray.init(
-            address=address or LOCAL, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
-        )
+        with _sigterm_answered_as_before():
+            return ray.init(
+                address=address or LOCAL,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise
         raise _no_cluster(address, str(error).strip().splitlines()[0]) from error
+
+
+@contextmanager
+def _sigterm_answered_as_before() -> Iterator[None]:
+    """ray.init replaces the process's handler of SIGTERM; who launches has one that ends a sweep cleanly."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def nodes() -> tuple[Node, ...]:
