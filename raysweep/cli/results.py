@@ -42,7 +42,9 @@ def show_rows(folder: Path, rows: pd.DataFrame, sort: str | None = None, as_json
 
     if as_json:
         ordered = sorted_rows(rows, sort)
-        print_json({"sweep": folder.resolve().name, "folder": str(folder), "rows": json_rows(ordered)})
+        print_json(
+            {"sweep": folder.resolve().name, "folder": str(folder.absolute()), "rows": json_rows(ordered)}
+        )
         return
     search = search_of(folder)
     best = best_rows(rows, search.metric, search.mode, search.compare_within)

@@ -44,7 +44,7 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     counted: dict[str, Any] = {"finished": rows["finished"] + rows["stopped"], "failed": rows["failed"]}
     if state and state.state == "running" and state.seconds_left is None:
         counted["seconds_left"] = _seconds_left(folder, state)
-    return {**said, "name": folder.resolve().name, "folder": str(folder), **counted}
+    return {**said, "name": folder.resolve().name, "folder": str(folder.absolute()), **counted}
 
 
 def _seconds_left(folder: Path, state: SweepState) -> float | None:

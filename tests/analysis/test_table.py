@@ -1,0 +1,221 @@
+"""The table shows what varies and only that, in an order that compares, and hides no trial."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pandas as pd
+import pytest
+
+from raysweep.analysis.table import (
+    LABELS,
+    best_rows,
+    failures,
+    fixed_columns,
+    mask_groups,
+    records,
+    summary_table,
+    trial_label,
+)
+from raysweep.config.trial import Trial
+from raysweep.errors import UsageError
+from tests.analysis.rows import failed, frame, quickstart_rows, row
+
+
+def labels(table: pd.DataFrame) -> list[str]:
+    return [name for name in table if name in LABELS]
+
+
+def test_dense_comes_first_then_mask_by_mask_the_pruned_row_and_its_recoveries(tmp_path):
+    rows = frame(tmp_path, quickstart_rows())
+    table = summary_table(rows.sample(frac=1, random_state=1))
+    assert records(table[["criterion", "recovery", "granularity"]]) == [
+        {"criterion": criterion, "recovery": recovery, "granularity": granularity}
+        for criterion, recovery, granularity in [
+            (None, "dense", None),
+            ("magnitude/row", "none", None),
+            ("magnitude/row", "reconstruct", "matrix"),
+            ("magnitude/row", "reconstruct", "subblock"),
+            ("magnitude/row", "reconstruct", "block"),
+            ("wanda/row", "none", None),
+            ("wanda/row", "reconstruct", "matrix"),
+            ("wanda/row", "reconstruct", "subblock"),
+            ("wanda/row", "reconstruct", "block"),
+        ]
+    ]
+    assert mask_groups(table) == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_every_number_stays_with_its_trial(tmp_path):
+    rows = frame(tmp_path, quickstart_rows())
+    for sort in (None, "perplexity", "-granularity"):
+        table = summary_table(rows, sort)
+        assert table["perplexity"].to_dict() == rows.set_index("trial_id")["perplexity"].to_dict()
+
+
+def test_what_varies_is_a_column_and_the_rest_is_fixed(tmp_path):
+    rows = frame(tmp_path, quickstart_rows())
+    assert labels(summary_table(rows)) == ["criterion", "recovery", "granularity"]
+    constants = fixed_columns(rows)
+    assert constants["model"] == "builtin:pystdlib"
+    assert (constants["sparsity"], constants["learning_rate"], constants["calibration_num_samples"]) == (
+        0.6,
+        1e-3,
+        64,
+    )
+    assert not {"criterion", "recovery", "granularity"} & set(constants)
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        ([{"sparsity": 0.5}, {"sparsity": 0.7}], ["sparsity"]),
+        ([{"learning_rate": 1e-3}, {"learning_rate": 1e-2}], ["learning_rate"]),
+        ([{"epochs": 1}, {"epochs": 2}], ["epochs"]),
+        ([{"max_grad_norm": None}, {"max_grad_norm": 1.0}], ["max_grad_norm"]),
+        ([{"trainable": "all"}, {"trainable": "weights"}], ["trainable"]),
+        ([{"model": "a"}, {"model": "b"}], ["model"]),
+        ([{"model_hash": "a"}, {"model_hash": "b"}], ["model_hash"]),
+        ([{"model": "a", "model_hash": "a"}, {"model": "b", "model_hash": "b"}], ["model"]),
+        ([{"dtype": "float32"}, {"dtype": "bfloat16"}], ["dtype"]),
+        ([{"criterion": "wanda"}, {"criterion": "wanda", "comparison_group": "matrix"}], ["criterion"]),
+        (
+            [{"pattern": "unstructured"}, {"pattern": "2:4", "sparsity": 0.5}],
+            ["sparsity", "pattern", "criterion"],
+        ),
+        ([{"pattern": "2:4", "sparsity": 0.5}, {"pattern": "1:4", "sparsity": 0.75}], ["pattern"]),
+        ([{"calibration_seed": 0, "seed": 0}, {"calibration_seed": 1, "seed": 1}], ["calibration_seed"]),
+        ([{"seed": 0}, {"seed": 1}], ["seed"]),
+        ([{"calibration_num_samples": 8}, {"calibration_num_samples": 16}], ["calibration_num_samples"]),
+        ([{"sparsity": 0.5}, {"sparsity": 0.5}], []),
+    ],
+    ids=str,
+)
+def test_a_field_that_varies_is_shown(tmp_path, columns, shown):
+    rows = frame(tmp_path, [row(number, **one) for number, one in enumerate(columns)])
+    assert [name for name in labels(summary_table(rows)) if name != "recovery"] == shown
+
+
+def test_a_field_that_does_not_apply_to_some_trials_does_not_vary(tmp_path):
+    rows = frame(
+        tmp_path, [row(0, "dense"), row(1, "none", criterion="magnitude"), row(2, criterion="magnitude")]
+    )
+    assert labels(summary_table(rows)) == ["recovery"]
+
+
+def test_seeds_and_learning_rates_come_after_the_granularity(tmp_path):
+    grid = [(g, lr, seed) for g in ("subblock", "block") for lr in (1e-4, 1e-3) for seed in (0, 1)]
+    made = [
+        row(number, granularity=g, learning_rate=lr, calibration_seed=seed, seed=seed)
+        for number, (g, lr, seed) in enumerate(grid)
+    ]
+    random.Random(0).shuffle(made)
+    table = summary_table(frame(tmp_path, made))
+    columns = ["granularity", "learning_rate", "calibration_seed"]
+    assert list(table[columns].itertuples(index=False, name=None)) == grid
+
+
+def test_models_keep_their_order_and_each_begins_with_its_dense_row(tmp_path):
+    made = [
+        row(0, "dense", model="z"),
+        row(1, "none", model="z"),
+        row(2, "dense", model="a"),
+        row(3, "none", model="a"),
+    ]
+    table = summary_table(frame(tmp_path, made))
+    assert list(table["model"] + " " + table["recovery"]) == ["z dense", "z none", "a dense", "a none"]
+
+
+def test_sorting_by_any_column_in_both_directions(tmp_path):
+    rows = frame(tmp_path, quickstart_rows())
+    assert summary_table(rows, "perplexity")["perplexity"].is_monotonic_increasing
+    assert summary_table(rows, "-perplexity")["perplexity"].is_monotonic_decreasing
+    by_seconds = summary_table(rows, "seconds_total")
+    assert "seconds_total" in by_seconds
+    assert len(by_seconds) == len(rows)
+
+
+def test_an_unknown_column_to_sort_by_is_refused_with_the_nearest(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        summary_table(frame(tmp_path, quickstart_rows()), "perplexty")
+    assert caught.value.nearest == "perplexity"
+
+
+def test_other_evaluation_entries_have_columns_of_their_own(tmp_path):
+    made = [row(n, perplexity_first=10.0 + n, perplexity_second=3.0) for n in range(2)]
+    table = summary_table(frame(tmp_path, made))
+    assert [name for name in table if name.startswith("perplexity")] == ["perplexity", "perplexity_second"]
+
+
+def test_rows_that_were_measured_differently_say_so(tmp_path):
+    def protocol(windows: int) -> str:
+        entry = {"name": "wikitext", "sequence_length": 256, "max_windows": windows}
+        return json.dumps({"perplexity": [entry]})
+
+    made = [row(n, evaluation_protocol=protocol(2 + n)) for n in range(2)]
+    table = summary_table(frame(tmp_path, made))
+    assert list(table["evaluation"]) == ["wikitext 2 x 256", "wikitext 3 x 256"]
+
+
+def test_failed_trials_are_listed_with_their_reason_instead(tmp_path):
+    made = [
+        row(0),
+        failed(1, "perplexity is inf", learning_rate=10.0),
+        failed(2, "lost", criterion="random", seed=3),
+    ]
+    rows = frame(tmp_path, made)
+    assert list(summary_table(rows)["perplexity"]) == [10.0]
+    assert failures(rows) == [
+        ("wanda/row 0.6 subblock lr=10", "perplexity is inf"),
+        ("random/row 0.6 subblock lr=0.001 seed=3", "lost"),
+    ]
+
+
+def test_a_sweep_with_nothing_but_failures_has_an_empty_table(tmp_path):
+    rows = frame(tmp_path, [failed(0, "lost")])
+    assert len(summary_table(rows)) == 0
+    assert len(failures(rows)) == 1
+
+
+def test_labels_of_rows_are_those_of_their_trials(tmp_path):
+    made = [
+        row(0, "dense"),
+        row(1, "none", criterion="magnitude", pattern="2:4", sparsity=0.5),
+        row(2, epochs=3, max_grad_norm=0.5, shuffle=False),
+        row(3, calibration_seed=2, seed=2),
+    ]
+    expected = [
+        Trial.dense().label(),
+        "magnitude 2:4",
+        "wanda/row 0.6 subblock lr=0.001 epochs=3 shuffle=false max_grad_norm=0.5",
+        "wanda/row 0.6 subblock lr=0.001 seed=2 calibration.seed=2",
+    ]
+    assert [trial_label(one) for one in records(frame(tmp_path, made))] == expected
+
+
+def test_the_best_of_a_cell_is_what_a_plain_loop_finds(tmp_path):
+    rng = random.Random(0)
+    made = [
+        row(n, recovery, sparsity=sparsity, validation_perplexity=rng.uniform(5, 9))
+        for n, (recovery, sparsity) in enumerate(
+            (recovery, sparsity)
+            for _ in range(5)
+            for recovery in ("none", "reconstruct")
+            for sparsity in (0.5, 0.6)
+        )
+    ]
+    made += [row(100, "dense", validation_perplexity=1.0), failed(101, "lost", sparsity=0.5)]
+    rows = frame(tmp_path, made)
+    for mode, better in (("min", min), ("max", max)):
+        expected = set()
+        for recovery in ("none", "reconstruct"):
+            for sparsity in (0.5, 0.6):
+                cell = [
+                    one
+                    for one in made
+                    if (one["recovery"], one["sparsity"], one["status"]) == (recovery, sparsity, "finished")
+                ]
+                expected.add(better(cell, key=lambda one: one["validation_perplexity"])["trial_id"])
+        cell_columns = ("model", "sparsity", "pattern", "recovery")
+        assert best_rows(rows, "validation_perplexity", mode, cell_columns) == expected

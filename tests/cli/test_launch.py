@@ -1,0 +1,85 @@
+"""`raysweep launch` without Ray: table or JSON on stdout, progress on stderr, the status of every ending."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysweep.results.reader import load_results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_sweep_from_beginning_to_end(raysweep, space_file, here):
+    ran = raysweep("launch", space_file, "--in-process")
+    assert ran.status == 0, ran.err
+    rows = load_results("small")
+    assert set(rows["status"]) == {"finished"}
+    for value in rows["perplexity"]:
+        assert f"{value:.2f}" in ran.out
+        assert f"perplexity {value:.2f}" in ran.err
+    assert "[1/4] dense" in ran.err
+    last = ran.err.splitlines()[-1]
+    assert (
+        last == '4 rows in raysweep-results/small; in pandas: raysweep.load_results("raysweep-results/small")'
+    )
+
+
+def test_a_continued_sweep_runs_only_what_is_new(raysweep, space_file, here):
+    raysweep("launch", space_file, "--in-process")
+    first = load_results("small").set_index("trial_id")["started_at"]
+    ran = raysweep("launch", space_file, "--in-process", "--set", "sweep.0.sparsity=[0.5, 0.6]", "--json")
+    assert ran.status == 0
+    assert "6 trials, 4 finished before" in ran.err
+    assert (ran.json["sweep"], len(ran.json["rows"])) == ("small", 6)
+    second = load_results("small").set_index("trial_id")["started_at"]
+    assert second[first.index].equals(first)
+    again = raysweep("launch", space_file, "--in-process")
+    assert again.status == 0
+    assert "[" not in again.err
+
+
+def test_a_failed_trial_makes_the_status_1_and_is_listed(raysweep, space_file):
+    ran = raysweep("launch", space_file, "--in-process", "--set", "sweep.1.learning_rate=[1e30, 0.01]")
+    assert ran.status == 1
+    assert "Failed: 1" in ran.out
+    assert "wanda/row 0.5 subblock lr=1e+30" in ran.out
+    assert "failed: " in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_name_and_storage(raysweep, space_file, here):
+    ran = raysweep("launch", space_file, "--in-process", "--name", "other", "--storage", "there", "--json")
+    assert ran.json["folder"] == str(here / "there" / "other")
+    assert len(load_results(here / "there" / "other")) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
+)
+def test_a_signal_keeps_finished_rows_and_the_same_command_continues(space_file, here, number, status):
+    many = "[" + ", ".join(str(n / 100) for n in range(1, 90)) + "]"
+    command = [sys.executable, "-m", "raysweep", "launch", str(space_file), "--in-process", "--set"]
+    process = subprocess.Popen(
+        [*command, f"sweep.0.sparsity={many}", "--storage", str(here)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("[  3/"):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert out == ""
+    assert "Traceback" not in err
+    kept = load_results(here / "small")
+    assert 3 <= len(kept) < 90
+    assert f"interrupted: {len(kept)} rows kept in {here / 'small'}; the same command continues" in err
+    assert not list(here.rglob("*.tmp"))

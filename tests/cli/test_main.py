@@ -1,0 +1,110 @@
+"""Help, versions and slips of the pen: at once, without heavy libraries, with the nearest command."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysweep import __version__
+from raysweep.cli.main import app
+from raysweep.errors import NumericalError
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("launch", "plan", "status", "results")
+HEAVY = ("torch", "transformers", "datasets", "ray")
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The heavy libraries that a fresh process has loaded when the command ends."""
+    code = f"""
+import sys
+sys.argv = ["raysweep", *sys.argv[1:]]
+from raysweep.cli.main import main
+try:
+    main()
+finally:
+    print(*[name for name in {(*HEAVY, "pandas")!r} if name in sys.modules], file=sys.stderr)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return set(run.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["--version"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments):
+    assert imported_by(*arguments) == set()
+
+
+def test_help_comes_at_once():
+    help_s = min(processor_seconds("-m", "raysweep", "--help") for _ in range(5))
+    assert help_s < 0.3 + min(processor_seconds("-c", "pass") for _ in range(5))
+
+
+def processor_seconds(*arguments: str) -> float:
+    """Of a Python process: what it would take on a machine that does nothing else."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_help(raysweep, command):
+    ran = raysweep(command, "--help")
+    assert ran.status == 0
+    documented = [one for one in app.registered_commands if one.callback and one.callback.__name__ == command]
+    assert documented[0].callback.__doc__.split("\n")[0].split(":")[0] in ran.out.replace("\n", "")
+
+
+def test_the_version(raysweep):
+    assert raysweep("--version").out == f"raysweep {__version__}\n"
+
+
+def test_an_unknown_command_is_refused_with_the_nearest(raysweep):
+    ran = raysweep("lunch")
+    assert ran.status == 2
+    assert "launch" in ran.err
+
+
+def test_an_unknown_option_is_refused(raysweep):
+    ran = raysweep("results", "--sorted", "x")
+    assert ran.status == 2
+    assert "--sort" in ran.err
+
+
+def _raising(error: BaseException):
+    def run(*_: object) -> None:
+        raise error
+
+    return run
+
+
+def test_an_error_that_has_a_name_is_one_message(raysweep, monkeypatch):
+    monkeypatch.setattr("raysweep.cli.status.run_status", _raising(NumericalError("a is [bold]nan[/bold]")))
+    ran = raysweep("status")
+    assert (ran.status, ran.err) == (1, "error: a is [bold]nan[/bold]\n")
+
+
+def test_an_error_that_nobody_foresaw_is_short_unless_its_traceback_is_asked_for(raysweep, monkeypatch):
+    monkeypatch.setattr("raysweep.cli.status.run_status", _raising(ZeroDivisionError("by zero\nmore")))
+    ran = raysweep("status")
+    assert ran.status == 1
+    assert ran.err.startswith("error: ZeroDivisionError: by zero\n")
+    assert "--debug" in ran.err
+    assert "Traceback" not in ran.err
+    monkeypatch.setenv("RAYSWEEP_DEBUG", "1")
+    ran = raysweep("status")
+    assert ran.status == 1
+    assert "Traceback" in ran.err
+
+
+def test_control_c_ends_any_command_with_130(raysweep, monkeypatch):
+    monkeypatch.setattr("raysweep.cli.status.run_status", _raising(KeyboardInterrupt()))
+    ran = raysweep("status")
+    assert ran.status == 130
+    assert "Traceback" not in ran.err

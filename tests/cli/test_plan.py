@@ -1,0 +1,68 @@
+"""`raysweep plan` counts what would run and adds up memory as the memory model does; it writes nothing."""
+
+from __future__ import annotations
+
+import re
+
+from raysweep.config.space import SearchSpace
+from raysweep.sweep.launch import launch
+
+
+def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
+    document = raysweep("plan", space_file, "--set", "execution.shards=2", "--json").json
+    assert document["trials"] == {"planned": 4, "finished": 0, "failed": 0, "new": 4, "to_run": 4}
+    (model,) = document["models"]
+    assert model["blocks"] == 4
+    assert [shard["blocks"] for shard in model["shards"]] == [[0, 2], [2, 4]]
+    assert {(kind["recovery"], kind["granularity"]): kind["planned"] for kind in model["trials"]} == {
+        ("dense", None): 1,
+        ("none", None): 2,
+        ("reconstruct", "subblock"): 1,
+    }
+    for shard in model["shards"]:
+        memory = shard["memory"]
+        assert memory["total"] == memory["device"] + memory["host"]
+    assert model["host_bytes"] == sum(shard["memory"]["total"] for shard in model["shards"])
+    assert list(here.iterdir()) == []
+
+
+def test_parameters_are_those_of_the_model(raysweep, space_file, tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    counted = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama).parameters())
+    (model,) = raysweep("plan", space_file, "--json").json["models"]
+    # Final norm and separate head are in no block; the plan counts blocks and one embedding.
+    assert counted - model["parameters"] == 32 + 128 * 32
+
+
+def test_finished_and_failed_trials_are_counted(raysweep, space_file, here):
+    space = SearchSpace.from_yaml(space_file, ["sweep.1.learning_rate=1e30"])
+    launch(space, in_process=True, storage=here / "raysweep-results")
+    changed = ["--set", "sweep.1.learning_rate=[1e30, 0.01]"]
+    document = raysweep("plan", space_file, *changed, "--json").json
+    assert document["trials"] == {"planned": 5, "finished": 3, "failed": 1, "new": 1, "to_run": 2}
+    text = raysweep("plan", space_file, *changed).out
+    assert "small: 5 trials (1 new, 3 finished, 1 failed before, to run again)" in text
+
+
+def test_the_text_names_shards_blocks_and_totals(raysweep, space_file):
+    document = raysweep("plan", space_file, "--set", "execution.shards=3", "--json").json
+    text = raysweep("plan", space_file, "--set", "execution.shards=3").out
+    assert "blocks by shard  0: 0-1; 1: 2; 2: 3" in text
+    totals = re.search(r"total +([\d,]+) +([\d,]+) +([\d,]+)", text)
+    shards = document["models"][0]["shards"]
+    assert totals is not None
+    assert [int(number.replace(",", "")) for number in totals.groups()] == [
+        round(shard["memory"]["total"] / 2**20) for shard in shards
+    ]
+    assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80  # paths are never cut
+
+
+def test_alike_shards_share_a_column(raysweep, space_file):
+    text = raysweep("plan", space_file, "--set", "execution.shards=4").out
+    assert "each of 1-2" in text
+
+
+def test_another_name_and_storage(raysweep, space_file, here):
+    document = raysweep("plan", space_file, "--name", "other", "--storage", here / "there", "--json").json
+    assert (document["sweep"], document["folder"]) == ("other", str(here / "there" / "other"))

@@ -1,0 +1,163 @@
+"""`raysweep results` prints every trial and number, fits 80 columns, and says what it leaves out."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from raysweep.cli.table import fitting, table_columns
+from raysweep.results.reader import load_results
+from tests.analysis.rows import failed, quickstart_rows, row, write_sweep
+
+
+def numbers_of(text: str) -> set[str]:
+    return set(re.findall(r"\d+\.\d+", text))
+
+
+def test_the_table_of_a_sweep(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", quickstart_rows())
+    ran = raysweep("results", "a")
+    assert ran.status == 0
+    assert {f"{one['perplexity']:.2f}" for one in quickstart_rows()} <= numbers_of(ran.out)
+    lines = ran.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    first_words = [line.split()[:2] for line in lines[3:13] if line.strip()]
+    assert first_words[:5] == [
+        ["dense", "12.00"],
+        ["magnitude/row", "none"],
+        ["matrix", "16.00"],
+        ["subblock", "15.00"],
+        ["block", "17.00"],
+    ]
+    caption = " ".join(lines[-4:])
+    for words in (
+        "builtin:pystdlib",
+        "float32",
+        "sparsity 0.6",
+        "learning rate 0.001",
+        "perplexity on pystdlib",
+    ):
+        assert words in caption
+
+
+def test_what_has_no_room_is_named(raysweep, here, monkeypatch):
+    write_sweep(here / "raysweep-results" / "a", quickstart_rows())
+    narrow = raysweep("results").out
+    assert "No room for peak_recovery_bytes" in narrow
+    monkeypatch.setenv("COLUMNS", "120")
+    wide = raysweep("results").out
+    assert "No room" not in wide
+    assert "3.0" in numbers_of(wide)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_every_column_is_either_shown_or_named(tmp_path, width):
+    rows = load_results(write_sweep(tmp_path / "a", quickstart_rows()))
+    from raysweep.analysis.table import summary_table
+
+    columns = table_columns(summary_table(rows))
+    shown, dropped = fitting(columns, width)
+    assert sorted(one.name for one in [*shown, *dropped]) == sorted(one.name for one in columns)
+    assert {"criterion", "recovery", "perplexity", "validation_perplexity"} <= {one.name for one in shown}
+
+
+def test_many_labels_wrap_instead_of_vanishing(raysweep, here):
+    made = [
+        row(
+            number,
+            model=f"organization-{number}/model-with-a-long-name",
+            criterion=("wanda", "magnitude")[number % 2],
+            sparsity=(0.5, 0.6)[number % 2],
+            granularity=("block", "subblock")[number % 2],
+            learning_rate=(1e-4, 1e-3)[number % 2],
+            epochs=1 + number,
+            batch_size=1 + number,
+            trainable=("all", "weights")[number % 2],
+        )
+        for number in range(3)
+    ]
+    write_sweep(here / "raysweep-results" / "a", made)
+    lines = raysweep("results").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    letters = "".join("".join(lines).split())
+    assert "…" not in letters
+    for number in (10, 11, 12):
+        assert f"{number}.00" in letters
+
+
+def test_failed_trials_are_listed_below(raysweep, here):
+    reason = "perplexity is inf: not a result, " + "and a reason longer than any terminal is wide " * 2
+    write_sweep(here / "raysweep-results" / "a", [row(0), failed(1, reason, learning_rate=10.0)])
+    ran = raysweep("results")
+    assert ran.status == 0
+    assert f"  wanda/row 0.6 subblock lr=10: {reason}".rstrip() in ran.out
+    assert "Failed: 1" in ran.out
+
+
+def test_nothing_but_failures(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", [failed(0, "lost")])
+    assert "wanda/row 0.6 subblock lr=0.001: lost" in raysweep("results").out
+
+
+def test_json_has_every_column_of_every_row(raysweep, here):
+    folder = write_sweep(here / "raysweep-results" / "a", [*quickstart_rows(), failed(99, "lost")])
+    document = raysweep("results", "a", "--json").json
+    assert (document["sweep"], document["folder"]) == ("a", str(folder.absolute()))
+    rows = load_results(folder)
+    assert {one["trial_id"] for one in document["rows"]} == set(rows["trial_id"])
+    assert all(set(one) == set(rows.columns) for one in document["rows"])
+    dense = next(one for one in document["rows"] if one["recovery"] == "dense")
+    assert dense["granularity"] is None
+    assert dense["peak_recovery_bytes"] is None
+    assert dense["started_at"].startswith("2026-11-24T12:00:08")
+
+
+def test_json_is_ordered_by_sort(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", quickstart_rows())
+    values = [
+        one["perplexity"] for one in raysweep("results", "--sort", "-perplexity", "--json").json["rows"]
+    ]
+    assert values == sorted(values, reverse=True)
+
+
+def test_an_unknown_column_is_refused_with_the_nearest(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", quickstart_rows())
+    ran = raysweep("results", "--sort", "perplexty")
+    assert ran.status == 2
+    assert "did you mean 'perplexity'?" in ran.err
+
+
+def test_the_name_may_be_left_out_for_an_only_sweep(raysweep, here, monkeypatch):
+    write_sweep(here / "elsewhere" / "a", quickstart_rows())
+    assert raysweep("results", "--storage", "elsewhere").status == 0
+    monkeypatch.setenv("RAYSWEEP_STORAGE", "elsewhere")
+    assert raysweep("results").status == 0
+    write_sweep(here / "elsewhere" / "b", quickstart_rows())
+    ran = raysweep("results")
+    assert ran.status == 2
+    assert "a, b" in ran.err
+
+
+def test_no_colors_where_no_terminal_is(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", [*quickstart_rows(), failed(99, "lost")])
+    assert "\x1b" not in raysweep("results").out
+
+
+def test_plain_ascii_where_the_output_takes_nothing_else(here):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    write_sweep(here / "raysweep-results" / "a", quickstart_rows())
+    environment = {
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "PATH": "",
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "raysweep", "results"], capture_output=True, cwd=here, env=environment
+    )
+    assert run.returncode == 0
+    assert b"magnitude/row" in run.stdout
+    assert run.stdout.isascii()

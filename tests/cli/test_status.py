@@ -1,0 +1,91 @@
+"""`raysweep status` tells of every sweep what its launch last said and what lies there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from raysweep.config.space import SearchSpace
+from raysweep.results.folders import SPACE_FILE
+from raysweep.results.state import SweepState
+from tests.analysis.rows import failed, row, write_sweep
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_an_empty_storage_is_no_error(raysweep):
+    ran = raysweep("status")
+    assert ran.status == 0
+    assert "raysweep launch" in ran.err
+    assert raysweep("status", "--json").json == []
+
+
+def test_sweeps_are_shown_with_their_counts(raysweep, here, dead_pid):
+    storage = here / "raysweep-results"
+    for name, state in (("one", "running"), ("two", "finished"), ("three", "failed")):
+        folder = write_sweep(storage / name, [row(0), row(1), failed(2, "lost")])
+        SweepState(name, state, planned=5, shards=2, dashboard="http://127.0.0.1:8265").write(folder)
+    gone = write_sweep(storage / "four", [row(0)])
+    SweepState("four", "running", pid=dead_pid, planned=5).write(gone)
+    write_sweep(storage / "five", [row(0)])
+    ran = raysweep("status")
+    lines = {line.split()[0]: line.split() for line in ran.out.splitlines() if line.strip()}
+    assert lines["one"][1:7] == ["running", "2", "of", "5", "1", "2"]
+    assert lines["two"][1] == "finished"
+    assert lines["three"][1] == "failed"
+    assert lines["four"][1:5] == ["interrupted", "1", "of", "5"]
+    assert lines["five"][1:3] == ["unknown", "1"]
+    assert ran.out.count("http://127.0.0.1:8265") == 1
+    documents = {one["name"]: one for one in raysweep("status", "--json").json}
+    assert {name: one["state"] for name, one in documents.items()} == {
+        "one": "running",
+        "two": "finished",
+        "three": "failed",
+        "four": "interrupted",
+        "five": None,
+    }
+
+
+def test_one_sweep_by_its_name_or_folder(raysweep, here):
+    folder = write_sweep(here / "raysweep-results" / "one", [row(0)])
+    SweepState("one", planned=5, pid=os.getpid()).write(folder)
+    for way in ("one", str(folder)):
+        document = raysweep("status", way, "--json").json
+        assert (document["name"], document["finished"], document["planned"]) == ("one", 1, 5)
+
+
+def test_the_time_left_follows_from_the_rows_of_the_running_launch(raysweep, here):
+    """Two alike trials took 10 s each, one after another; six are left."""
+    space = SearchSpace.from_dict(
+        {
+            "name": "one",
+            "model": {"path": "builtin:pystdlib"},
+            "calibration": {"dataset": "builtin:pystdlib"},
+            "sweep": [{"recovery": "none", "criterion": "wanda", "sparsity": [n / 10 for n in range(1, 9)]}],
+        }
+    )
+    now = datetime.now(UTC)
+    moments = [now - timedelta(seconds=ago) for ago in (21, 20, 10)]
+    rows = [row(0, "dense", seconds_total=1.0)]
+    rows += [row(n, "none", sparsity=n / 10, seconds_total=10.0) for n in (1, 2)]
+    folder = write_sweep(
+        here / "raysweep-results" / "one",
+        [one | {"started_at": at} for one, at in zip(rows, moments, strict=True)],
+    )
+    (folder / SPACE_FILE).write_text(json.dumps(space.to_dict()))
+    state = SweepState("one", planned=9, started_at=(now - timedelta(seconds=30)).isoformat())
+    state.write(folder)
+    assert raysweep("status", "one", "--json").json["seconds_left"] == pytest.approx(60, rel=0.2)
+    replace(state, state="finished").write(folder)
+    assert raysweep("status", "one", "--json").json["seconds_left"] is None
