@@ -38,10 +38,19 @@ def say(text: str, style: str = "") -> None:
 
 
 def say_error(text: str) -> None:
-    """`error: ...` on stderr; the word is red on terminals."""
+    """`error: ...` on stderr. On terminals the word is red, and long lines wrap within their indent."""
+    from rich.padding import Padding
     from rich.text import Text
 
-    messages().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+    console = messages()
+    lines = [Text(line.lstrip()) for line in text.split("\n")]
+    indents = [len(line) - len(line.lstrip()) for line in text.split("\n")]
+    lines[0] = Text.assemble(("error: ", "bold red"), lines[0])
+    for line, indent in zip(lines, indents, strict=True):
+        if console.is_terminal:
+            console.print(Padding(line, (0, 0, 0, indent), expand=False))
+        else:
+            console.print(Text(" " * indent).append_text(line), soft_wrap=True)
 
 
 def print_json(document: Any) -> None:

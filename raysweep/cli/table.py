@@ -65,7 +65,7 @@ def print_summary(
         columns = table_columns(table)
         shown, dropped = fitting(columns, console.width)
         console.print(_rich_table(table, shown, best, grouped=sort is None))
-        _print_caption(console, fixed_columns(rows), rows, dropped)
+        _print_caption(console, fixed_columns(rows), rows, dropped, marked=bool(best))
     failed = failures(rows)
     if failed:
         _print_failures(console, failed)
@@ -164,7 +164,11 @@ def _cell(column: ColumnText, place: int, repeated: bool) -> str:
 
 
 def _print_caption(
-    console: Console, constants: Mapping[str, Any], rows: pd.DataFrame, dropped: list[ColumnText]
+    console: Console,
+    constants: Mapping[str, Any],
+    rows: pd.DataFrame,
+    dropped: list[ColumnText],
+    marked: bool,
 ) -> None:
     from rich.text import Text
 
@@ -172,11 +176,11 @@ def _print_caption(
     words = [*constant_words(constants), *([f"perplexity on {names[0]}"] if names else [])]
     console.print()
     console.print(Text("All: " + ", ".join(words), style="dim"))
+    if marked and console.color_system is not None:
+        console.print(Text("Green: best of its cell", style="dim"))
     if dropped:
         gone = ", ".join(column.name for column in dropped)
-        console.print(
-            Text(f"No room for {gone}; a wider terminal, COLUMNS=120 or --json shows it", style="dim")
-        )
+        console.print(Text(f"No room for {gone}: see a wider terminal, COLUMNS=120 or --json", style="dim"))
 
 
 def constant_words(constants: Mapping[str, Any]) -> list[str]:
@@ -197,10 +201,11 @@ def constant_words(constants: Mapping[str, Any]) -> list[str]:
 def _calibration_words(constants: Mapping[str, Any]) -> list[str]:
     """calibration 64 x 256 tokens of builtin:pystdlib"""
     samples, length = constants.get("calibration_num_samples"), constants.get("calibration_sequence_length")
-    dataset = constants.get("calibration_dataset")
+    dataset, seed = constants.get("calibration_dataset"), constants.get("calibration_seed")
     size = f" {samples} x {length} tokens" if samples and length else ""
     source = f" of {dataset}" if dataset and dataset != constants.get("model") else ""
-    return [f"calibration{size}{source}"] if size or source else []
+    words = [f"calibration{size}{source}"] if size or source else []
+    return [*words, f"calibration seed {seed}"] if seed else words
 
 
 def _number_or_word(value: Any) -> str:
