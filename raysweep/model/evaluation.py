@@ -1,6 +1,6 @@
 """Next-token losses of token windows, summed so that batches, shards and threads change nothing."""
 
-# B windows of a batch, T tokens of a window, H hidden, V vocabulary
+# B windows of a batch, T tokens of a window, H hidden, V vocabulary, N targets of a batch
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from raysweep.model.shard import ModelShard
 
-LOGITS_LIMIT = 1 << 27  # numbers in one piece of logits: half a GiB in float32
+LOGITS_LIMIT = 1 << 27  # numbers in one piece of logits: half a GiB in float32; assumption
 
 
 @torch.no_grad()
@@ -19,19 +19,17 @@ def window_losses(shard: ModelShard, hidden_BTH: Tensor, ids_BT: Tensor) -> list
 
     hidden_BTH: what leaves the last block. Only on the last shard.
     """
-    ids_BT = ids_BT.to(hidden_BTH.device)
     losses: list[float] = []
-    for rows in _pieces(shard, hidden_BTH):
-        logits_BTV = shard.logits(hidden_BTH[rows])[:, :-1].float()
-        targets_BT = ids_BT[rows, 1:]
+    size = _windows_at_once(shard, tokens=ids_BT.shape[1])
+    for piece_BTH, piece_BT in zip(hidden_BTH.split(size), ids_BT.split(size), strict=True):
+        logits_BTV = shard.logits(piece_BTH)[:, :-1].float()
+        targets_BT = piece_BT[:, 1:].to(logits_BTV.device)
         loss_N = functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
         losses += loss_N.view(targets_BT.shape).double().sum(1).tolist()
     return losses
 
 
-def _pieces(shard: ModelShard, hidden_BTH: Tensor) -> list[slice]:
+def _windows_at_once(shard: ModelShard, tokens: int) -> int:
     """Windows whose logits are held at once: a fixed function of the shapes."""
-    samples, tokens, _ = hidden_BTH.shape
-    vocabulary: int = shard.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-    size = max(1, LOGITS_LIMIT // (tokens * vocabulary))
-    return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+    vocabulary: int = shard.model.config.get_text_config().vocab_size
+    return max(1, LOGITS_LIMIT // (tokens * vocabulary))

@@ -1,23 +1,26 @@
-"""One shard of a Hugging Face model: its own blocks, and the embedding or the head only where they are needed."""
+"""Where a Hugging Face model lies, its skeleton without weights, and its tensors read one by one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from raysweep.errors import UsageError
 from raysweep.model.builtin import resolve_model_path
+from raysweep.model.linears import ALLOWED_MODELS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ALLOWED_PATHS = "builtin:NAME, a folder with config.json and safetensors files, or a Hugging Face id"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,7 +34,8 @@ class ModelSource:
 
     @property
     def location(self) -> str:
-        return str(resolve_model_path(self.path))
+        """A folder, or a Hugging Face id."""
+        return os.path.expanduser(resolve_model_path(self.path))
 
     @property
     def is_local(self) -> bool:
@@ -41,25 +45,22 @@ class ModelSource:
         """The model's configuration. Raises UsageError when there is none to be had."""
         from transformers import AutoConfig
 
-        self._check_folder()
+        if self._names_a_folder() and not (Path(self.location) / CONFIG).is_file():
+            raise UsageError(f"model {self.path!r} is no folder with a {CONFIG}", allowed=ALLOWED_PATHS)
         try:
-            return AutoConfig.from_pretrained(
+            config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(
                 f"model {self.path!r} cannot be read: {_first_line(error)}",
-                allowed="builtin:NAME, a folder with config.json and safetensors files, or a Hugging Face id",
-                remedy="Check the spelling; for a gated model set HF_TOKEN; without a network set HF_HUB_OFFLINE=1.",
+                allowed=ALLOWED_PATHS,
+                remedy="Check the spelling; a gated model needs HF_TOKEN, no network HF_HUB_OFFLINE=1.",
             ) from error
+        return config
 
-    def _check_folder(self) -> None:
-        looks_like_path = self.location.startswith((".", "/", "~")) or Path(self.location).exists()
-        if looks_like_path and not (Path(self.location) / "config.json").is_file():
-            raise UsageError(
-                f"model {self.path!r} is no folder with a config.json",
-                allowed="builtin:NAME, a folder with config.json and safetensors files, or a Hugging Face id",
-            )
+    def _names_a_folder(self) -> bool:
+        return self.location.startswith((".", "/", "~")) or Path(self.location).exists()
 
 
 @dataclass
@@ -75,16 +76,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: ModelSource) -> Checkpoint:
-        """Raises UsageError when the model has no safetensors weights."""
+        """Raises UsageError when the model has no safetensors weights, or a damaged list of them."""
         checkpoint = cls(source)
-        index = checkpoint._find(INDEX)
-        if index is not None:
-            checkpoint.files = json.loads(Path(index).read_text())["weight_map"]
-        elif (single := checkpoint._find(SINGLE)) is not None:
+        if (index := checkpoint.find(INDEX)) is not None:
+            checkpoint.files = _indexed(index, source)
+        elif (single := checkpoint.find(SINGLE)) is not None:
             checkpoint.files = dict.fromkeys(_names(single, source), SINGLE)
         else:
+            reach = "" if source.is_local else " within reach"
             raise UsageError(
-                f"model {source.path!r} has no safetensors weights",
+                f"model {source.path!r} has no safetensors weights{reach}",
                 allowed=f"{SINGLE}, or {INDEX} with the files that it names",
                 remedy="Load it once with transformers and save it again with save_pretrained.",
             )
@@ -94,11 +95,18 @@ class Checkpoint:
         return sorted(set(self.files.values()))
 
     def path_of(self, file_name: str) -> str:
-        """The local path of one weight file, downloaded if need be."""
-        path = self._find(file_name)
+        """The local path of one weight file, downloaded if need be. Raises UsageError when there is none."""
+        path = self.find(file_name)
         if path is None:
-            raise UsageError(f"model {self.source.path!r}: its index names {file_name}, which is not there")
+            raise UsageError(f"model {self.source.path!r}: {file_name} is not there")
         return path
+
+    def find(self, file_name: str) -> str | None:
+        """The local path of any file of the model, downloaded if need be; None where it has no such file."""
+        if self.source.is_local:
+            path = Path(self.source.location) / file_name
+            return str(path) if path.is_file() else None
+        return _download(self.source, file_name)
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors called `names`, as stored, in the order of files."""
@@ -115,17 +123,14 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise UsageError(f"{file_name} of model {self.source.path!r} is damaged: {error}") from error
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        from safetensors import safe_open
 
-        with safe_open(self.path_of(self.files[name]), framework="pt") as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
-
-    def _find(self, file_name: str) -> str | None:
-        if self.source.is_local:
-            path = Path(self.source.location) / file_name
-            return str(path) if path.is_file() else None
-        return _download(self.source, file_name)
+def _indexed(path: str, source: ModelSource) -> dict[str, str]:
+    """Tensor name to file name, as an index file has it."""
+    try:
+        files: dict[str, str] = dict(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{INDEX} of model {source.path!r} is damaged: {_first_line(error)}") from error
+    return files
 
 
 def _names(path: str, source: ModelSource) -> list[str]:
@@ -151,7 +156,7 @@ def _download(source: ModelSource, file_name: str) -> str | None:
 
 
 def resolve_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations: `auto` is float32 on a CPU and the checkpoint's own on a device."""
+    """The dtype of weights and activations: `auto` is float32 on a CPU, the checkpoint's own on a device."""
     if wanted != "auto":
         return DTYPES[wanted]
     if device.type == "cpu":
@@ -160,32 +165,31 @@ def resolve_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -
     return own if isinstance(own, torch.dtype) else torch.bfloat16
 
 
-def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without weights: parameters without storage (on `meta`), buffers real. In evaluation mode."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config.use_cache = False  # type: ignore[attr-defined]
     try:
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=source.trust_remote_code
             )
     except ValueError as error:
         raise UsageError(
-            f"model {source.path!r} is no causal language model: {_first_line(error)}",
-            allowed="decoder-only language models of the transformers library",
+            f"model {source.path!r} is no causal language model: {_first_line(error)}", allowed=ALLOWED_MODELS
         ) from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def materialize(
-    module: nn.Module, keys: dict[str, str], checkpoint: Checkpoint, device: torch.device
+    module: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint, device: torch.device
 ) -> None:
-    """Gives the parameters and persistent buffers of `module` named in `keys` (own name -> tensor name) their values.
+    """Gives the tensors of `module` named in `keys` (own name -> tensor name) their values.
 
-    Every tensor gets storage of its own on `device`, aligned as the allocator aligns it, so that arithmetic does not
-    depend on where in a file the tensor lay.
+    Every tensor gets storage of its own on `device`, aligned as the allocator aligns it: arithmetic must not
+    depend on where in a file the tensor lay. A tensor wanted under two names is read once.
     """
     wanted: dict[str, list[str]] = {}
     for own, stored in keys.items():
@@ -196,8 +200,8 @@ def materialize(
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
-    *path, leaf = name.split(".")
-    owner = module.get_submodule(".".join(path))
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
     old = getattr(owner, leaf)
     if tuple(old.shape) != tuple(tensor.shape):
         raise UsageError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(old.shape)}")
@@ -207,38 +211,32 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device) 
     setattr(owner, leaf, value)
 
 
-def tensor_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """For every parameter and persistent buffer of `model` the name of its tensor in the checkpoint.
 
-    Older spellings are translated by transformers' own table, with or without the base model's prefix; tied tensors
-    share a name. Raises UsageError when a tensor is nowhere to be found.
+    Older spellings are translated by transformers' own table, with or without the base model's prefix; tied
+    tensors share a name. Raises UsageError when a tensor is nowhere to be found.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    state, tied = dict(model.state_dict(keep_vars=True)), _tied_names(model)
+    state = dict(model.state_dict(keep_vars=True))
+    tied: dict[str, str] = model.all_tied_weights_keys
+    twins = tied | {source: target for target, source in tied.items()}
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    prefix = getattr(model, "base_model_prefix", None)
+    prefix = model.base_model_prefix
     stored = {rename_source_key(key, renamings, [], prefix, state)[0]: key for key in checkpoint.files}
-    names = {name: stored.get(name) or stored.get(tied.get(name, "")) for name in state}
-    missing = next((name for name, found in names.items() if found is None), None)
-    if missing is not None:
-        raise UsageError(
-            f"model {checkpoint.source.path!r} has no tensor {missing!r}",
-            allowed="a checkpoint with every weight of its config.json",
-            remedy="Save the model again with save_pretrained of an up-to-date transformers.",
-        )
-    return {name: found for name, found in names.items() if found is not None}
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameters that share their tensor with an earlier one, as far as the configuration ties them."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if head is None or not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    by_module = {module: name for name, module in model.named_modules()}
-    return {f"{by_module[head]}.weight": f"{by_module[embedding]}.weight"}
+    names: dict[str, str] = {}
+    for name in state:
+        found = stored.get(name) or stored.get(twins.get(name, ""))
+        if found is None:
+            raise UsageError(
+                f"model {checkpoint.source.path!r} has no tensor {name!r}",
+                allowed=f"a checkpoint with every weight of its {CONFIG}",
+                remedy="Save the model again with save_pretrained of an up-to-date transformers.",
+            )
+        names[name] = found
+    return names
 
 
 def _first_line(error: Exception) -> str:

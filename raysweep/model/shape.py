@@ -1,19 +1,30 @@
-"""The sizes of a model, read without its weights: for checks before anything starts, and for the memory model."""
+"""The sizes and the identity of a model, read without loading it: for checks and the memory model."""
 
 # O outputs, I inputs of a linear
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from raysweep.errors import UsageError
-from raysweep.model.loading import Checkpoint, ModelSource, build_skeleton, resolve_dtype, tensor_names
-from raysweep.model.structure import block_linears, find_blocks
+from raysweep.model.linears import block_linears, find_blocks
+from raysweep.model.loading import (
+    CONFIG,
+    Checkpoint,
+    ModelSource,
+    build_skeleton,
+    resolve_dtype,
+    tensor_names,
+)
+
+NOT_CONTENT = ("_name_or_path", "transformers_version")  # of config.json: who wrote it, and where
 
 
 @dataclass(frozen=True)
@@ -49,17 +60,16 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
 
     Raises UsageError for a model that is not there, has no safetensors, or has no blocks that can be pruned.
     """
-    import torch
-
     config, checkpoint = source.load_config(), Checkpoint.open(source)
     model = build_skeleton(source, config, torch.float32)
-    tensor_names(model, checkpoint)
     name, modules = find_blocks(model)
+    blocks = tuple(_block_shape(module, f"{name}.{index}") for index, module in enumerate(modules))
+    tensor_names(model, checkpoint)
     text_config: Any = config.get_text_config()
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings()
     dtypes = [resolve_dtype(dtype, config, torch.device(device)) for device in ("cpu", "cuda")]
     return ModelShape(
-        blocks=tuple(_block_shape(module, f"{name}.{index}") for index, module in enumerate(modules)),
+        blocks=blocks,
         hidden=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
         vocabulary_parameters=sum(parameter.numel() for parameter in embedding.parameters()),
@@ -80,21 +90,29 @@ def _block_shape(module: nn.Module, prefix: str) -> BlockShape:
 def model_hash(source: ModelSource) -> str:
     """16 hexadecimal digits that stand for the model's configuration and weights, whatever its path.
 
-    SHA-256 over config.json and every weight file. Files of the Hugging Face cache are stored under the SHA-256 of
-    their content, which is taken from their name instead of reading them.
+    SHA-256 over what config.json says and over every weight file.
     """
     checkpoint = Checkpoint.open(source)
-    config = source.load_config()
-    digest = hashlib.sha256(config.to_json_string(use_diff=True).encode())
+    digest = hashlib.sha256(_config_content(source, checkpoint).encode())
     for file_name in checkpoint.file_names():
         digest.update(f"{file_name}:{_file_hash(Path(checkpoint.path_of(file_name)))}".encode())
     return digest.hexdigest()[:16]
 
 
+def _config_content(source: ModelSource, checkpoint: Checkpoint) -> str:
+    """The file's own fields, not the defaults of the library, which change with its versions."""
+    try:
+        fields = dict(json.loads(Path(checkpoint.path_of(CONFIG)).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{CONFIG} of model {source.path!r} is damaged: {error}") from error
+    return json.dumps({name: fields[name] for name in fields if name not in NOT_CONTENT}, sort_keys=True)
+
+
 def _file_hash(path: Path) -> str:
-    stored_under = path.resolve().name
-    if len(stored_under) == 64 and set(stored_under) <= set("0123456789abcdef"):
-        return stored_under
+    """SHA-256 of a file; one in the Hugging Face cache is stored under it, so that it need not be read."""
+    stored = path.resolve()
+    if stored.parent.name == "blobs" and len(stored.name) == 64:
+        return stored.name
     try:
         with open(path, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

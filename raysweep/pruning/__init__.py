@@ -1,1 +1,1 @@
-"""Pure maths on tensors: input statistics, scores and masks. Nothing here changes a tensor that the caller owns."""
+"""Pure maths on tensors: input statistics, scores and masks. Nothing here changes a tensor of the caller."""

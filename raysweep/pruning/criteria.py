@@ -1,7 +1,8 @@
 """The criteria by name: the one place to add a rule that decides which weights go.
 
-A criterion is a function of a layer (`LayerView`) to a score tensor (O, I), higher is kept, and says whether it reads
-the input statistics. Add it to CRITERIA and its name to `raysweep.config.trial.CRITERIA`; a test keeps the two equal.
+A criterion is a function of a layer (`LayerView`) to a score tensor (O, I), higher is kept, and says what it
+reads. Add it to CRITERIA and to the field `criterion` of `raysweep.config.trial.Trial` (one that reads
+statistics also to CALIBRATED_CRITERIA there); a test keeps them equal.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Criterion:
+    """score: float32 (O, I), on any device;  needs_statistics, needs_seed: whether it reads these"""
+
     score: Callable[[LayerView], Tensor]
     needs_statistics: bool = False
     needs_seed: bool = False
@@ -36,7 +39,7 @@ class Criterion:
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(lambda layer: magnitude_score(layer.weight_OI)),
     "random": Criterion(
-        lambda layer: random_score((layer.weight_OI.shape[0], layer.weight_OI.shape[1]), layer.seed, layer.name),
+        lambda layer: random_score(layer.weight_OI.shape, layer.seed, layer.name),
         needs_seed=True,
     ),
     "wanda": Criterion(
@@ -46,6 +49,9 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def mask_of(criterion: str, layer: LayerView, rule: MaskRule) -> Tensor:
-    """The mask (O, I), bool, True = kept, of one layer on the layer's device."""
+    """The mask (O, I), bool, True = kept, of one layer on the layer's device.
+
+    Raises NumericalError when a score is not finite, UsageError when the rule does not fit the layer.
+    """
     score_OI = CRITERIA[criterion].score(layer).to(layer.weight_OI.device)
     return pruning_mask(score_OI, rule)

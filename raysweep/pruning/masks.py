@@ -30,12 +30,14 @@ class MaskRule:
 
 
 def pruning_mask(score_OI: Tensor, rule: MaskRule) -> Tensor:
-    """The mask (O, I) that removes the lowest scores under `rule`; of equal scores the first in memory go first.
+    """The mask (O, I), bool, that removes the lowest scores under `rule`; of equal scores the first go first.
 
     Raises NumericalError when a score is not finite, UsageError when M does not divide the inputs.
     """
     if not bool(torch.isfinite(score_OI).all()):
-        raise NumericalError("scores are not finite, so they rank nothing: the weights or statistics hold NaN or infinity")
+        raise NumericalError(
+            "scores are not finite, so they rank nothing: the weights or statistics hold NaN or infinity"
+        )
     if rule.n_of_m is not None:
         kept, size = rule.n_of_m
         check_n_of_m(score_OI.shape[1], kept, size)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def wanda_score(weight_OI: Tensor, norm_I: Tensor) -> Tensor:
     return weight_OI.float().abs() * norm_I.float()
 
 
-def random_score(shape: tuple[int, int], seed: int, name: str) -> Tensor:
+def random_score(shape: Sequence[int], seed: int, name: str) -> Tensor:
     """Uniform scores in [0, 1), float32 (O, I), fixed by the seed and the layer's name alone.
 
     Drawn on the CPU, so that no device, shard or order of layers changes them.

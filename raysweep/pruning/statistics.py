@@ -1,6 +1,6 @@
-"""What a layer's inputs look like over the calibration set: second moments, sums and counts that can be merged."""
+"""Second moments and sums of a layer's inputs over a text, which can be merged, and errors from them."""
 
-# I inputs of the layer, N rows (samples * tokens)
+# O outputs, I inputs of the layer, N rows (samples * tokens)
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class InputStatistics:
-    """Sums over the rows x of one layer's input, enough for every criterion and for exact errors of its output.
+    """Sums over the rows x of a layer's input, enough for every criterion and for the error of its output.
 
     gram_II: float32 (I, I), sum of x x^T;  sum_I: float32 (I,), sum of x;  rows: how many.
     Sums, not means, so that the statistics of two parts add up to those of the whole.
@@ -25,12 +25,14 @@ class InputStatistics:
 
     @classmethod
     def empty(cls, inputs: int, device: torch.device | str = "cpu") -> InputStatistics:
+        """The statistics of no rows."""
         return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, device=device), 0)
 
-    @classmethod
-    def of(cls, x_NI: Tensor) -> InputStatistics:
-        """The statistics of the rows `x_NI` (any floating dtype; products are accumulated in float32)."""
-        return cls(_gram(x_NI), x_NI.float().sum(0), x_NI.shape[0])
+    def add(self, x_NI: Tensor) -> None:
+        """Adds the rows `x_NI` (any floating dtype; products are accumulated in float32)."""
+        self.gram_II.add_(_gram(x_NI))
+        self.sum_I.add_(x_NI.float().sum(0))
+        self.rows += x_NI.shape[0]
 
     @property
     def mean_square_I(self) -> Tensor:
@@ -39,23 +41,13 @@ class InputStatistics:
 
     @property
     def norm_I(self) -> Tensor:
-        """Root mean square of every input: ||X_j||_2 of Wanda (arXiv 2306.11695) up to a factor common to all."""
+        """Root mean square of every input: Wanda's ||X_j||_2 (arXiv 2306.11695) up to a common factor."""
         return self.mean_square_I.sqrt()
 
     @property
     def dead_inputs(self) -> int:
         """Inputs that were zero on every row. Their weights are not dead: other data may use them."""
         return int((self.gram_II.diagonal() == 0).sum())
-
-    @property
-    def nbytes(self) -> int:
-        return self.gram_II.nbytes + self.sum_I.nbytes
-
-    def accumulate(self, x_NI: Tensor) -> InputStatistics:
-        """These statistics with the rows `x_NI` added, in place in this object's own tensors."""
-        self.gram_II.add_(_gram(x_NI))
-        self.sum_I.add_(x_NI.float().sum(0))
-        return InputStatistics(self.gram_II, self.sum_I, self.rows + x_NI.shape[0])
 
 
 def merge(parts: Iterable[InputStatistics]) -> InputStatistics:
@@ -68,10 +60,8 @@ def merge(parts: Iterable[InputStatistics]) -> InputStatistics:
     return InputStatistics(gram_II, sum_I, sum(part.rows for part in parts))
 
 
-def output_error(
-    statistics: InputStatistics, delta_OI: Tensor, delta_bias_O: Tensor | None = None
-) -> float:
-    """Squared change of a layer's output, summed over rows and outputs, when its weight changes by `delta_OI`.
+def output_error(statistics: InputStatistics, delta_OI: Tensor, delta_bias_O: Tensor | None = None) -> float:
+    """Squared change of a layer's output over rows and outputs when weight and bias change by the deltas.
 
     sum_n ||D x_n + d||^2 = tr(D G D^T) + 2 d . (D s) + N d . d  with G and s of `statistics`, in float64.
     """
@@ -79,7 +69,8 @@ def output_error(
     error = ((delta @ statistics.gram_II.double()) * delta).sum()
     if delta_bias_O is not None:
         bias = delta_bias_O.double()
-        error = error + 2 * (bias * (delta @ statistics.sum_I.double())).sum() + statistics.rows * (bias @ bias)
+        error = error + 2 * (bias * (delta @ statistics.sum_I.double())).sum()
+        error = error + statistics.rows * (bias @ bias)
     return max(float(error), 0.0)  # rounding can make an error of nearly nothing negative
 
 

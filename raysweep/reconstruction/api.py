@@ -1,4 +1,4 @@
-"""Prunes and reconstructs an ordinary Hugging Face model in one process: the Python calls `prune` and `reconstruct`."""
+"""The Python calls `prune` and `reconstruct`, on an ordinary Hugging Face model in one process."""
 
 # O outputs, I inputs of a linear; S samples, T tokens of a sample
 
@@ -7,22 +7,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from raysweep.config.trial import Trial
+from raysweep.config.trial import MASK_FIELDS, Trial
+from raysweep.config.validation import validated
 from raysweep.errors import UsageError
-from raysweep.model.shard import ModelShard, survey
-from raysweep.model.structure import find_blocks
+from raysweep.model.shard import ModelShard
 from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.range import CALIBRATION, BlockRange, MaskRecipe, Weights
 from raysweep.reconstruction.recovery import recover_unit, unit_names
 
-TRIAL = "trial"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRIAL = "trial"  # the name under which the blocks hold the weights
+
+TokenIds = Tensor | np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class Recovered:
 
 
 def prune(
-    model: nn.Module,
-    calibration: Tensor | np.ndarray[Any, Any],
+    model: PreTrainedModel,
+    calibration: TokenIds,
     *,
     criterion: str,
     sparsity: float | None = None,
@@ -70,12 +75,13 @@ def prune(
     """Computes masks for every linear of the decoder blocks of `model`, which is left untouched.
 
     calibration: token ids, integers (S, T), on which the dense model's activations are taken
-    The other arguments are the fields of a search space. Raises UsageError for what they do not allow.
+    The other arguments are fields of a search space. Raises UsageError for values that they do not take, and
+    NumericalError when scores are not finite.
     """
-    fields: dict[str, Any] = {"criterion": criterion, "sparsity": sparsity, "pattern": pattern, "seed": seed}
+    fields = {"criterion": criterion, "sparsity": sparsity, "pattern": pattern, "seed": seed}
     if comparison_group is not None:
         fields["comparison_group"] = comparison_group
-    trial = Trial(recovery="none", **fields)
+    trial = validated(Trial, {"recovery": "none"} | fields)
     recipe = MaskRecipe.of(trial)
     with _blocks_of(model, calibration, keep_halves=False) as blocks:
         rows: list[dict[str, object]] = []
@@ -91,9 +97,9 @@ def prune(
 
 
 def reconstruct(
-    model: nn.Module,
+    model: PreTrainedModel,
     pruned: Pruned,
-    calibration: Tensor | np.ndarray[Any, Any],
+    calibration: TokenIds,
     *,
     granularity: str,
     learning_rate: float,
@@ -104,40 +110,68 @@ def reconstruct(
     calibration: token ids, integers (S, T);  fields: others of a search space, such as epochs or trainable
     Raises UsageError for what they do not allow, NumericalError when training diverges.
     """
-    mask_fields = pruned.trial.model_dump(include={"criterion", "sparsity", "pattern", "comparison_group", "seed"})
-    settings = {"seed": 0} | {name: value for name, value in mask_fields.items() if value is not None} | fields
-    trial = Trial(recovery="reconstruct", granularity=granularity, learning_rate=learning_rate, **settings)
+    mask_fields = {name: getattr(pruned.trial, name) for name in (*MASK_FIELDS, "seed")}
+    settings = {
+        "recovery": "reconstruct",
+        "granularity": granularity,
+        "learning_rate": learning_rate,
+        "seed": 0,
+    }
+    settings |= {name: value for name, value in mask_fields.items() if value is not None} | fields
+    trial = validated(Trial, settings)
     with _blocks_of(model, calibration, keep_halves=granularity == "subblock") as blocks:
         blocks.given_masks = pruned.masks
         blocks.weights[TRIAL] = {name: tensor.clone() for name, tensor in pruned.weights.items()}
-        results = [recover_unit(blocks, TRIAL, trial, name) for name in unit_names(blocks, granularity)]
-        return Recovered(blocks.weights[TRIAL], pd.DataFrame([r.as_dict() for r in results]), trial)
+        units = [recover_unit(blocks, TRIAL, trial, name) for name in unit_names(blocks, granularity)]
+        return Recovered(blocks.weights[TRIAL], pd.DataFrame([unit.as_dict() for unit in units]), trial)
 
 
 @contextmanager
-def _blocks_of(model: nn.Module, calibration: Tensor | np.ndarray[Any, Any], keep_halves: bool) -> Iterator[BlockRange]:
-    """All blocks of `model` with the calibration set passed through them; the model is itself again afterwards."""
-    ids_ST = torch.as_tensor(calibration)
-    if ids_ST.dim() != 2 or ids_ST.is_floating_point() or 0 in ids_ST.shape:
-        raise UsageError(
-            f"calibration has shape {tuple(ids_ST.shape)} and type {ids_ST.dtype}",
-            allowed="token ids: integers, samples x tokens, at least one of each",
-        )
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    training = model.training
-    model.eval().requires_grad_(False)
-    try:
-        shard = ModelShard(model, 0, len(find_blocks(model)[1]), survey(model))
+def _blocks_of(model: PreTrainedModel, calibration: TokenIds, keep_halves: bool) -> Iterator[BlockRange]:
+    """All blocks of `model` after a pass of the calibration set; the model is itself again afterwards."""
+    ids_ST = _checked_ids(calibration, model.config.get_text_config().vocab_size)
+    with _frozen(model):
+        shard = ModelShard.whole(model)
         blocks = BlockRange(shard)
         blocks.keep_halves = keep_halves
         for rows in batches(ids_ST.shape[0], ids_ST.shape[1], shard.device):
             blocks.dense_pass(CALIBRATION, ids_ST.shape[0], rows, shard.embed(ids_ST[rows]))
         yield blocks
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients within the context, as it was afterwards."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
     finally:
-        model.train(training)
-        for parameter, wanted, gradient in before:
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted, gradient in parameters:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
+
+
+def _checked_ids(calibration: TokenIds, vocabulary: int) -> Tensor:
+    """Token ids as int64 (S, T). Raises UsageError for anything else."""
+    ids_ST = torch.as_tensor(calibration)
+    whole = not (ids_ST.is_floating_point() or ids_ST.is_complex() or ids_ST.dtype == torch.bool)
+    if ids_ST.dim() != 2 or not whole or 0 in ids_ST.shape:
+        raise UsageError(
+            f"calibration has shape {tuple(ids_ST.shape)} and type {ids_ST.dtype}",
+            allowed="token ids: integers, samples x tokens, at least one of each",
+        )
+    ids_ST = ids_ST.long()
+    lowest, highest = int(ids_ST.min()), int(ids_ST.max())
+    if lowest < 0 or highest >= vocabulary:
+        raise UsageError(
+            f"calibration holds token {lowest if lowest < 0 else highest}",
+            allowed=f"0 to {vocabulary - 1}, the tokens of the model",
+        )
+    return ids_ST
 
 
 def _write(model: nn.Module, weights: Weights) -> None:

@@ -1,4 +1,4 @@
-"""What a range of blocks has worked out once and every later trial shares: masks, errors, inputs of linears."""
+"""What a range of blocks works out once and every later trial shares: masks, errors, inputs of linears."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 class Stopwatch:
-    """Busy seconds: core-seconds of this process on a CPU, elapsed seconds with the device drained on a device."""
+    """Busy seconds: of this process's cores on a CPU; on a device elapsed ones, with the device drained."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -30,10 +30,10 @@ class Stopwatch:
 
 
 class Knowledge:
-    """Values by key, each with the seconds that it took. The least recently used go when `limit_bytes` is passed.
+    """Values by key, each with the seconds that it took. Past `limit_bytes` the least recently used go.
 
-    `saved_seconds` adds up what the values found here would have cost again, so that a trial can say what it would
-    have cost alone.
+    `saved_seconds` adds up what the values found here would have cost again, so that a trial can say what it
+    would have cost alone. `made` counts the values that were made.
     """
 
     def __init__(self, device: torch.device, limit_bytes: int) -> None:

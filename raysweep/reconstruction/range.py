@@ -1,25 +1,26 @@
-"""A range of blocks with all that has been learned about it: the part of a sweep that one shard can do alone."""
+"""A range of blocks with all that was learned about it: the part of a sweep that one shard can do alone."""
 
-# O outputs, I inputs of a linear; S samples, B samples of a batch, T tokens of a sample, H hidden
+# O outputs, I inputs of a linear, N tokens of a batch; B samples of a batch, T tokens of a sample, H hidden
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from raysweep.config.trial import Trial, parse_pattern
+from raysweep.config.trial import Trial
 from raysweep.errors import NumericalError
+from raysweep.model.linears import Linear
 from raysweep.model.shard import ModelShard
-from raysweep.model.structure import Block, Linear
+from raysweep.model.structure import Block
 from raysweep.pruning.criteria import CRITERIA, LayerView, mask_of
 from raysweep.pruning.masks import MaskRule
 from raysweep.pruning.statistics import InputStatistics, output_error
-from raysweep.reconstruction.activations import TextActivations
+from raysweep.reconstruction.activations import TextActivations, batches, keep_rows
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
 from raysweep.reconstruction.losses import ratio, squared_sums
 
@@ -32,7 +33,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """All that a mask depends on besides the model and the calibration set. Equal recipes share their masks."""
+    """All that a mask depends on besides model and calibration set. Equal recipes share their masks."""
 
     criterion: str
     rule: MaskRule
@@ -40,30 +41,39 @@ class MaskRecipe:
 
     @classmethod
     def of(cls, trial: Trial) -> MaskRecipe:
-        pattern = parse_pattern(trial.pattern or "unstructured")
-        rule = MaskRule(
-            sparsity=0.0 if pattern else float(trial.sparsity or 0.0),
-            n_of_m=pattern,
-            comparison_group="row" if pattern else (trial.comparison_group or "row"),
-        )
+        """The recipe of a trial that prunes."""
+        if trial.group_size is not None:
+            rule = MaskRule(n_of_m=trial.group_size)
+        else:
+            rule = MaskRule(float(trial.sparsity or 0.0), comparison_group=trial.comparison_group or "row")
         criterion = str(trial.criterion)
         return cls(criterion, rule, trial.seed if CRITERIA[criterion].needs_seed else None)
 
 
 @dataclass
 class RangeText:
-    """A text's activations and the statistics of every group of linears that share an input."""
+    """A text's activations, and the statistics of every input group by the group's first linear."""
 
     activations: TextActivations
-    statistics: dict[str, InputStatistics] = field(default_factory=dict)  # by the group's first linear
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+
+    def accumulate(self, name: str, x: Tensor) -> None:
+        """Adds one batch of inputs, (..., I), of the linear `name`."""
+        x_NI = x.reshape(-1, x.shape[-1])
+        if name not in self.statistics:
+            self.statistics[name] = InputStatistics.empty(x_NI.shape[1], x.device)
+        self.statistics[name].add(x_NI)
 
 
 class BlockRange:
     """The blocks of one shard, what the dense model does in them, and the weights of the trials in flight.
 
-    Texts pass once through the dense blocks (`dense_pass`), which keeps the activations at the boundaries and sums
-    up statistics. A trial is then pruned, recovered unit by unit (`raysweep.reconstruction.recovery`) and evaluated
+    Texts pass once through the dense blocks (`dense_pass`), which keeps the activations at the boundaries and
+    sums up statistics. A trial is then pruned, recovered unit by unit (`recovery.recover_unit`) and evaluated
     batch by batch, under a name of the caller's choice, until it is released.
+
+    keep_halves: whether the dense pass keeps what flows between the halves of a block
+    given_masks: masks by linear that come before those of the criteria
     """
 
     def __init__(self, shard: ModelShard, knowledge_bytes: int = 2 << 30) -> None:
@@ -79,13 +89,10 @@ class BlockRange:
         self.given_masks: dict[str, Tensor] = {}
         self._errors: dict[tuple[str, str, int], dict[int, float]] = {}
 
-    def linear(self, name: str) -> Linear:
-        return next(block.linears[name] for block in self.blocks.values() if name in block.linears)
-
     # The dense pass
 
     def forget_texts(self) -> None:
-        """Before another calibration set: drops activations, statistics and all that was derived from them."""
+        """Before another calibration set: drops activations, statistics and all that came of them."""
         self.texts.clear()
         self.knowledge.clear()
         self._errors.clear()
@@ -96,47 +103,46 @@ class BlockRange:
         """Passes one batch of a kept text through the dense blocks; keeps boundaries and statistics."""
         watch = Stopwatch(self.device)
         entry = self.texts.setdefault(text, RangeText(TextActivations(samples)))
+        inputs = entry.activations.inputs
         hidden_BTH = hidden_BTH.to(self.device)
         for block in self.blocks.values():
-            entry.activations.write(entry.activations.inputs, block.index, rows, hidden_BTH)
+            keep_rows(inputs, block.index, samples, rows, hidden_BTH)
             hidden_BTH = self._dense_block(block, entry, rows, hidden_BTH)
-        entry.activations.write(entry.activations.inputs, self.shard.stop, rows, hidden_BTH)
+        keep_rows(inputs, self.shard.stop, samples, rows, hidden_BTH)
         self.dense_seconds += watch.seconds()
         self.dense_batches += 1
         return hidden_BTH
 
     def _dense_block(self, block: Block, entry: RangeText, rows: slice, hidden_BTH: Tensor) -> Tensor:
-        kept = entry.activations
-        leaders = {names[0] for names in block.input_groups}
-
-        def accumulate(name: str, x: Tensor) -> None:
-            if name in leaders:
-                x_NI = x.reshape(-1, x.shape[-1])
-                known = entry.statistics.get(name) or InputStatistics.empty(x_NI.shape[1], self.device)
-                entry.statistics[name] = known.accumulate(x_NI)
-
+        """One block, every linear once under watch; with the halves' outputs where trials will need them."""
+        watched = partial(block.watch_inputs, entry.accumulate, block.leaders)
         if not self.keep_halves:
-            with block.watch_inputs(accumulate):
+            with watched():
                 return block.run(hidden_BTH)
-        halves = block.halves
-        with block.watch_inputs(accumulate):
-            if not halves.parallel:
+        halves, kept = block.halves, entry.activations
+        if halves.parallel:
+            with watched():
+                output_BTH = block.run(hidden_BTH)
+            middle_BTH, mlp_BTH = block.run(hidden_BTH, halves.attention), block.run(hidden_BTH, halves.mlp)
+            keep_rows(kept.mlp_outputs, block.index, kept.samples, rows, mlp_BTH)
+        else:
+            with watched():
                 middle_BTH = block.run(hidden_BTH, halves.attention)
-                kept.write(kept.middles, block.index, rows, middle_BTH)
-                return block.run(middle_BTH, halves.mlp)
-            output_BTH = block.run(hidden_BTH)
-        kept.write(kept.middles, block.index, rows, block.run(hidden_BTH, halves.attention))
-        kept.write(kept.mlp_outputs, block.index, rows, block.run(hidden_BTH, halves.mlp))
+                output_BTH = block.run(middle_BTH, halves.mlp)
+        keep_rows(kept.middles, block.index, kept.samples, rows, middle_BTH)
         return output_BTH
 
     def statistics(self, text: str, linear: Linear, block: Block) -> InputStatistics:
-        leader = next(names[0] for names in block.input_groups if linear.name in names)
-        return self.texts[text].statistics[leader]
+        """Of the dense inputs of a linear of the block."""
+        return self.texts[text].statistics[block.leader_of(linear.name)]
 
     # Masks
 
     def mask(self, recipe: MaskRecipe, block: Block, linear: Linear) -> Tensor:
-        """The mask (O, I), bool, True = kept. Computed once for all trials of an equal recipe, unless it was given."""
+        """The mask (O, I), bool, True = kept. Computed once for all trials of an equal recipe.
+
+        Raises NumericalError when the scores are not finite.
+        """
         if linear.name in self.given_masks:
             return self.given_masks[linear.name]
 
@@ -179,7 +185,7 @@ class BlockRange:
     def matrix_error(
         self, text: str, block: Block, linear: Linear, weight_OI: Tensor, bias_O: Tensor | None = None
     ) -> float:
-        """Squared error of a linear's output over squared dense output, on its dense inputs, from its Gram matrix."""
+        """Squared error of a linear's output over its squared dense output, from the Gram matrix."""
         statistics, power = self.statistics(text, linear, block), self.output_power(text, block, linear)
         dense_bias = linear.bias_O
         delta_bias = None if bias_O is None or dense_bias is None else bias_O - dense_bias
@@ -215,7 +221,7 @@ class BlockRange:
     def forward(self, name: str | None, text: str, rows: slice, hidden_BTH: Tensor) -> Tensor:
         """One batch through the blocks with the weights of `name`.
 
-        Where the text is a kept one, the squared error of every block's output against the dense model's is noted.
+        For a kept text, the squared error of every block's output against the dense one is noted.
         """
         hidden_BTH = hidden_BTH.to(self.device)
         for block in self.blocks.values():
@@ -232,7 +238,7 @@ class BlockRange:
         errors.update(zip(range(rows.start, rows.stop), sums, strict=True))
 
     def block_errors(self, name: str, text: str) -> dict[int, float]:
-        """By block, the error of its output over the whole text against the dense model, as noted by `forward`."""
+        """By block, the error of its output over the text against the dense one, as `forward` noted it."""
         return {
             index: ratio(self._errors[name, text, index].values(), self._target_power(text, index))
             for index in self.blocks
@@ -241,22 +247,15 @@ class BlockRange:
 
     def _target_power(self, text: str, index: int) -> list[float]:
         target_STH = self.texts[text].activations.inputs[index + 1]
-        return self.knowledge.get(("target_power", text, index), lambda: squared_sums(target_STH))
+
+        def make() -> list[float]:
+            pieces = batches(target_STH.shape[0], target_STH.shape[1], self.device)
+            return [total for rows in pieces for total in squared_sums(target_STH[rows])]
+
+        return self.knowledge.get(("target_power", text, index), make)
 
     def release(self, name: str) -> None:
         """Forgets a trial's weights and noted errors."""
         self.weights.pop(name, None)
         for key in [key for key in self._errors if key[0] == name]:
             del self._errors[key]
-
-    def timed(self, work: Callable[[], object]) -> tuple[float, float]:
-        """(own, standalone) seconds of `work`: standalone adds what shared values would have cost again."""
-        saved, watch = self.knowledge.saved_seconds, Stopwatch(self.device)
-        work()
-        own = watch.seconds()
-        return own, own + self.knowledge.saved_seconds - saved
-
-
-def mean(values: Mapping[str, float] | list[float]) -> float:
-    numbers = list(values.values()) if isinstance(values, Mapping) else values
-    return math.fsum(numbers) / len(numbers)

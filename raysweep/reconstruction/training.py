@@ -1,4 +1,4 @@
-"""The inner loop: steps of one unit on batches of stored inputs and targets, and its error over a whole text."""
+"""The inner loop: steps of a unit on batches of stored inputs and targets, and its error over a text."""
 
 # S samples, B samples of a batch, T tokens of a sample, H hidden (or outputs of a linear)
 
@@ -6,47 +6,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
 from raysweep.reconstruction.activations import batches, fetch
-from raysweep.reconstruction.losses import LOSSES, squared_sums
+from raysweep.reconstruction.losses import LOSSES, TextError, squared_sums
 from raysweep.reconstruction.optimizer import MaskedAdamW, learning_rate_factor
+
+SEEDS = 2**63  # as many as torch's generators take
 
 Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class TextError:
-    """Squared errors and squared targets of a unit's output by sample, and the size of that output.
+class TrainingRecipe:
+    """All that the steps of a trial depend on besides its start, inputs and targets."""
 
-    errors, targets: float64 sums by sample;  elements: how many numbers were compared
-    """
+    loss: str
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    shuffle: bool
+    warmup_fraction: float
+    max_grad_norm: float | None
+    seed: int
 
-    errors: tuple[float, ...]
-    targets: tuple[float, ...]
-    elements: int
+    @classmethod
+    def of(cls, trial: Trial) -> TrainingRecipe:
+        """The recipe of a trial whose recovery is reconstruct, where of these fields only two can be null."""
+        fields: dict[str, Any] = {name: getattr(trial, name) for name in cls.__dataclass_fields__}
+        return cls(**fields | {"seed": trial.seed or 0})
 
+    def sample_order(self, samples: int, epoch: int) -> Tensor:
+        """The order of samples in one epoch, int64 (S,), fixed by the seed; without shuffling their own."""
+        if not self.shuffle:
+            return torch.arange(samples)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % SEEDS)
+        return torch.randperm(samples, generator=generator)
 
-def sample_order(samples: int, epoch: int, trial: Trial) -> Tensor:
-    """The order of samples in one epoch, fixed by the trial's seed; file order without shuffling."""
-    if not trial.shuffle:
-        return torch.arange(samples)
-    generator = torch.Generator().manual_seed((trial.seed or 0) * 1_000_003 + epoch)
-    return torch.randperm(samples, generator=generator)
+    def sample_batches(self, samples: int) -> Iterator[Tensor]:
+        """The samples of every step of every epoch; an epoch's last batch may be smaller, none is dropped."""
+        for epoch in range(self.epochs):
+            yield from self.sample_order(samples, epoch).split(self.batch_size)
 
-
-def sample_batches(samples: int, trial: Trial) -> Iterator[Tensor]:
-    """The samples of every step of every epoch; the last batch of an epoch may be smaller, none is dropped."""
-    for epoch in range(trial.epochs or 1):
-        yield from sample_order(samples, epoch, trial).split(trial.batch_size or 1)
-
-
-def step_count(samples: int, trial: Trial) -> int:
-    per_epoch = -(-samples // (trial.batch_size or 1))
-    return per_epoch * (trial.epochs or 1)
+    def step_count(self, samples: int) -> int:
+        return self.epochs * -(-samples // self.batch_size)
 
 
 def train(
@@ -54,21 +61,21 @@ def train(
     optimizer: MaskedAdamW,
     inputs_STH: Tensor,
     targets_STH: Tensor | None,
-    trial: Trial,
+    recipe: TrainingRecipe,
     device: torch.device,
 ) -> int:
-    """Takes the steps of `trial` and returns their number. Without targets the loss is that of the output itself.
+    """Takes the steps of `recipe` and returns their number. Without targets the output itself should be zero.
 
-    Raises NumericalError when the weights are no longer finite at the end.
+    Raises NumericalError when the weights are not finite at the end.
     """
-    loss = LOSSES[trial.loss or "mse"]
+    loss = LOSSES[recipe.loss]
     samples = inputs_STH.shape[0]
-    total = step_count(samples, trial)
-    for step, rows in enumerate(sample_batches(samples, trial)):
-        output = run(fetch(inputs_STH, rows, device))
-        target = torch.zeros_like(output) if targets_STH is None else fetch(targets_STH, rows, device)
-        loss(output, target).backward()  # type: ignore[no-untyped-call]
-        optimizer.step(learning_rate_factor(step, total, trial.warmup_fraction or 0.0))
+    total = recipe.step_count(samples)
+    for step, rows in enumerate(recipe.sample_batches(samples)):
+        output_BTH = run(fetch(inputs_STH, rows, device))
+        target_BTH = torch.zeros_like(output_BTH) if targets_STH is None else fetch(targets_STH, rows, device)
+        loss(output_BTH, target_BTH).backward()
+        optimizer.step(learning_rate_factor(step, total, recipe.warmup_fraction))
     optimizer.check()
     return total
 
@@ -79,7 +86,7 @@ def text_error(run: Run, inputs_STH: Tensor, targets_STH: Tensor, device: torch.
     errors: list[float] = []
     powers: list[float] = []
     for rows in batches(inputs_STH.shape[0], inputs_STH.shape[1], device):
-        target = fetch(targets_STH, rows, device)
-        errors += squared_sums(run(fetch(inputs_STH, rows, device)).float() - target.float())
-        powers += squared_sums(target)
+        target_BTH = fetch(targets_STH, rows, device)
+        errors += squared_sums(run(fetch(inputs_STH, rows, device)).float() - target_BTH.float())
+        powers += squared_sums(target_BTH)
     return TextError(tuple(errors), tuple(powers), targets_STH.numel())

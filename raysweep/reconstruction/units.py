@@ -1,19 +1,19 @@
-"""The spans over which the reconstruction loss is taken: which module runs, on which inputs, towards which targets."""
+"""The spans over which the reconstruction loss is taken: which module runs, on which inputs, towards what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from raysweep.model.structure import Block, Linear
+from raysweep.model.linears import Linear
+from raysweep.model.structure import Block
 from raysweep.reconstruction.activations import TextActivations
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit. `linear` is set where it is a single matrix; `module` is what runs otherwise."""
+    """One unit. `module` is what runs, `linear` is set where it is one matrix, `half` where half a block."""
 
     name: str
     block: Block
@@ -53,10 +53,9 @@ def units_of(block: Block, granularity: str) -> list[Unit]:
     if granularity == "block":
         return [Unit(f"{block.index}", block, block.module)]
     if granularity == "subblock":
-        halves: Mapping[str, nn.Module] = {"attention": block.halves.attention, "mlp": block.halves.mlp}
+        halves = {"attention": block.halves.attention, "mlp": block.halves.mlp}
         return [Unit(f"{block.index}.{half}", block, module, half=half) for half, module in halves.items()]
-    order = [name for group in block.input_groups for name in group]
-    return [_matrix_unit(block, block.linears[name]) for name in order]
+    return [_matrix_unit(block, block.linears[name]) for names in block.input_groups for name in names]
 
 
 def _matrix_unit(block: Block, linear: Linear) -> Unit:

@@ -17,7 +17,9 @@ def naive_mask(score: np.ndarray, rule: MaskRule) -> np.ndarray:
     if rule.n_of_m:
         kept, size = rule.n_of_m
         groups = [
-            [(r, c) for c in range(start, start + size)] for r in range(rows) for start in range(0, columns, size)
+            [(r, c) for c in range(start, start + size)]
+            for r in range(rows)
+            for start in range(0, columns, size)
         ]
         counts = [size - kept] * len(groups)
     elif rule.comparison_group == "row":
@@ -58,7 +60,10 @@ def test_equals_a_naive_stable_sort_even_with_ties(rows, groups, levels, seed, r
 
 def test_a_constant_score_removes_exactly_the_requested_count():
     assert pruning_mask(torch.zeros(5, 10), MaskRule(sparsity=0.7)).sum().item() == 5 * 3
-    assert pruning_mask(torch.zeros(5, 10), MaskRule(sparsity=0.33, comparison_group="matrix")).sum().item() == 34
+    assert (
+        pruning_mask(torch.zeros(5, 10), MaskRule(sparsity=0.33, comparison_group="matrix")).sum().item()
+        == 34
+    )
 
 
 def test_scores_that_are_not_finite_rank_nothing():

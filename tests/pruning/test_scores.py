@@ -1,9 +1,15 @@
 """Scores, statistics and output errors against naive formulas in float64."""
 
+import itertools
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from raysweep.config.trial import CALIBRATED_CRITERIA, Trial
 from raysweep.pruning.criteria import CRITERIA, LayerView
 from raysweep.pruning.scores import random_score
 from raysweep.pruning.statistics import InputStatistics, merge, output_error
@@ -11,13 +17,20 @@ from raysweep.pruning.statistics import InputStatistics, merge, output_error
 OUTPUTS, INPUTS, ROWS = 6, 8, 50
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def layer():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
     x = torch.randn(ROWS, INPUTS, generator=generator) * torch.logspace(-2, 2, INPUTS)
     x[:, 3] = 0
     return weight, x
+
+
+def statistics_of(*parts: torch.Tensor) -> InputStatistics:
+    statistics = InputStatistics.empty(INPUTS)
+    for x_NI in parts:
+        statistics.add(x_NI)
+    return statistics
 
 
 def naive_score(criterion: str, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -35,7 +48,7 @@ def naive_score(criterion: str, weight: np.ndarray, x: np.ndarray) -> np.ndarray
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
 def test_scores_equal_their_formula_in_float64(layer, criterion):
     weight, x = layer
-    view = LayerView("layer", weight, InputStatistics.of(x))
+    view = LayerView("layer", weight, statistics_of(x))
     expected = naive_score(criterion, weight.double().numpy(), x.double().numpy())
     np.testing.assert_allclose(CRITERIA[criterion].score(view).numpy(), expected, rtol=1e-6)
 
@@ -49,21 +62,23 @@ def test_random_scores_depend_on_seed_and_name_only():
 
 def test_statistics_equal_their_sums_in_float64(layer):
     _, x = layer
-    statistics = InputStatistics.of(x)
+    statistics = statistics_of(x)
     exact = x.double().numpy()
     np.testing.assert_allclose(statistics.gram_II.numpy(), exact.T @ exact, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(statistics.norm_I.numpy(), np.sqrt((exact**2).mean(0)), rtol=1e-6)
-    assert statistics.dead_inputs == 1
+    np.testing.assert_allclose(statistics.sum_I.numpy(), exact.sum(0), rtol=1e-4, atol=1e-5)
+    assert (statistics.rows, statistics.dead_inputs) == (ROWS, 1)
 
 
-def test_statistics_of_two_halves_merge_into_those_of_the_whole(layer):
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, ROWS), max_size=4))
+def test_statistics_of_the_parts_are_those_of_the_whole_however_it_is_cut(layer, cuts):
     _, x = layer
-    whole = InputStatistics.of(x)
-    halves = merge([InputStatistics.of(x[:17]), InputStatistics.of(x[17:])])
-    running = InputStatistics.empty(INPUTS).accumulate(x[:17]).accumulate(x[17:])
-    for other in (halves, running):
-        torch.testing.assert_close(other.gram_II, whole.gram_II)
-        torch.testing.assert_close(other.sum_I, whole.sum_I)
+    whole = statistics_of(x)
+    parts = [x[start:stop] for start, stop in itertools.pairwise([0, *sorted(cuts), ROWS])]
+    for other in (merge(map(statistics_of, parts)), statistics_of(*parts)):
+        torch.testing.assert_close(other.gram_II, whole.gram_II, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(other.sum_I, whole.sum_I, rtol=1e-5, atol=1e-3)
         assert other.rows == whole.rows
 
 
@@ -73,5 +88,21 @@ def test_output_error_equals_the_error_of_every_row(layer, bias):
     delta = weight * (weight.abs() < 0.5)
     delta_bias = torch.linspace(-1, 1, OUTPUTS) if bias else None
     change = x.double() @ delta.double().T + (delta_bias.double() if delta_bias is not None else 0)
-    error = output_error(InputStatistics.of(x), delta, delta_bias)
+    error = output_error(statistics_of(x), delta, delta_bias)
     assert error == pytest.approx((change**2).sum().item(), rel=1e-5)
+
+
+def test_search_spaces_know_the_criteria_and_which_of_them_read_activations():
+    choices, _none = get_args(Trial.model_fields["criterion"].annotation)
+    assert set(get_args(choices)) == set(CRITERIA)
+    assert set(CALIBRATED_CRITERIA) == {name for name, it in CRITERIA.items() if it.needs_statistics}
+
+
+def test_scores_do_not_change_the_layer(layer):
+    weight, x = layer
+    view = LayerView("layer", weight.clone(), statistics_of(x))
+    gram = view.statistics.gram_II.clone()
+    for criterion in CRITERIA.values():
+        criterion.score(view)
+    assert torch.equal(view.weight_OI, weight)
+    assert torch.equal(view.statistics.gram_II, gram)

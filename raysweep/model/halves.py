@@ -1,0 +1,156 @@
+"""The attention and the MLP half of a block, found by what its parts do and checked against the whole."""
+
+# B samples, T tokens of a sample, H hidden
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysweep.errors import UsageError
+from raysweep.model.linears import linears_in
+
+RunModule = Callable[[Tensor, nn.Module], Tensor]
+"""Runs a block, or one of its halves, on hidden states (B, T, H), with the model's arguments."""
+
+TOLERANCE = (
+    0.05  # of what the block changes; assumption: bfloat16 rounds far less, a wrong split is far worse
+)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two subblocks, each with its norm and residual: x + attention(norm x) and x + mlp(norm x).
+
+    Both are the block's own forward with the other half's branch giving zeros, and share its parameters.
+    parallel: both read the block's input and their branches are added; else the MLP reads what the attention
+    half gives.
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
+    parallel: bool
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a module returned, alone or first in a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def find_halves(block: nn.Module, prefix: str, run: RunModule, probe_BTH: Tensor) -> Halves:
+    """Tells attention from MLP: only attention lets one token's output depend on another token's input.
+
+    probe_BTH: hidden states of three tokens or more, all different. Raises UsageError for a block that is no
+    sum of an attention and an MLP branch.
+    """
+    other_BTH = probe_BTH.clone()
+    other_BTH[:, -2] = probe_BTH[:, 0]  # close to the last token: some attention has a short window
+    first, second = _trace_children(block, run, probe_BTH), _trace_children(block, run, other_BTH)
+    mixing = {a.name for a, b in zip(first, second, strict=True) if _mixes_tokens(a, b)}
+    branches = [child for child in first if linears_in(child.module)]
+    attention = [child for child in branches if child.name in mixing]
+    mlp = [child for child in branches if child.name not in mixing]
+    if len(attention) != 1 or not mlp:
+        raise _inseparable(f"{prefix} has no attention and MLP that could be reconstructed apart")
+    halves = _checked(run, block, _silenced(block, mlp), _silenced(block, attention), probe_BTH)
+    if halves is None:
+        raise _inseparable(f"{prefix} is no sum of attention and MLP, so they cannot be reconstructed apart")
+    return halves
+
+
+def _inseparable(what: str) -> UsageError:
+    return UsageError(what, allowed="granularity matrix or block")
+
+
+def _checked(
+    run: RunModule, block: nn.Module, attention: nn.Module, mlp: nn.Module, x_BTH: Tensor
+) -> Halves | None:
+    """The halves if one after the other, or side by side, they give the block's own output."""
+    with torch.no_grad():
+        whole_BTH, middle_BTH = run(x_BTH, block), run(x_BTH, attention)
+        sequential = _distance(run(middle_BTH, mlp), whole_BTH)
+        parallel = _distance(middle_BTH + run(x_BTH, mlp) - x_BTH, whole_BTH)
+    if min(sequential, parallel) > TOLERANCE * _distance(x_BTH, whole_BTH):
+        return None
+    return Halves(attention, mlp, parallel=parallel < sequential)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm())
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A direct child of a block that ran: the hidden states that it took, and what it returned."""
+
+    name: str
+    module: nn.Module
+    input: Tensor
+    output: Any
+
+
+def _trace_children(block: nn.Module, run: RunModule, hidden_BTH: Tensor) -> list[_Child]:
+    """The direct children that run on hidden states, in order."""
+    calls: list[_Child] = []
+    with ExitStack() as stack, torch.no_grad():
+        for name, child in block.named_children():
+            handle = child.register_forward_hook(_recorder(calls, name), with_kwargs=True)
+            stack.callback(handle.remove)
+        run(hidden_BTH, block)
+    return calls
+
+
+def _recorder(calls: list[_Child], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        taken = arguments[0] if arguments else keywords.get("hidden_states")
+        if isinstance(taken, Tensor):
+            calls.append(_Child(name, module, taken.clone(), _cloned(output)))
+
+    return hook
+
+
+def _cloned(output: Any) -> Any:
+    """Cloned, because some blocks add to a branch's output in place."""
+    return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
+
+
+def _mixes_tokens(a: _Child, b: _Child) -> bool:
+    """Same input at the last token in both runs, another output there: the child looked at other tokens."""
+    same_input = torch.equal(_last_token(a.input), _last_token(b.input))
+    return same_input and not torch.equal(_last_token(hidden_of(a.output)), _last_token(hidden_of(b.output)))
+
+
+def _last_token(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])[-1]
+
+
+class _Zeros(nn.Module):
+    """Stands in for a branch: zeros of the branch's width, packed like its output."""
+
+    def __init__(self, width: int, tuple_size: int) -> None:
+        super().__init__()
+        self.width, self.tuple_size = width, tuple_size
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        x: Tensor = arguments[0] if arguments else keywords["hidden_states"]
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return (zeros, *[None] * (self.tuple_size - 1)) if self.tuple_size else zeros
+
+
+def _silenced(block: nn.Module, branch: list[_Child]) -> nn.Module:
+    """The block with the children of `branch` giving zeros in the end; all else is shared with the block."""
+    half = copy.copy(block)
+    half._modules = dict(block._modules)
+    for child in branch[:-1]:
+        half._modules[child.name] = nn.Identity()
+    last = branch[-1]
+    size = len(last.output) if isinstance(last.output, tuple) else 0
+    half._modules[last.name] = _Zeros(hidden_of(last.output).shape[-1], size)
+    return half
