@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 BAR_WIDTH = 36
+CLEANING = "Cleaning up"  # Ray takes seconds to end
 LINES_BESIDE_CELLS = 8  # of the live picture and the prompt: the cells get the rest of the terminal's height
 
 
@@ -33,19 +34,21 @@ class Display(Protocol):
 
     def end(self) -> None: ...
 
+    def close(self) -> None:
+        """Nothing of the display runs after this."""
+        ...
+
 
 @contextmanager
 def shown(tally: Tally) -> Iterator[Display]:
     """A display for the length of the context; nothing of it keeps running afterwards."""
     console = messages()
     live = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
-    display: LiveDisplay | PlainDisplay = (
-        LiveDisplay(tally, console) if live else PlainDisplay(tally, console)
-    )
+    display: Display = LiveDisplay(tally, console) if live else PlainDisplay(tally, console)
     try:
         yield display
     finally:
-        display.end()
+        display.close()
 
 
 class PlainDisplay:
@@ -71,6 +74,10 @@ class PlainDisplay:
         self._line(f"[{self.tally.done:>{width}}/{self.tally.planned}] {row_words(row)}{more}")
 
     def end(self) -> None:
+        if self.tally.done < self.tally.planned:
+            self._line(CLEANING)
+
+    def close(self) -> None:
         """Nothing runs here."""
 
     def _line(self, text: str) -> None:
@@ -125,6 +132,9 @@ class LiveDisplay:
             self._console.print(Text.assemble(("✗ ", "bold red"), row_words(row)))
 
     def end(self) -> None:
+        self._stage = (CLEANING, time.monotonic())
+
+    def close(self) -> None:
         self._stage = None
         self._live.stop()
 

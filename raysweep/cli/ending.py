@@ -42,20 +42,16 @@ def _status(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except RaysweepError as error:
-        _show_traceback()
+        show_traceback()
         say_error(str(error))
         return error.exit_status
     except KeyboardInterrupt as interruption:
-        _show_traceback()
+        show_traceback()
         return interruption_status(interruption)
-    except SystemExit as ending:
-        if ending.code == signal.SIGTERM:  # Ray's own answer to SIGTERM
-            return TERMINATED
-        raise
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:  # the last resort: a bug, or a library's error that nobody foresaw
-        if not _show_traceback():
+        if not show_traceback():
             first_line = (str(error).strip() or "no message").splitlines()[0]
             say_error(f"{type(error).__name__}: {first_line}")
             say(
@@ -72,7 +68,7 @@ def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
-def _show_traceback() -> bool:
+def show_traceback() -> bool:
     """The traceback of the error in hand, if it was asked for."""
     if debugging():
         say(traceback.format_exc().rstrip())
@@ -81,7 +77,10 @@ def _show_traceback() -> bool:
 
 @contextmanager
 def clean_interruptions() -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM raises; a second one during the clean-up only says so; later ones raise."""
+    """Ctrl-C and SIGTERM end the context by KeyboardInterrupt and Terminated, whatever was made of them inside.
+
+    The first signal raises; a second one, during the clean-up, only says so; later ones raise again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,11 +91,26 @@ def clean_interruptions() -> Iterator[None]:
         if len(received) == 2:
             say("still cleaning up; once more ends it at once and may leave processes behind")
             return
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise _interruption(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM and not received:
+            received.append(signal.SIGTERM)  # Ray's own answer, while it starts
+        if (
+            received
+        ):  # Ray and Tune turn one interruption into another, or into errors of what was interrupted
+            raise _interruption(received[0]) from error
+        raise
+    else:
+        if received:
+            raise _interruption(received[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _interruption(number: int) -> KeyboardInterrupt:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

@@ -8,7 +8,7 @@ from typing import Any
 
 from raysweep.cli.console import say
 from raysweep.cli.display import shown
-from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status
+from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status, show_traceback
 from raysweep.cli.numbers import count
 from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
@@ -29,12 +29,13 @@ def run_launch(
     loaded = load_space(space, settings, name)
     folder = new_sweep_folder(loaded.name, storage_folder(storage, loaded.execution.storage))
     tally = Tally.of(loaded, [row for row in labeled_rows(folder) if row["status"] != "failed"])
-    with clean_interruptions():
-        try:
+    try:
+        with clean_interruptions():
             rows = _run(loaded, tally, storage=storage, address=address, in_process=in_process)
-        except KeyboardInterrupt as interruption:
-            _say_kept(folder)
-            return interruption_status(interruption)
+    except KeyboardInterrupt as interruption:
+        show_traceback()
+        _say_kept(folder)
+        return interruption_status(interruption)
     show_rows(folder, rows, as_json=as_json)
     return _say_ending(folder, len(rows), tally)
 

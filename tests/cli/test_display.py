@@ -57,12 +57,14 @@ def test_a_line_for_every_step(tally):
     display = PlainDisplay(tally, Console(file=stream, width=40))
     a_launch(display)
     display.end()
+    display.close()
     assert stream.getvalue().splitlines() == [
         "Checking model and data",
         "Starting Ray on this machine",
         "10 trials, 1 finished before; dashboard http://127.0.0.1:8265",
         "[ 2/10] wanda/row 0.6  perplexity 9.11  validation 6.81  12 s",
         "[ 3/10] wanda/row 0.6 subblock lr=10  failed: perplexity is inf [not a style]",
+        "Cleaning up",
     ]
 
 
@@ -94,8 +96,9 @@ def test_the_picture_has_counts_best_trials_and_the_dashboard(tally):
         recorder = Console(width=100, height=24, file=io.StringIO(), record=True)
         recorder.print(display._picture())
         picture = recorder.export_text()
-    finally:
         display.end()
+    finally:
+        display.close()
     assert_threads_end(threads)
     for words in ("Dense pass", "3 of 10 trials", "1 failed", "http://127.0.0.1:8265", "best so far"):
         assert words in picture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -38,3 +39,39 @@ def test_a_second_signal_does_not_disturb_the_clean_up_but_a_third_one_does(caps
         interrupted_thrice()
     assert len(steps) == 1
     assert "cleaning up" in steps[0]
+
+
+@pytest.mark.parametrize("made_of_it", [KeyboardInterrupt, RuntimeError, None], ids=str)
+def test_sigterm_stays_sigterm_whatever_was_made_of_it(made_of_it):
+    """Ray raises a plain KeyboardInterrupt for any signal; what was interrupted may fail or just return."""
+
+    def launch() -> None:
+        with clean_interruptions():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                if made_of_it is not None:
+                    raise made_of_it from None
+
+    with pytest.raises(Terminated):
+        launch()
+
+
+def test_the_exit_by_which_ray_answers_sigterm_is_sigterm():
+    def launch(code: int) -> None:
+        with clean_interruptions():
+            sys.exit(code)
+
+    with pytest.raises(Terminated):
+        launch(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        launch(3)
+
+
+def test_other_errors_pass():
+    def launch() -> None:
+        with clean_interruptions():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        launch()
