@@ -1,0 +1,94 @@
+"""The quickstart on this machine's accelerators, through Ray and Tune, beside the same sweep on its CPU cores.
+
+    python benchmarks/device_check.py [--output DIR]
+
+Prints one JSON line per comparison: the largest relative difference of perplexities between CPU and device, in float32
+and in bfloat16, whether removed weights are exactly zero, and the seconds of both. Needs an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+QUALITY = ["perplexity", "validation_perplexity", "pruned_perplexity"]
+KEY = ["recovery", "criterion", "granularity"]
+
+
+def run(name: str, storage: Path, overrides: list[str], **options: Any) -> tuple[pd.DataFrame, float]:
+    """The rows of the quickstart with `overrides`, and its seconds."""
+    from raysweep.config.space import SearchSpace
+    from raysweep.config.spaces import builtin_space
+    from raysweep.sweep.launch import launch
+
+    space = SearchSpace.from_yaml(builtin_space("quickstart"), overrides)
+    start = time.perf_counter()
+    rows = launch(space, storage=storage, name=name, **options)
+    return rows, time.perf_counter() - start
+
+
+def cpu_reference(storage: Path) -> pd.DataFrame:
+    """The same sweep by a process that sees no accelerator."""
+    from raysweep.results.reader import load_results
+
+    start = time.perf_counter()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, __file__, "--cpu-reference", str(storage)], env=environment, check=True)
+    report("quickstart on 8 CPU threads, in process", seconds=round(time.perf_counter() - start, 1))
+    return load_results("cpu", storage)
+
+
+def report(figure: str, **values: Any) -> None:
+    print(json.dumps({"figure": figure} | values), flush=True)
+
+
+def compare(name: str, rows: pd.DataFrame, reference: pd.DataFrame) -> None:
+    """Largest relative difference over all trials and measures, and the exactness of the zeros."""
+    left, right = rows.set_index(KEY).sort_index(), reference.set_index(KEY).sort_index()
+    differences = ((left[QUALITY] - right[QUALITY]) / right[QUALITY]).abs()
+    report(
+        name,
+        largest_relative_difference=float(differences.max().max()),
+        zeros_equal=bool((left.realized_sparsity == right.realized_sparsity).all()),
+        statuses=rows.status.value_counts().to_dict(),
+        device=rows.device_name.iloc[0],
+        device_seconds=round(float(rows.device_seconds.sum()), 1),
+    )
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="keep the rows as Parquet in this folder")
+    parser.add_argument("--cpu-reference", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cpu_reference:
+        run("cpu", options.cpu_reference, ["execution.threads_per_worker=8", "execution.shards=1"], in_process=True)
+        return
+    if not torch.cuda.is_available():
+        parser.error("no accelerator that torch can use")
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Path(folder)
+        cpu = cpu_reference(storage)
+        for dtype in ("float32", "bfloat16"):
+            rows, seconds = run(dtype, storage, [f"model.dtype={dtype}"], address="local")
+            report(f"quickstart on the device in {dtype}, over Ray", seconds=round(seconds, 1), shards=int(rows.shards.iloc[0]))
+            compare(f"{dtype} on the device against float32 on the CPU", rows, cpu)
+            if options.output:
+                rows.to_parquet(options.output / f"{dtype}.parquet")
+        if options.output:
+            cpu.to_parquet(options.output / "cpu.parquet")
+
+
+if __name__ == "__main__":
+    main()
