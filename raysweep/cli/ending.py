@@ -77,7 +77,7 @@ def show_traceback() -> bool:
 
 @contextmanager
 def clean_interruptions() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the context by KeyboardInterrupt and Terminated, whatever was made of them inside.
+    """Ctrl-C and SIGTERM end the context as KeyboardInterrupt and Terminated, whatever Ray makes of them.
 
     The first signal raises; a second one, during the clean-up, only says so; later ones raise again.
     """
