@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -173,7 +174,9 @@ def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.d
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
+                copy.deepcopy(config),  # whose dtype it overwrites
+                dtype=dtype,
+                trust_remote_code=source.trust_remote_code,
             )
     except ValueError as error:
         raise UsageError(
