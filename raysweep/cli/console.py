@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -68,6 +69,16 @@ def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _json_value(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else value
+
+
+def quiet_libraries() -> None:
+    """Bars and repeated warnings of the Hugging Face libraries would run through our own display.
+
+    Call it before they are imported. Who wants the bars sets these variables to 0.
+    """
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _width(terminal: bool) -> int | None:

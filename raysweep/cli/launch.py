@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raysweep.cli.console import say
+from raysweep.cli.console import quiet_libraries, say
 from raysweep.cli.display import shown
 from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status, show_traceback
 from raysweep.cli.numbers import count
@@ -41,6 +41,7 @@ def run_launch(
 
 
 def _run(space: SearchSpace, tally: Tally, **options: Any) -> Any:
+    quiet_libraries()
     with shown(tally) as display:
         display.stage("Loading libraries")
         from raysweep.sweep.launch import launch

@@ -45,8 +45,10 @@ def count(number: int, thing: str) -> str:
 
 
 def large(number: int) -> str:
-    """7.2 M parameters and the like."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+    """Three digits and a unit: 5.18 M, 70 B."""
+    size = float(number)
+    for unit in ("", " K", " M", " B"):
+        if size < 999.5:
+            return f"{size:.3g}{unit}"
+        size /= 1000
+    return f"{size:,.0f} T"

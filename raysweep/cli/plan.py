@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from raysweep.cli.console import messages, output, print_json
+from raysweep.cli.console import messages, output, print_json, quiet_libraries
 from raysweep.cli.numbers import count, large
 from raysweep.cli.spaces import load_space
 
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from raysweep.sweep.launch import Launch
     from raysweep.sweep.prepare import PreparedModel
 
-MEMORY_PARTS = {
+DEVICE_PARTS = {
     "weights": "weights",
-    "activations": "activations at block boundaries",
     "statistics": "statistics",
     "trials": "weights of trials in flight",
     "recovery": "recovery of one unit",
     "evaluation": "evaluation",
+}
+HOST_PARTS = {
+    "activations": "activations at block boundaries",
     "knowledge": "masks and inputs that are kept",
 }
 
@@ -37,6 +40,7 @@ def run_plan(
     space: str, settings: Sequence[str], name: str | None, storage: str | None, as_json: bool
 ) -> None:
     loaded = load_space(space, settings, name)
+    quiet_libraries()
     with _busy("Reading model and data"):
         from raysweep.cluster.nodes import this_node
         from raysweep.sweep.launch import checked_folder, device_here, prepare_launch
@@ -218,8 +222,6 @@ def _trials_table(prepared: Launch, model: PreparedModel) -> Table:
 
 def _memory_table(plan: ShardPlan) -> Table:
     """Parts in rows, shards in columns; shards that need the same share one, so that all fit."""
-    from rich.text import Text
-
     from raysweep.shards.memory import PROCESS_BYTES
 
     alike: dict[ShardMemory, list[int]] = defaultdict(list)
@@ -229,10 +231,22 @@ def _memory_table(plan: ShardPlan) -> Table:
     table.add_column("peak memory in MiB")
     for shards in alike.values():
         table.add_column(f"{'shard' if len(shards) == 1 else 'each of'} {_ranges(shards)}", justify="right")
-    for part, title in MEMORY_PARTS.items():
-        table.add_row(title, *(_mib(getattr(memory, part)) for memory in alike))
-    table.add_row("process with its libraries", *[_mib(PROCESS_BYTES)] * len(alike), end_section=True)
-    table.add_row(Text("total", style="bold"), *(Text(_mib(memory.total), style="bold") for memory in alike))
+
+    def add(title: str, bytes_of: Callable[[ShardMemory], int], sums: bool = False) -> None:
+        style = "bold" if sums else ""
+        table.add_row(title, *(_mib(bytes_of(memory)) for memory in alike), style=style, end_section=sums)
+
+    for part, title in DEVICE_PARTS.items():
+        add(title, attrgetter(part))
+    if plan.device == "cuda":
+        add("on the GPU", attrgetter("device"), sums=True)
+    for part, title in HOST_PARTS.items():
+        add(title, attrgetter(part))
+    add("process with its libraries", lambda _: PROCESS_BYTES)
+    add(
+        *(("on the host", attrgetter("host")) if plan.device == "cuda" else ("total", attrgetter("total"))),
+        sums=True,
+    )
     return table
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 
+from rich.console import Console
+
+from raysweep.cli.plan import _memory_table, _print_facts
+from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
+from raysweep.model.shape import BlockShape, ModelShape
+from raysweep.shards.memory import Workload
+from raysweep.shards.plan import make_plan
 from raysweep.sweep.launch import launch
 
 
@@ -66,3 +74,25 @@ def test_alike_shards_share_a_column(raysweep, space_file):
 def test_another_name_and_storage(raysweep, space_file, here):
     document = raysweep("plan", space_file, "--name", "other", "--storage", here / "there", "--json").json
     assert (document["sweep"], document["folder"]) == ("other", str(here / "there" / "other"))
+
+
+def test_on_gpus_device_and_host_are_summed_apart():
+    node = Node(cpus=32, gpus=2, memory_bytes=256 << 30, gpu_bytes=80 << 30)
+    block = BlockShape({"0.q": (4096, 4096), "0.down": (4096, 14336)}, 80 << 20)
+    model = ModelShape((block,) * 8, 4096, 32000, 32000 * 4096, 8192, "float32", "bfloat16")
+    work = Workload(
+        ((128, 2048),), 2048, 2, masks=3, halves=True, matrices=False, recovery=True, concurrent_trials=1
+    )
+    plan = make_plan(model, [node], work, "bfloat16")
+    console = Console(file=io.StringIO(), width=80, record=True)
+    _print_facts(console, plan, node)
+    console.print(_memory_table(plan))
+    text = console.export_text()
+    for title, name in (("on the GPU", "device"), ("on the host", "host")):
+        shown = re.search(rf"{title} +([\d,]+) +([\d,]+)", text)
+        assert shown is not None
+        expected = [round(getattr(memory, name) / 2**20) for memory in plan.memory]
+        assert [int(number.replace(",", "")) for number in shown.groups()] == expected
+    assert "memory of one GPU" in text
+    assert "of 80.0 GiB" in text
+    assert "2 of 2 GPUs" in text
