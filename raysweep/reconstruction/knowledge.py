@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -29,44 +31,96 @@ class Stopwatch:
         return time.perf_counter()
 
 
+@dataclass
+class _Entry:
+    """seconds: without those of other values that were asked for meanwhile, which are `needs`."""
+
+    value: Any
+    seconds: float
+    nbytes: int
+    needs: tuple[Hashable, ...]
+
+
+@dataclass
+class _Making:
+    """A value that is being made: what it has asked for so far, and the seconds that making these took."""
+
+    needs: list[Hashable] = field(default_factory=list)
+    inner_seconds: float = 0.0
+
+
 class Knowledge:
     """Values by key, each with the seconds that it took. Past `limit_bytes` the least recently used go.
 
-    `saved_seconds` adds up what the values found here would have cost again, so that a trial can say what it
-    would have cost alone. `made` counts the values that were made.
+    `saved_seconds` adds up what values that were found here would have cost again, so that a trial can say what it
+    would have cost alone: within `charged_to` each value counts once, and not if it was made there.
+    `made` counts the values that were made.
     """
 
     def __init__(self, device: torch.device, limit_bytes: int) -> None:
         self.device, self.limit_bytes = device, limit_bytes
         self.saved_seconds = 0.0
         self.made = 0
-        self._values: OrderedDict[Hashable, tuple[Any, float, int]] = OrderedDict()
+        self.nbytes = 0
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._making: list[_Making] = []
+        self._accounts: dict[str, set[Hashable]] = {}
+        self._charged: set[Hashable] = set()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of `key`, made now if it is not known."""
-        if key in self._values:
-            self._values.move_to_end(key)
-            value, seconds, _ = self._values[key]
-            self.saved_seconds += seconds
-            return value  # type: ignore[no-any-return]
-        saved_before, watch = self.saved_seconds, Stopwatch(self.device)
-        value = make()
+        if self._making:
+            self._making[-1].needs.append(key)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            self._charge(key)
+            return self._entries[key].value  # type: ignore[no-any-return]
+        return self._made(key, make)
+
+    @contextmanager
+    def charged_to(self, account: str) -> Iterator[None]:
+        """Within the context, values found here are charged to `account`, each once."""
+        before, self._charged = self._charged, self._accounts.setdefault(account, set())
+        try:
+            yield
+        finally:
+            self._charged = before
+
+    def close_account(self, account: str) -> None:
+        self._accounts.pop(account, None)
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.nbytes = 0
+
+    def _made(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        making, watch = _Making(), Stopwatch(self.device)
+        self._making.append(making)
+        try:
+            value = make()
+        finally:
+            self._making.pop()
+        seconds = watch.seconds()
+        if self._making:
+            self._making[-1].inner_seconds += seconds
+        self._charged.add(key)
         self.made += 1
-        seconds = watch.seconds() + self.saved_seconds - saved_before
-        self._values[key] = (value, seconds, _nbytes(value))
+        self._entries[key] = _Entry(value, seconds - making.inner_seconds, _nbytes(value), tuple(making.needs))
+        self.nbytes += self._entries[key].nbytes
         self._forget_oldest()
         return value
 
-    def clear(self) -> None:
-        self._values.clear()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for _, _, size in self._values.values())
+    def _charge(self, key: Hashable) -> None:
+        if key not in self._charged and key in self._entries:
+            self._charged.add(key)
+            self.saved_seconds += self._entries[key].seconds
+            for needed in self._entries[key].needs:
+                self._charge(needed)
 
     def _forget_oldest(self) -> None:
-        while self.nbytes > self.limit_bytes and len(self._values) > 1:
-            self._values.popitem(last=False)
+        while self.nbytes > self.limit_bytes and len(self._entries) > 1:
+            _, entry = self._entries.popitem(last=False)
+            self.nbytes -= entry.nbytes
 
 
 def _nbytes(value: Any) -> int:

@@ -125,6 +125,7 @@ class ShardWorker:
     def release(self, name: str) -> None:
         """Forgets the trial's weights and figures. Releasing twice does no harm."""
         self.blocks.release(name)
+        self.blocks.knowledge.close_account(name)
         self._seconds.pop(name, None)
 
     # Within
@@ -144,7 +145,8 @@ class ShardWorker:
     @contextmanager
     def _timed(self, name: str, phase: str) -> Iterator[None]:
         saved, watch = self.blocks.knowledge.saved_seconds, Stopwatch(self.shard.device)
-        yield
+        with self.blocks.knowledge.charged_to(name):
+            yield
         own = watch.seconds()
         pair = self._seconds[name][phase]
         pair[0] += own
