@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_SPACE = "quickstart"
+from raysweep.config.spaces import DEFAULT_SPACE
+
+__all__ = [
+    "DEFAULT_SPACE",
+    "Address",
+    "InProcess",
+    "Json",
+    "MaybeSweep",
+    "Name",
+    "OnlySweep",
+    "Settings",
+    "Sort",
+    "Space",
+    "Storage",
+]
 
 Space = Annotated[
     str,
