@@ -74,7 +74,7 @@ class MaskedAdamW:
 
     def check(self) -> None:
         """Raises NumericalError when a parameter is no longer finite."""
-        if not all(bool(torch.isfinite(master).all()) for master in self.masters):
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
             raise NumericalError(
                 f"the weights are not finite after training at learning rate {self.learning_rate:g}: lower it"
             )
