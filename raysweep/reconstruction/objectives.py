@@ -66,13 +66,14 @@ class ModuleObjective:
 
     def __init__(self, blocks: BlockRange, name: str, unit: Unit, batch: int) -> None:
         self.blocks, self.name, self.unit, self.batch = blocks, name, unit, batch
+        self.profile = self._profile(unit)
 
     def parameter_names(self) -> list[str]:
         """Those that the output depends on, and at granularity subblock no other unit's output.
 
         A norm that both halves of a parallel block read stays dense: trained by one it would spoil the other.
         """
-        names = self._profile(self.unit).parameters
+        names = self.profile.parameters
         if self.unit.half is None:
             return list(names)
         (other,) = (unit for unit in units_of(self.unit.block, "subblock") if unit.half != self.unit.half)
@@ -95,11 +96,11 @@ class ModuleObjective:
             return text_error(self.run, inputs_STH, targets_STH, self.blocks.device)
 
     def flops(self, samples: int) -> int:
-        return self._profile(self.unit).step_flops * samples // self.batch
+        return self.profile.step_flops * samples // self.batch
 
     def step_bytes(self) -> int:
         input_and_target = 2 * self.inputs()[0].nbytes * self.batch
-        return self._profile(self.unit).saved_bytes + input_and_target
+        return self.profile.saved_bytes + input_and_target
 
     @property
     def _calibration(self) -> TextActivations:

@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_an_error(dtype, value):
     ("dtype", "each"), [(torch.float32, 4 * 3), (torch.bfloat16, 2 + 4 + 4 * 3)], ids=str
 )
 def test_bytes_are_those_of_gradients_moments_masters_and_masks(dtype, each):
-    """float32: 4 each for gradient and two moments; bfloat16: also 4 for the master and 2 for its own gradient."""
+    """Gradient and two moments in float32; bfloat16 adds a master, and a gradient of its own."""
     parameters, _ = parameters_and_gradients(dtype, steps=0)
     numbers = sum(parameter.numel() for parameter in parameters)
     assert MaskedAdamW(parameters, [None] * 3, 0.1).nbytes == numbers * each
