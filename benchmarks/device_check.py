@@ -73,7 +73,12 @@ def main() -> None:
     parser.add_argument("--cpu-reference", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cpu_reference:
-        run("cpu", options.cpu_reference, ["execution.threads_per_worker=8", "execution.shards=1"], in_process=True)
+        run(
+            "cpu",
+            options.cpu_reference,
+            ["execution.threads_per_worker=8", "execution.shards=1"],
+            in_process=True,
+        )
         return
     if not torch.cuda.is_available():
         parser.error("no accelerator that torch can use")
@@ -82,7 +87,11 @@ def main() -> None:
         cpu = cpu_reference(storage)
         for dtype in ("float32", "bfloat16"):
             rows, seconds = run(dtype, storage, [f"model.dtype={dtype}"], address="local")
-            report(f"quickstart on the device in {dtype}, over Ray", seconds=round(seconds, 1), shards=int(rows.shards.iloc[0]))
+            report(
+                f"quickstart on the device in {dtype}, over Ray",
+                seconds=round(seconds, 1),
+                shards=int(rows.shards.iloc[0]),
+            )
             compare(f"{dtype} on the device against float32 on the CPU", rows, cpu)
             if options.output:
                 rows.to_parquet(options.output / f"{dtype}.parquet")

@@ -39,7 +39,8 @@ def space_dict(quick: bool, criteria: list[str], sparsities: list[float], seeds:
     return {
         "name": "economy",
         "model": {"path": "builtin:pystdlib", "dtype": "float32"},
-        "calibration": {"dataset": "builtin:pystdlib", "seed": seeds} | (QUICK["calibration"] if quick else {}),
+        "calibration": {"dataset": "builtin:pystdlib", "seed": seeds}
+        | (QUICK["calibration"] if quick else {}),
         "validation": QUICK["validation"] if quick else {},
         "evaluation": {"perplexity": [{"name": "pystdlib", "dataset": "builtin:pystdlib"} | windows]},
         "sweep": [
@@ -80,7 +81,9 @@ def time_bare_loops(quick: bool, seeds: list[int]) -> float:
     shares = [SPARSITIES[core::CORES] for core in range(CORES)]
     ready, seconds = context.Barrier(CORES), context.Queue()
     processes = [
-        context.Process(target=bare_loops, args=(space_dict(quick, ["magnitude", "wanda"], share, seeds), ready, seconds))
+        context.Process(
+            target=bare_loops, args=(space_dict(quick, ["magnitude", "wanda"], share, seeds), ready, seconds)
+        )
         for share in shares
     ]
     for process in processes:
@@ -137,7 +140,9 @@ def _core_times() -> list[tuple[int, int]]:
     """(idle, total) ticks of every core that this process may use."""
     allowed = os.sched_getaffinity(0)
     lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line[:3] == "cpu"]
-    cores = {int(fields[0][3:]): [int(field) for field in fields[1:]] for fields in lines if fields[0] != "cpu"}
+    cores = {
+        int(fields[0][3:]): [int(field) for field in fields[1:]] for fields in lines if fields[0] != "cpu"
+    }
     return [(ticks[3] + ticks[4], sum(ticks)) for core, ticks in cores.items() if core in allowed]
 
 
@@ -166,7 +171,17 @@ def time_single_launch(quick: bool, group: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "single.yaml"
         file.write_text(json.dumps(data))  # JSON is YAML
-        command = [sys.executable, "-m", "raysweep", "launch", str(file), "--storage", folder, "--address", "local"]
+        command = [
+            sys.executable,
+            "-m",
+            "raysweep",
+            "launch",
+            str(file),
+            "--storage",
+            folder,
+            "--address",
+            "local",
+        ]
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return time.perf_counter() - start
@@ -179,20 +194,27 @@ def report(figure: str, value: float, **more: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few samples, to try the script")
-    parser.add_argument("--no-single", action="store_true", help="leave the single launches out")
+    parser.add_argument("--one", action="store_true", help="one calibration set only, and no single launches")
     options = parser.parse_args()
-    for seeds in ([0], [0, 1, 2]):
+    for seeds in ([0],) if options.one else ([0], [0, 1, 2]):
         bare = time_bare_loops(options.quick, seeds)
         sweep = time_sweep(options.quick, seeds)
         suffix = f"{len(seeds)} calibration set{'s' * (len(seeds) > 1)}"
-        report(f"sweep over bare loops, {suffix}", sweep["seconds"] / bare, bare_s=round(bare, 1), sweep_s=round(sweep["seconds"], 1))
+        report(
+            f"sweep over bare loops, {suffix}",
+            sweep["seconds"] / bare,
+            bare_s=round(bare, 1),
+            sweep_s=round(sweep["seconds"], 1),
+        )
         overhead = (sweep["seconds"] - bare) / sweep["trials"]
         report(f"overhead per trial in seconds, {suffix}", overhead, trials=sweep["trials"])
         report(f"busy share of the shards, {suffix}", sweep["busy_seconds"] / (sweep["seconds"] * CORES))
         report(f"share of the launch with every core busy, {suffix}", sweep["every_core_busy"])
-        if len(seeds) == 1 and not options.no_single:
+        if len(seeds) == 1 and not options.one:
             singles = 8 * (time_single_launch(options.quick, 0) + time_single_launch(options.quick, 1))
-            report("16 single launches over the sweep", singles / sweep["seconds"], singles_s=round(singles, 1))
+            report(
+                "16 single launches over the sweep", singles / sweep["seconds"], singles_s=round(singles, 1)
+            )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address  # what `ray.init` looks a running cluster up with
+from ray._private.services import (
+    canonicalize_bootstrap_address,
+)  # what `ray.init` looks a running cluster up with
 
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.errors import UsageError
@@ -39,7 +41,7 @@ def running_address(address: str | None) -> str | None:
     if wanted == LOCAL:
         return None
     try:
-        found = canonicalize_bootstrap_address(wanted)
+        found: str | None = canonicalize_bootstrap_address(wanted)  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
         raise _no_cluster(str(wanted), str(error)) from error
     if found is None and wanted == AUTO:

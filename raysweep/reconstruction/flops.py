@@ -17,7 +17,7 @@ def flop_counter() -> FlopCounterMode:
 
     torch has no count for attention on CPUs, and in some releases refuses key heads that several query heads share.
     """
-    counted = {op: _forward for op in _operations("")} | {op: _backward for op in _operations("_backward")}
+    counted = dict.fromkeys(_operations(""), _forward) | dict.fromkeys(_operations("_backward"), _backward)
     return FlopCounterMode(display=False, custom_mapping=counted)
 
 

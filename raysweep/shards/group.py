@@ -103,7 +103,9 @@ class RayGroup:
     @classmethod
     def join(cls, name: str, info: GroupInfo) -> RayGroup:
         """The group of that name, from any process of the same Ray cluster."""
-        return cls(name, [ray.get_actor(_actor_name(f"{name}/{k}"), NAMESPACE) for k in range(info.shards)], info)
+        return cls(
+            name, [ray.get_actor(_actor_name(f"{name}/{k}"), NAMESPACE) for k in range(info.shards)], info
+        )
 
     @property
     def shards(self) -> int:
@@ -157,12 +159,13 @@ class RayGroup:
             free = ray.available_resources()
             raise RaysweepError(
                 f"{len(missing)} of {len(refs)} shards are not ready after {timeout_s:.0f} s; free: "
-                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. Lower execution.shards, or free the devices."
+                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. Lower execution.shards or free some."
             )
 
 
 def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
-    actor_class = ray.remote(concurrency_groups={CONTROL: 4})(_with_control_methods(ShardActor))
+    with_groups: Any = ray.remote(concurrency_groups={CONTROL: 4})  # type: ignore[call-overload]
+    actor_class = with_groups(_with_control_methods(ShardActor))
     environment = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
     return actor_class.options(
         name=_actor_name(name),

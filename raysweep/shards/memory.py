@@ -9,7 +9,9 @@ from raysweep.model.shape import BlockShape, ModelShape
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 600 << 20  # of a worker with torch, transformers and ray loaded; measured on a CPU node
-SAVED_PER_LINEAR_OUTPUT = 2.5  # numbers kept for backward, per output of every linear and token; measured, Llama block
+SAVED_PER_LINEAR_OUTPUT = (
+    2.5  # numbers kept for backward, per output of every linear and token; measured, Llama block
+)
 STATISTICS_SIZE = 4  # Gram matrices are float32
 
 
@@ -62,7 +64,6 @@ def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Wor
     blocks, size = model.blocks[start:stop], SIZES[dtype]
     ends = (start == 0) + (stop == len(model.blocks))
     parameters = sum(block.parameters for block in blocks)
-    prunable = sum(_prunable(block) for block in blocks)
     return ShardMemory(
         weights=(parameters + ends * model.vocabulary_parameters) * size,
         activations=_activation_bytes(model, len(blocks), size, work),
@@ -111,5 +112,7 @@ def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workl
 def _evaluation_bytes(model: ModelShape, size: int, work: Workload, last: bool) -> int:
     tokens = max(2048, work.evaluation_tokens)
     widest = max(outputs for block in model.blocks for outputs, _ in block.linears.values())
-    logits = min(tokens * model.vocabulary, max(1 << 27, work.evaluation_tokens * model.vocabulary)) if last else 0
+    logits = (
+        min(tokens * model.vocabulary, max(1 << 27, work.evaluation_tokens * model.vocabulary)) if last else 0
+    )
     return tokens * 4 * widest * size + 3 * 4 * logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError
@@ -43,7 +44,7 @@ def even_ranges(blocks: int, shards: int) -> tuple[tuple[int, int], ...]:
     ends = [0]
     for shard in range(shards):
         ends.append(ends[-1] + size + (shard < larger))
-    return tuple(zip(ends, ends[1:], strict=False))
+    return tuple(pairwise(ends))
 
 
 def make_plan(
@@ -55,12 +56,14 @@ def make_plan(
     threads: int = 1,
     concurrent_trials: int | None = None,
 ) -> ShardPlan:
-    """The plan for a model on these nodes. None leaves the choice to the plan. Raises CapacityError if it cannot fit."""
+    """The plan for a model on these nodes. None leaves a choice to the plan. Raises CapacityError."""
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     device = "cuda" if gpus else "cpu"
     count = _shard_count(model, shards, gpus if gpus else max(1, int(cpus) // threads))
     if device == "cuda" and count > gpus:
-        raise CapacityError(f"{count} shards need {count} GPUs, and there are {gpus}", remedy="Lower execution.shards.")
+        raise CapacityError(
+            f"{count} shards need {count} GPUs, and there are {gpus}", remedy="Lower execution.shards."
+        )
     trials = concurrent_trials or count + TRIALS_AHEAD
     work = replace(work, concurrent_trials=trials)
     ranges = even_ranges(len(model.blocks), count)
@@ -86,7 +89,8 @@ def _shard_count(model: ModelShape, wanted: int | None, automatic: int) -> int:
     blocks = len(model.blocks)
     if wanted is not None and wanted > blocks:
         raise CapacityError(
-            f"execution.shards is {wanted}, but the model has {blocks} blocks", allowed=f"1 to {blocks}, or auto"
+            f"execution.shards is {wanted}, but the model has {blocks} blocks",
+            allowed=f"1 to {blocks}, or auto",
         )
     return wanted if wanted is not None else min(blocks, automatic)
 
@@ -101,7 +105,9 @@ def _reserved_cpus(cpus: float, shards: int, threads: int, device: str) -> float
 
 def _check_fit(plan: ShardPlan, nodes: Sequence[Node]) -> None:
     if plan.device == "cuda":
-        _check_bytes("device", max(memory.device for memory in plan.memory), min(n.gpu_bytes for n in nodes if n.gpus))
+        _check_bytes(
+            "device", max(memory.device for memory in plan.memory), min(n.gpu_bytes for n in nodes if n.gpus)
+        )
         needed = sum(memory.host for memory in plan.memory)
     else:
         needed = sum(memory.total for memory in plan.memory)

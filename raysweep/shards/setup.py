@@ -30,7 +30,9 @@ class OwnedGroup(ShardGroup, Protocol):
     def close(self) -> None: ...
 
 
-def shard_specs(plan: ShardPlan, model_path: str, revision: str | None, trust_remote_code: bool) -> list[ShardSpec]:
+def shard_specs(
+    plan: ShardPlan, model_path: str, revision: str | None, trust_remote_code: bool
+) -> list[ShardSpec]:
     return [
         ShardSpec(
             model_path=model_path,
@@ -72,7 +74,9 @@ def set_up(
 
 def _all(group: ShardGroup, method: str, *arguments: Any) -> list[Any]:
     shards = group.shards  # type: ignore[attr-defined]
-    refs = [group.submit(shard, 0, method, *arguments, label=method.replace("_", " ")) for shard in range(shards)]
+    refs = [
+        group.submit(shard, 0, method, *arguments, label=method.replace("_", " ")) for shard in range(shards)
+    ]
     return [group.result(ref) for ref in refs]
 
 
@@ -113,5 +117,7 @@ def _describe(
         units={name: tuple(tuple(shard["units"][name]) for shard in facts) for name in granularities},
         texts=dict(texts),
         device_name=facts[0]["device_name"],
-        prunable={name: outputs * inputs for b in model.blocks for name, (outputs, inputs) in b.linears.items()},
+        prunable={
+            name: outputs * inputs for b in model.blocks for name, (outputs, inputs) in b.linears.items()
+        },
     )

@@ -44,7 +44,9 @@ class SharedResults:
     def abandon(self, owner: str) -> None:
         """Gives up all claims of an owner that have not been published, so that another may compute them."""
         with self._lock:
-            for key in [key for key, entry in self._entries.items() if entry.owner == owner and not entry.done]:
+            for key in [
+                key for key, entry in self._entries.items() if entry.owner == owner and not entry.done
+            ]:
                 del self._entries[key]
 
     def clear(self) -> None:

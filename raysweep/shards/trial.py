@@ -12,10 +12,20 @@ from typing import Any
 from raysweep.config.trial import MASK_FIELDS, Trial
 from raysweep.errors import NumericalError
 from raysweep.fingerprint import fingerprint
-from raysweep.shards.group_info import CALIBRATION, EVALUATION_PREFIX, VALIDATION, GroupInfo, Ref, ShardGroup, TextInfo
+from raysweep.shards.group_info import (
+    CALIBRATION,
+    EVALUATION_PREFIX,
+    VALIDATION,
+    GroupInfo,
+    Ref,
+    ShardGroup,
+    TextInfo,
+)
 
 PHASES = ("statistics", "mask", "recovery", "evaluation")
-CALLS_AHEAD = 2  # calls of one trial that wait at every shard: enough to keep it busy, few enough to interleave
+CALLS_AHEAD = (
+    2  # calls of one trial that wait at every shard: enough to keep it busy, few enough to interleave
+)
 
 
 @dataclass
@@ -98,7 +108,9 @@ class _Run:
     def dense(self) -> Outcome:
         dense, own = self._shared_dense()
         columns = self._quality_columns(dense.quality)
-        columns |= self._cost_columns(dense.finished if own else _as_shared(dense.finished), recovery_units=[])
+        columns |= self._cost_columns(
+            dense.finished if own else _as_shared(dense.finished), recovery_units=[]
+        )
         columns |= {"dense_perplexity": self._first(dense.quality), "output_error_calibration": 0.0}
         if VALIDATION in self.info.texts:
             columns["output_error_validation"] = 0.0
@@ -107,7 +119,9 @@ class _Run:
     def pruned_only(self, trial: Trial) -> Outcome:
         pruned, own = self._shared_pruned(trial)
         columns = self._quality_columns(pruned.quality) | self._compared(pruned)
-        columns |= self._cost_columns(pruned.finished if own else _as_shared(pruned.finished), recovery_units=[])
+        columns |= self._cost_columns(
+            pruned.finished if own else _as_shared(pruned.finished), recovery_units=[]
+        )
         return Outcome(columns, self._placed([*pruned.linear_rows, *_block_rows(pruned.quality)]))
 
     def reconstructed(self, trial: Trial) -> Outcome:
@@ -231,7 +245,9 @@ class _Run:
             self._submit(shard, "release", name)
 
     def _submit(self, shard: int, method: str, *arguments: Any, label: str = "") -> Ref:
-        return self.group.submit(shard, self.order, method, *arguments, label=f"{self.name}: {label or method}")
+        return self.group.submit(
+            shard, self.order, method, *arguments, label=f"{self.name}: {label or method}"
+        )
 
     def _placed(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with the shard that holds their block."""
@@ -246,7 +262,10 @@ class _Run:
 
     def _compared(self, pruned: Evaluated) -> dict[str, Any]:
         dense, _ = self._shared_dense()
-        return {"dense_perplexity": self._first(dense.quality), "pruned_perplexity": self._first(pruned.quality)}
+        return {
+            "dense_perplexity": self._first(dense.quality),
+            "pruned_perplexity": self._first(pruned.quality),
+        }
 
     def _quality_columns(self, quality: Quality) -> dict[str, Any]:
         columns: dict[str, Any] = {"perplexity": self._first(quality)}
@@ -259,7 +278,9 @@ class _Run:
         columns["realized_sparsity"] = quality.zeros / sum(self.info.prunable.values())
         return columns
 
-    def _cost_columns(self, finished: list[dict[str, Any]], recovery_units: list[dict[str, Any]]) -> dict[str, Any]:
+    def _cost_columns(
+        self, finished: list[dict[str, Any]], recovery_units: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         own, standalone = _phase_seconds(finished)
         used_statistics = bool(standalone["mask"])  # a dense trial prunes nothing and so needs no statistics
         dense_seconds = sum(shard["dense_seconds"] for shard in finished) if used_statistics else 0.0
@@ -315,7 +336,9 @@ def _perplexity(losses: list[float], text: TextInfo) -> float:
     """exp of the mean next-token loss over tokens - 1 targets a window; the sum is exact, in whatever order."""
     mean = math.fsum(losses) / (text.samples * (text.tokens - 1))
     if not math.isfinite(mean) or mean > 700:  # exp would overflow
-        raise NumericalError(f"the mean next-token loss on {text.name} is {mean}: the model gives no probabilities")
+        raise NumericalError(
+            f"the mean next-token loss on {text.name} is {mean}: the model gives no probabilities"
+        )
     return math.exp(mean)
 
 

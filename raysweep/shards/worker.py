@@ -47,7 +47,9 @@ class ShardWorker:
         self.shard = ModelShard.load(source, spec.start, spec.stop, spec.dtype, spec.device)
         self.blocks = BlockRange(self.shard, spec.knowledge_bytes)
         self._ids: dict[str, Tensor] = {}
-        self._seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+        self._seconds: dict[str, dict[str, list[float]]] = defaultdict(
+            lambda: defaultdict(lambda: [0.0, 0.0])
+        )
 
     # What the group asks once
 
@@ -89,7 +91,7 @@ class ShardWorker:
             recipe, block = MaskRecipe.of(trial), self.blocks.blocks[index]
             self.blocks.prune(name, recipe, block)
             rows = self.blocks.linear_rows(recipe, block)
-        return rows  # type: ignore[return-value]
+        return rows
 
     def recover(self, name: str, trial: Trial, unit: str) -> dict[str, Any]:
         """Reconstructs one unit of the trial; returns its row. Raises NumericalError when it diverges."""
@@ -110,11 +112,17 @@ class ShardWorker:
             hidden_BTH = self.blocks.forward(name, text, rows, self._incoming(text, rows, hidden))
             if not self.shard.is_last:
                 return to_wire(hidden_BTH)
-            return None if text == KEPT_TEXTS[0] else window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+            return (
+                None
+                if text == KEPT_TEXTS[0]
+                else window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+            )
 
     def finish(self, name: str) -> dict[str, Any]:
         """Output errors of the trial's blocks by text, and its busy seconds by phase on this shard."""
-        errors = {text: self.blocks.block_errors(name, text) for text in KEPT_TEXTS if text in self.blocks.texts}
+        errors = {
+            text: self.blocks.block_errors(name, text) for text in KEPT_TEXTS if text in self.blocks.texts
+        }
         return {
             "errors": errors,
             "seconds": {phase: tuple(pair) for phase, pair in self._seconds.get(name, {}).items()},

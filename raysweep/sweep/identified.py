@@ -25,5 +25,7 @@ class SweepTrial:
     def label(self) -> str:
         """A short name for people; names the calibration set where it is not the first seed's."""
         calibration = self.planned.calibration
-        varied = f" calibration.seed={calibration.seed}" if calibration is not None and calibration.seed else ""
+        varied = (
+            f" calibration.seed={calibration.seed}" if calibration is not None and calibration.seed else ""
+        )
         return self.trial.label() + varied

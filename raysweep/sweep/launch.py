@@ -200,17 +200,24 @@ def _phase_columns(
 
 def _known_results(prepared: Launch, model: PreparedModel, phase: Phase, info: GroupInfo) -> dict[str, Any]:
     """Perplexities that earlier launches found and that trials of this phase need again, by their key."""
-    done = {trial.trial_id: trial.trial for trial in (*model.phases[0].trials, *phase.trials) if prepared.is_done(trial)}
+    done = {
+        trial.trial_id: trial.trial
+        for trial in (*model.phases[0].trials, *phase.trials)
+        if prepared.is_done(trial)
+    }
     wanted = {identity for identity, trial in done.items() if trial.recovery in ("dense", "none")}
     if not wanted:
         return {}
-    rows = load_results(prepared.folder).set_index("trial_id").loc[sorted(wanted)]
+    rows = load_results(prepared.folder)
+    perplexities = dict(zip(rows.trial_id, rows.perplexity, strict=True))
     mine = {trial.trial_id for trial in phase.trials}
-    return {
-        DENSE_KEY if done[identity].is_dense else pruned_key(done[identity]): known_perplexity(info, float(value))
-        for identity, value in rows["perplexity"].items()
-        if done[identity].is_dense or identity in mine
-    }
+    known: dict[str, Any] = {}
+    for identity in sorted(wanted):
+        trial = done[identity]
+        if trial.is_dense or identity in mine:
+            key = DENSE_KEY if trial.is_dense else pruned_key(trial)
+            known[key] = known_perplexity(info, float(perplexities[identity]))
+    return known
 
 
 class _Recorder:
@@ -228,7 +235,9 @@ class _Recorder:
 
     def row(self, row: dict[str, Any]) -> None:
         failed = row.get("status") == "failed"
-        counted = replace(self.state, finished=self.state.finished + (not failed), failed=self.state.failed + failed)
+        counted = replace(
+            self.state, finished=self.state.finished + (not failed), failed=self.state.failed + failed
+        )
         self.state = counted.write(self._folder)
         self.progress.row(row)
 

@@ -99,7 +99,9 @@ class _Preparation:
         def identified(trial: PlannedTrial, number: int) -> SweepTrial:
             calibration_hash = calibrations[trial.calibration].content_hash if trial.calibration else None
             recovery = recovery_id(trial.trial, digest, self.dtype, calibration_hash)
-            return SweepTrial(trial, recovery, trial_id(recovery, self.space.evaluation_protocol(), hashes), number)
+            return SweepTrial(
+                trial, recovery, trial_id(recovery, self.space.evaluation_protocol(), hashes), number
+            )
 
         trials = [identified(trial, first_number + place) for place, trial in enumerate(planned)]
         return PreparedModel(
@@ -122,7 +124,10 @@ class _Preparation:
                     check_n_of_m(inputs, *trial.group_size)
                 except UsageError as error:
                     raise UsageError(
-                        f"{name}: {error.what}", where="sweep: pattern", allowed=error.allowed, remedy=error.remedy
+                        f"{name}: {error.what}",
+                        where="sweep: pattern",
+                        allowed=error.allowed,
+                        remedy=error.remedy,
                     ) from None
 
     def _calibration(self, config: CalibrationConfig) -> TokenSet:

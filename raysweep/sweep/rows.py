@@ -46,7 +46,13 @@ class RowContext:
         columns = dict(self.columns)
         if trial.planned.calibration is None:
             columns.pop("calibration_hash", None)
-        return {**planned_columns(trial.planned), **columns, **identities, "started_at": started_at, "finished_at": now()}
+        return {
+            **planned_columns(trial.planned),
+            **columns,
+            **identities,
+            "started_at": started_at,
+            "finished_at": now(),
+        }
 
 
 def run_and_write(group: ShardGroup, trial: SweepTrial, rows: RowContext) -> dict[str, Any]:
@@ -62,4 +68,6 @@ def run_and_write(group: ShardGroup, trial: SweepTrial, rows: RowContext) -> dic
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what is null and without moments: what Tune and displays need of it."""
-    return {name: value for name, value in row.items() if value is not None and not isinstance(value, datetime)}
+    return {
+        name: value for name, value in row.items() if value is not None and not isinstance(value, datetime)
+    }

@@ -13,7 +13,9 @@ from raysweep.shards.setup import OwnedGroup
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.rows import RowContext, run_and_write
 
-START_TIMEOUT_S = 900.0  # for all shards to read their blocks; assumption: a 70B model over a network file system
+START_TIMEOUT_S = (
+    900.0  # for all shards to read their blocks; assumption: a 70B model over a network file system
+)
 
 OnRow = Callable[[dict[str, Any]], None]
 
@@ -31,7 +33,12 @@ class Runner(Protocol):
         ...
 
     def run(
-        self, group: OwnedGroup, trials: Sequence[SweepTrial], rows: RowContext, plan: ShardPlan, on_row: OnRow
+        self,
+        group: OwnedGroup,
+        trials: Sequence[SweepTrial],
+        rows: RowContext,
+        plan: ShardPlan,
+        on_row: OnRow,
     ) -> None:
         """Runs the trials to the end, the first ones first."""
         ...
@@ -40,8 +47,8 @@ class Runner(Protocol):
 class InProcess:
     """Without Ray: the twin of the shard group, one trial at a time. The numbers are those of the Ray one."""
 
-    ray_version = None
-    dashboard = None
+    ray_version: str | None = None
+    dashboard: str | None = None
 
     def nodes(self) -> Sequence[Node]:
         return (this_node(),)
@@ -54,7 +61,12 @@ class InProcess:
             yield group
 
     def run(
-        self, group: OwnedGroup, trials: Sequence[SweepTrial], rows: RowContext, plan: ShardPlan, on_row: OnRow
+        self,
+        group: OwnedGroup,
+        trials: Sequence[SweepTrial],
+        rows: RowContext,
+        plan: ShardPlan,
+        on_row: OnRow,
     ) -> None:
         for trial in trials:
             on_row(run_and_write(group, trial, rows))
@@ -83,10 +95,17 @@ class OnRay:
             yield group
 
     def run(
-        self, group: OwnedGroup, trials: Sequence[SweepTrial], rows: RowContext, plan: ShardPlan, on_row: OnRow
+        self,
+        group: OwnedGroup,
+        trials: Sequence[SweepTrial],
+        rows: RowContext,
+        plan: ShardPlan,
+        on_row: OnRow,
     ) -> None:
         from raysweep.sweep.tuning import PhaseContext, run_phase
 
         self._phases += 1
         context = PhaseContext(group.name, group.info, rows, {trial.number: trial for trial in trials})
-        run_phase(context, trials, plan.concurrent_trials, rows.folder / "tune", f"phase-{self._phases}", on_row)
+        run_phase(
+            context, trials, plan.concurrent_trials, rows.folder / "tune", f"phase-{self._phases}", on_row
+        )

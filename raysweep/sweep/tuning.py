@@ -33,7 +33,7 @@ class PhaseContext:
 class SweepTrainable(tune.Trainable):
     """One trial of a sweep to Tune. Its process is used again for the next trial."""
 
-    def setup(self, config: dict[str, Any], context: PhaseContext) -> None:
+    def setup(self, config: dict[str, Any], context: PhaseContext) -> None:  # type: ignore[override]
         self._context = context
         self._number: int = config[NUMBER]
         self._group = RayGroup.join(context.group_name, context.info)
@@ -99,7 +99,9 @@ class _Listener(tune.Callback):
         """Tune stores its callbacks; a display cannot be stored, and a restored one would have nobody to tell."""
         return _Listener, (_nobody,)
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
         self._on_row(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -40,7 +40,9 @@ def test_ranges_cover_every_block_once_and_differ_by_at_most_one(blocks, shards)
     assert sizes == sorted(sizes, reverse=True)  # the last shard has the head as well
 
 
-@pytest.mark.parametrize(("cpus", "shards", "threads"), [(2, 1, 1), (2, 2, 1), (2, 3, 1), (16, 4, 3), (1, 1, 1), (8, 2, 4)])
+@pytest.mark.parametrize(
+    ("cpus", "shards", "threads"), [(2, 1, 1), (2, 2, 1), (2, 3, 1), (16, 4, 3), (1, 1, 1), (8, 2, 4)]
+)
 def test_shards_leave_room_for_the_processes_of_trials(cpus, shards, threads):
     plan = make_plan(model(), [Node(cpus, 0, 64 * GIB)], WORK, "float32", shards=shards, threads=threads)
     assert 0 < plan.cpus <= threads
@@ -52,7 +54,9 @@ def test_shards_leave_room_for_the_processes_of_trials(cpus, shards, threads):
 def test_automatic_shards_fill_the_cores_or_the_gpus_but_never_split_a_block():
     assert make_plan(model(), [Node(2, 0, 64 * GIB)], WORK, "float32").shards == 2
     assert make_plan(model(3), [Node(16, 0, 64 * GIB)], WORK, "float32").shards == 3
-    gpus = make_plan(model(), [Node(16, 2, 64 * GIB, 80 * GIB), Node(16, 2, 64 * GIB, 80 * GIB)], WORK, "bfloat16")
+    gpus = make_plan(
+        model(), [Node(16, 2, 64 * GIB, 80 * GIB), Node(16, 2, 64 * GIB, 80 * GIB)], WORK, "bfloat16"
+    )
     assert (gpus.shards, gpus.device, gpus.gpus) == (4, "cuda", 1.0)
 
 

@@ -23,7 +23,8 @@ def test_a_value_is_made_once_however_many_ask_at_once():
 
     results = []
     threads = [
-        threading.Thread(target=lambda k=k: results.append(_share(table, "key", f"trial-{k}", make))) for k in range(6)
+        threading.Thread(target=lambda k=k: results.append(_share(table, "key", f"trial-{k}", make)))
+        for k in range(6)
     ]
     for thread in threads:
         thread.start()

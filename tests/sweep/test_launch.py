@@ -90,11 +90,15 @@ def test_the_number_of_shards_changes_no_number(make_space, tmp_path, shards):
     assert_same_numbers(tmp_path / "one" / "tiny", tmp_path / "more" / "tiny")
 
 
-def test_dense_pass_statistics_and_masks_are_made_once_for_all_trials(make_space, tmp_path, calls, monkeypatch):
+def test_dense_pass_statistics_and_masks_are_made_once_for_all_trials(
+    make_space, tmp_path, calls, monkeypatch
+):
     made: list[str] = []
     mask_of = block_range.mask_of
     monkeypatch.setattr(
-        block_range, "mask_of", lambda criterion, view, rule: made.append(view.name) or mask_of(criterion, view, rule)
+        block_range,
+        "mask_of",
+        lambda criterion, view, rule: made.append(view.name) or mask_of(criterion, view, rule),
     )
     launched(make_space(execution={"shards": 2}), tmp_path)
     batches = 2  # one of calibration and one of validation
@@ -130,12 +134,20 @@ def test_a_grown_sweep_equals_one_launched_whole(make_space, tmp_path):
 def test_calibration_sets_follow_one_another_on_shards_that_stay(make_space, tmp_path, monkeypatch):
     loaded: list[int] = []
     init = ShardWorker.__init__
-    monkeypatch.setattr(ShardWorker, "__init__", lambda self, spec: loaded.append(spec.start) or init(self, spec))
+    monkeypatch.setattr(
+        ShardWorker, "__init__", lambda self, spec: loaded.append(spec.start) or init(self, spec)
+    )
     rows = launched(make_space(calibration={"seed": [0, 1, 2]}, execution={"shards": 2}), tmp_path)
     assert loaded == [0, 2]
     assert rows[rows.recovery == "dense"].calibration_seed.isna().all()
     assert rows.groupby("calibration_seed").size().to_dict() == {0: 8, 1: 8, 2: 8}
-    assert rows[rows.criterion == "wanda"].groupby(["recovery", "granularity"], dropna=False).perplexity.nunique().min() == 3
+    assert (
+        rows[rows.criterion == "wanda"]
+        .groupby(["recovery", "granularity"], dropna=False)
+        .perplexity.nunique()
+        .min()
+        == 3
+    )
     assert (rows.seed.dropna() == rows.calibration_seed[rows.seed.notna()]).all()
     alone = launched(make_space(calibration={"seed": 2}), tmp_path / "alone").set_index("trial_id")
     same = rows.set_index("trial_id").loc[alone.index]
@@ -143,7 +155,11 @@ def test_calibration_sets_follow_one_another_on_shards_that_stay(make_space, tmp
 
 
 def test_a_numerical_failure_is_a_row_that_says_why_and_the_sweep_goes_on(make_space, space_dict, tmp_path):
-    space_dict["sweep"][1] |= {"criterion": "wanda", "granularity": ["block", "matrix"], "learning_rate": [1e30, 0.01]}
+    space_dict["sweep"][1] |= {
+        "criterion": "wanda",
+        "granularity": ["block", "matrix"],
+        "learning_rate": [1e30, 0.01],
+    }
     rows = launched(make_space(), tmp_path)
     failed = rows[rows.status == "failed"]
     assert set(failed.learning_rate) == {1e30}

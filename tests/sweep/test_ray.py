@@ -77,7 +77,9 @@ def test_errors_of_shards_arrive_as_what_they_are(tiny_llama, cluster):
             with pytest.raises(ShardLostError):
                 group.result(group.submit(0, 0, "text_batches", 3, 2048))
         with pytest.raises(UsageError, match="nowhere"):
-            RayGroup.start("wrong", [ShardSpec("./nowhere", None, False, "float32", 0, 4)], Resources(0.5), 120)
+            RayGroup.start(
+                "wrong", [ShardSpec("./nowhere", None, False, "float32", 0, 4)], Resources(0.5), 120
+            )
         with pytest.raises(RaysweepError, match="not ready after 3 s"):
             RayGroup.start("large", [spec], Resources(50.0), timeout_s=3)
         assert ray.util.list_named_actors(all_namespaces=True) == []
@@ -107,10 +109,25 @@ def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, spac
     space = make_space()
     file = tmp_path / "space.yaml"
     file.write_text(space.resolved_yaml())
-    command = [sys.executable, "-m", "raysweep", "launch", str(file), "--storage", str(tmp_path), "--address", "local"]
+    command = [
+        sys.executable,
+        "-m",
+        "raysweep",
+        "launch",
+        str(file),
+        "--storage",
+        str(tmp_path),
+        "--address",
+        "local",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     try:
@@ -129,11 +146,13 @@ def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, spac
     assert 0 < len(kept) < 9
     assert (kept.status == "finished").all()
     assert _processes_of_session(process.pid) == []
-    assert not [path for path in (tmp_path / "tiny").rglob(".*.tmp")]
+    assert not list((tmp_path / "tiny").rglob(".*.tmp"))
 
 
 def _processes_of_session(session: int) -> list[str]:
     """Command lines of living processes that descend from the launch, zombies left out."""
-    listing = subprocess.run(["ps", "-eo", "sid,stat,args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-eo", "sid,stat,args"], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
     return [row[2] for row in rows if int(row[0]) == session and not row[1].startswith("Z")]
