@@ -30,6 +30,7 @@ class Cluster:
     nodes: tuple[Node, ...]
     started_here: bool
     dashboard: str | None
+    ray_version: str = ray.__version__
 
 
 def running_address(address: str | None) -> str | None:

@@ -134,7 +134,7 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
         device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
         if device != device_here():
             prepared = prepare_launch(space, folder, device)
-        _run(prepared, OnRay(cluster.nodes, cluster.dashboard), progress)
+        _run(prepared, OnRay(cluster), progress)
 
 
 def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.shards.group_info import ShardSpec
@@ -12,6 +12,9 @@ from raysweep.shards.plan import ShardPlan
 from raysweep.shards.setup import OwnedGroup
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.rows import RowContext, run_and_write
+
+if TYPE_CHECKING:
+    from raysweep.cluster.connect import Cluster
 
 START_TIMEOUT_S = (
     900.0  # for all shards to read their blocks; assumption: a 70B model over a network file system
@@ -75,12 +78,10 @@ class InProcess:
 class OnRay:
     """Over the Ray cluster that this process is connected to."""
 
-    def __init__(self, nodes: Sequence[Node], dashboard: str | None) -> None:
-        import ray
-
-        self.ray_version: str | None = ray.__version__
-        self.dashboard = dashboard
-        self._nodes = nodes
+    def __init__(self, cluster: Cluster) -> None:
+        self.ray_version: str | None = cluster.ray_version
+        self.dashboard = cluster.dashboard
+        self._nodes = cluster.nodes
         self._phases = 0
 
     def nodes(self) -> Sequence[Node]:
