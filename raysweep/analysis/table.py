@@ -185,14 +185,13 @@ def _other_perplexities(table: pd.DataFrame) -> list[str]:
 
 
 def _reading_order(table: pd.DataFrame) -> list[int]:
-    """Models in the order in which they ran; in each the dense row, then mask by mask, recoveries last."""
+    """Models in the order in which they ran; in each the dense row, which has no mask, then mask by mask."""
     models = {model: place for place, model in enumerate(table["model"].dropna().unique())}
     names = [name for name in LABELS if name in table]
     keys = []
     for place, row in enumerate(records(table[names])):
-        dense_first = row["recovery"] != "dense"
         parts = [_sort_key(name, row[name]) for name in names if name != "model"]
-        keys.append((models.get(row["model"], -1), dense_first, parts, place))
+        keys.append((models.get(row["model"], -1), parts, place))
     return [key[-1] for key in sorted(keys)]
 
 

@@ -131,6 +131,8 @@ def test_sorting_by_any_column_in_both_directions(tmp_path):
     rows = frame(tmp_path, quickstart_rows())
     assert summary_table(rows, "perplexity")["perplexity"].is_monotonic_increasing
     assert summary_table(rows, "-perplexity")["perplexity"].is_monotonic_decreasing
+    for sort in ("learning_rate", "-learning_rate"):  # where it does not apply comes last
+        assert list(summary_table(rows, sort)["recovery"])[:6] == ["reconstruct"] * 6
     by_seconds = summary_table(rows, "seconds_total")
     assert "seconds_total" in by_seconds
     assert len(by_seconds) == len(rows)
@@ -205,7 +207,11 @@ def test_the_best_of_a_cell_is_what_a_plain_loop_finds(tmp_path):
             for sparsity in (0.5, 0.6)
         )
     ]
-    made += [row(100, "dense", validation_perplexity=1.0), failed(101, "lost", sparsity=0.5)]
+    made += [
+        row(100, "dense", validation_perplexity=1.0),
+        failed(101, "lost", sparsity=0.5) | {"validation_perplexity": 1.0},
+    ]
+    made += [failed(102, "lost", sparsity=0.6) | {"validation_perplexity": 99.0}]
     rows = frame(tmp_path, made)
     for mode, better in (("min", min), ("max", max)):
         expected = set()
