@@ -1,6 +1,7 @@
 """Sweeps without Ray: what rows say, what is shared, what is never run again, and what fails."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -216,3 +217,11 @@ def test_storage_below_a_file_is_refused(make_space, tmp_path):
 def test_results_can_be_loaded_by_name(make_space, tmp_path):
     rows = launched(make_space(), tmp_path)
     pd.testing.assert_frame_equal(load_results("tiny", tmp_path), rows)
+
+
+def test_a_second_launch_of_a_running_sweep_is_refused(make_space, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    SweepState("tiny", pid=os.getppid()).write(tmp_path / "tiny")
+    with pytest.raises(UsageError, match=f"running already, as process {os.getppid()}"):
+        launched(make_space(), tmp_path)
+    assert not (tmp_path / "tiny" / "trials").exists()
