@@ -1,0 +1,1 @@
+"""Tests of raysweep.cluster and of cluster.yaml."""
