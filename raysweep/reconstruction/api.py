@@ -108,7 +108,8 @@ def reconstruct(
     """Reconstructs every unit of `model` under the masks of `pruned`; both are left untouched.
 
     calibration: token ids, integers (S, T);  fields: others of a search space, such as epochs or trainable
-    Raises UsageError for what they do not allow, NumericalError when training diverges.
+    Raises UsageError for what they do not allow and for masks of another model, NumericalError when training
+    diverges.
     """
     mask_fields = {name: getattr(pruned.trial, name) for name in (*MASK_FIELDS, "seed")}
     settings = {
@@ -120,6 +121,7 @@ def reconstruct(
     settings |= {name: value for name, value in mask_fields.items() if value is not None} | fields
     trial = validated(Trial, settings)
     with _blocks_of(model, calibration, keep_halves=granularity == "subblock") as blocks:
+        _check_same_linears(blocks, pruned.masks)
         blocks.given_masks = pruned.masks
         blocks.weights[TRIAL] = {name: tensor.clone() for name, tensor in pruned.weights.items()}
         units = [recover_unit(blocks, TRIAL, trial, name) for name in unit_names(blocks, granularity)]
@@ -145,6 +147,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = None  # the caller's gradients are put back, not added to
     try:
         yield
     finally:
@@ -153,6 +157,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         for parameter, wanted, gradient in parameters:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
+
+
+def _check_same_linears(blocks: BlockRange, masks: dict[str, Tensor]) -> None:
+    linears = {name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()}
+    shapes = {name: linear.weight_OI.shape for name, linear in linears.items()}
+    if {name: mask_OI.shape for name, mask_OI in masks.items()} != shapes:
+        raise UsageError(
+            "the masks are those of another model: names or shapes of its linears differ",
+            remedy="Prune the model that is to be reconstructed.",
+        )
 
 
 def _checked_ids(calibration: TokenIds, vocabulary: int) -> Tensor:
