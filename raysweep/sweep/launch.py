@@ -140,6 +140,7 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
 def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
     total = len(prepared.trials)
     if prepared.finished < total:
+        _refuse_second_launch(prepared.folder)
         plans = make_plans(prepared.models, prepared.space, runner.nodes())
         prepared.folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(prepared.folder)
@@ -147,6 +148,15 @@ def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
         with _recorded(prepared, runner, plans[0].shards, progress) as recorder:
             for model, plan in zip(prepared.models, plans, strict=True):
                 _run_model(prepared, model, plan, runner, recorder)
+
+
+def _refuse_second_launch(folder: Path) -> None:
+    state = SweepState.read(folder) if folder.exists() else None
+    if state is not None and state.state == "running" and state.pid != os.getpid():
+        raise UsageError(
+            f"the sweep {state.name!r} is running already, as process {state.pid} on {state.host}",
+            remedy="Wait for it, interrupt it, or choose another --name.",
+        )
 
 
 def _run_model(
@@ -168,7 +178,7 @@ def _run_model(
                 group.share(key, "earlier launch", lambda value=value: value)
             columns = _phase_columns(prepared.space, model, phase, plan, info, runner)
             rows = RowContext(prepared.folder, tuple(model.evaluation), columns)
-            recorder.begin()
+            recorder.begin(plan.concurrent_trials)
             runner.run(group, prepared.remaining(phase), rows, plan, recorder.row)
 
 
@@ -226,18 +236,19 @@ class _Recorder:
     def __init__(self, prepared: Launch, state: SweepState, progress: Progress) -> None:
         self._folder, self.progress = prepared.folder, progress
         self.state = state.write(self._folder)
-        self._begun = False
+        self._begun, self._concurrent = False, 0
 
-    def begin(self) -> None:
+    def begin(self, concurrent_trials: int) -> None:
+        self._concurrent = concurrent_trials
         if not self._begun:
             self._begun = True
             self.progress.begin(self.state.planned, self.state.finished, self.state.dashboard)
 
     def row(self, row: dict[str, Any]) -> None:
         failed = row.get("status") == "failed"
-        counted = replace(
-            self.state, finished=self.state.finished + (not failed), failed=self.state.failed + failed
-        )
+        finished, failures = self.state.finished + (not failed), self.state.failed + failed
+        running = min(self._concurrent, self.state.planned - finished - failures)
+        counted = replace(self.state, finished=finished, failed=failures, running=running)
         self.state = counted.write(self._folder)
         self.progress.row(row)
 
