@@ -105,7 +105,9 @@ class Knowledge:
             self._making[-1].inner_seconds += seconds
         self._charged.add(key)
         self.made += 1
-        self._entries[key] = _Entry(value, seconds - making.inner_seconds, _nbytes(value), tuple(making.needs))
+        self._entries[key] = _Entry(
+            value, seconds - making.inner_seconds, _nbytes(value), tuple(making.needs)
+        )
         self.nbytes += self._entries[key].nbytes
         self._forget_oldest()
         return value

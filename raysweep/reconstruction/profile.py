@@ -6,18 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from raysweep.reconstruction.flops import flop_counter
 
+Run = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class UnitProfile:
     """parameters: names within the unit's module that the loss depends on
     step_flops:   of the matrix products and attention of one forward and backward pass
-    saved_bytes:  of activations that the forward pass keeps for the backward pass
+    saved_bytes:  of activations that the forward pass keeps for the backward pass, without its input
     """
 
     parameters: tuple[str, ...]
@@ -25,30 +28,51 @@ class UnitProfile:
     saved_bytes: int
 
 
-def profile_step(module: nn.Module, run: Callable[[Tensor], Tensor], input_BTH: Tensor) -> UnitProfile:
-    """Takes one forward and backward pass of `run`, which runs `module`, and leaves the module as it was."""
+def profile_step(module: nn.Module, run: Run, input_BTH: Tensor) -> UnitProfile:
+    """Takes a forward and backward pass of `run`, which runs `module`, and leaves the module as it was."""
     parameters = dict(module.named_parameters())
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
-    saved: dict[int, int] = {}  # bytes by address of storage
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    counter = flop_counter()
     try:
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        with flop_counter() as counter:
             run(input_BTH).float().square().mean().backward()
         used = tuple(name for name, parameter in parameters.items() if _matters(parameter))
+        saved = _saved_sizes(run, input_BTH)
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
+    for given in (input_BTH, *parameters.values()):
+        saved.pop(given.untyped_storage().data_ptr(), None)
     return UnitProfile(used, counter.get_total_flops(), sum(saved.values()))
+
+
+class _Saved:
+    """A tensor that a forward pass saved; ends with the part of the graph that it belongs to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _saved_sizes(run: Run, input_BTH: Tensor) -> dict[int, int]:
+    """Bytes by address of the storages that a forward pass keeps: not those of branches that lead nowhere.
+
+    A pass without a FLOP counter, which keeps references of its own.
+    """
+    kept: WeakSet[_Saved] = WeakSet()
+
+    def save(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
+        loss = run(input_BTH).float().square().mean()
+    sizes = {
+        saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in kept
+    }
+    del loss  # until here it held the graph
+    return sizes
 
 
 def _matters(parameter: nn.Parameter) -> bool:

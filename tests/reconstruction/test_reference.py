@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM
 import raysweep
 from raysweep.config.trial import Trial
 from raysweep.model.shard import ModelShard
-from raysweep.reconstruction.api import Pruned, Recovered
-from raysweep.reconstruction.range import CALIBRATION, BlockRange
+from raysweep.reconstruction.range import CALIBRATION, BlockRange, MaskRecipe, Weights
 from raysweep.reconstruction.recovery import UnitResult, recover_unit, unit_names
 from tests.reconstruction.ranges import pass_text, prune_all
 
@@ -46,13 +45,11 @@ class Reference:
         bits = np.unpackbits(self.masks[key], count=math.prod(shape))
         return torch.from_numpy(bits.reshape(shape).astype(bool))
 
-    def prune(self, **fields: Any) -> Pruned:
-        return raysweep.prune(self.model, self.calibration, **fields)
-
     @torch.no_grad()
-    def perplexity(self, result: Pruned | Recovered) -> float:
+    def perplexity(self, weights: dict[str, torch.Tensor]) -> float:
+        """Of the model with these tensors in it, on the evaluation windows, by transformers alone."""
         model = copy.deepcopy(self.model)
-        result.apply(model)
+        model.load_state_dict(weights, strict=False)
         total = 0.0
         for ids_BT in self.evaluation.split(8):
             logits_BTV = model(ids_BT).logits[:, :-1]
@@ -68,6 +65,15 @@ def reference(shared: Path) -> Reference:
     return Reference(shared)
 
 
+@pytest.fixture(scope="module")
+def blocks(reference) -> BlockRange:
+    """All blocks of the reference's model with its calibration windows passed through them."""
+    reference.model.requires_grad_(False)
+    blocks = BlockRange(ModelShard.whole(reference.model))
+    pass_text([blocks], CALIBRATION, reference.calibration)
+    return blocks
+
+
 def mask_fields(criterion: str, sparsity: str) -> dict[str, Any]:
     name, group = {"magnitude-row": ("magnitude", "row"), "magnitude": ("magnitude", "matrix")}.get(
         criterion, (criterion, "row")
@@ -77,20 +83,33 @@ def mask_fields(criterion: str, sparsity: str) -> dict[str, Any]:
     return {"criterion": name, "sparsity": float(sparsity), "comparison_group": group}
 
 
+def prune(blocks: BlockRange, criterion: str, sparsity: str) -> tuple[dict[str, torch.Tensor], Weights]:
+    """Masks by linear, and pruned weights by name."""
+    trial = Trial(recovery="none", **mask_fields(criterion, sparsity))
+    blocks.release("pruned")
+    prune_all(blocks, "pruned", trial)
+    masks = {
+        name: blocks.mask(MaskRecipe.of(trial), block, linear)
+        for block in blocks.blocks.values()
+        for name, linear in block.linears.items()
+    }
+    return masks, blocks.weights["pruned"]
+
+
 EXACT = [("magnitude-row", sparsity, "none") for sparsity in SPARSITIES]
 EXACT += [("wanda", sparsity, "dense") for sparsity in (*SPARSITIES, "0.6", "2:4")]
 EXACT += [("magnitude", "2:4", "none")]
 
 
 @pytest.mark.parametrize(("criterion", "sparsity", "stream"), EXACT)
-def test_masks_and_perplexities_are_the_references(reference, criterion, sparsity, stream):
-    pruned = reference.prune(**mask_fields(criterion, sparsity))
-    for name, mask_OI in pruned.masks.items():
+def test_masks_and_perplexities_are_the_references(blocks, reference, criterion, sparsity, stream):
+    masks, weights = prune(blocks, criterion, sparsity)
+    for name, mask_OI in masks.items():
         key = f"{criterion}/{sparsity}/{stream}/{name}"
         if key in reference.masks:
             assert torch.equal(mask_OI, reference.mask(key, tuple(mask_OI.shape))), name
     expected = reference.numbers["criteria"][criterion][sparsity][stream]["perplexity"]
-    assert reference.perplexity(pruned) == pytest.approx(expected, rel=1e-3)
+    assert reference.perplexity(weights) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_reference_holds_the_masks_that_are_compared(reference):
@@ -103,12 +122,14 @@ def test_the_reference_holds_the_masks_that_are_compared(reference):
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_magnitude_over_the_whole_matrix_removes_one_entry_less_than_the_public_code(reference, sparsity):
-    pruned = reference.prune(**mask_fields("magnitude", sparsity))
-    for mask_OI in pruned.masks.values():
+def test_magnitude_over_the_whole_matrix_removes_one_entry_less_than_the_public_code(
+    blocks, reference, sparsity
+):
+    masks, weights = prune(blocks, "magnitude", sparsity)
+    for mask_OI in masks.values():
         assert int((~mask_OI).sum()) == int(mask_OI.numel() * float(sparsity))
     expected = reference.numbers["criteria"]["magnitude"][sparsity]["none"]["perplexity"]
-    assert reference.perplexity(pruned) == pytest.approx(expected, rel=0.02)
+    assert reference.perplexity(weights) == pytest.approx(expected, rel=0.02)
 
 
 def test_wandas_statistics_are_the_references(blocks, reference):
@@ -141,15 +162,6 @@ def reference_rows(
     return rows
 
 
-@pytest.fixture(scope="module")
-def blocks(reference) -> BlockRange:
-    """All blocks of the reference's model with its calibration windows passed through them."""
-    reference.model.requires_grad_(False)
-    blocks = BlockRange(ModelShard.whole(reference.model))
-    pass_text([blocks], CALIBRATION, reference.calibration)
-    return blocks
-
-
 def recover(
     blocks: BlockRange, unit: str, granularity: str, rate: float, trainable: str = "all"
 ) -> UnitResult:
@@ -160,6 +172,7 @@ def recover(
         "trainable": trainable,
     }
     trial = Trial(**mask_fields("wanda", "0.6") | fields | SETTINGS)
+    blocks.release("trial")
     prune_all(blocks, "trial", trial)
     return recover_unit(blocks, "trial", trial, unit)
 
@@ -220,7 +233,7 @@ def test_a_matrix_starts_at_the_references_error_and_comes_near_its_optimum(bloc
     ],
 )
 def test_perplexities_after_reconstruction_are_the_references(reference, granularity, rate, trainable):
-    pruned = reference.prune(**mask_fields("wanda", "0.6"))
+    pruned = raysweep.prune(reference.model, reference.calibration, **mask_fields("wanda", "0.6"))
     recovered = raysweep.reconstruct(
         reference.model,
         pruned,
@@ -230,6 +243,6 @@ def test_perplexities_after_reconstruction_are_the_references(reference, granula
         trainable=trainable,
         **SETTINGS,
     )
-    perplexity = reference.perplexity(recovered)
+    perplexity = reference.perplexity(recovered.weights)
     for row in reference_rows(reference, granularity, rate, trainable):
         assert perplexity == pytest.approx(row["perplexity"], rel=0.02)
