@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 CALIBRATION, VALIDATION = "calibration", "validation"
 EVALUATION_PREFIX = "evaluation/"
+TRIAL_CPUS = 0.01  # that a trial's process reserves: it waits for the shards nearly all of its time
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from raysweep.errors import CapacityError
 from raysweep.model.shape import ModelShape
 from raysweep.shards.memory import SIZES, ShardMemory, Workload, knowledge_bytes, shard_memory
 
-TRIAL_CPUS = 0.01  # of a trial's process: it waits for the shards nearly all of its time
-TRIALS_AHEAD = 2  # trials in flight beyond one per shard, so that no shard waits for the driver
+TRIALS_IN_FLIGHT = 3  # one is trained while another is evaluated and a third begins; each is a process of its own
 KNOWLEDGE_MARGIN = 256 << 20  # for the small things that are kept beside masks
 
 
@@ -64,7 +63,7 @@ def make_plan(
         raise CapacityError(
             f"{count} shards need {count} GPUs, and there are {gpus}", remedy="Lower execution.shards."
         )
-    trials = concurrent_trials or count + TRIALS_AHEAD
+    trials = concurrent_trials or TRIALS_IN_FLIGHT
     work = replace(work, concurrent_trials=trials)
     ranges = even_ranges(len(model.blocks), count)
     memory = tuple(shard_memory(model, start, stop, dtype, work) for start, stop in ranges)

@@ -12,8 +12,7 @@ from typing import Any
 from ray import tune
 
 from raysweep.shards.group import RayGroup
-from raysweep.shards.group_info import GroupInfo
-from raysweep.shards.plan import TRIAL_CPUS
+from raysweep.shards.group_info import TRIAL_CPUS, GroupInfo
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.rows import RowContext, plain, run_and_write
 

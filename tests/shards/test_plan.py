@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError
 from raysweep.model.shape import BlockShape, ModelShape
+from raysweep.shards.group_info import TRIAL_CPUS
 from raysweep.shards.memory import Workload, shard_memory
-from raysweep.shards.plan import TRIAL_CPUS, even_ranges, make_plan
+from raysweep.shards.plan import even_ranges, make_plan
 
 GIB = 1 << 30
 WORK = Workload(
