@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,14 +20,20 @@ from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from tests.families import BLOCKS, FAMILIES, Family, make_model, token_ids
 
-CUTS = ([0, 3], [0, 1, 3], [0, 1, 2, 3])
+CUTS = ((0, 3), (0, 1, 3), (0, 1, 2, 3))
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "BOOL": 1, "U8": 1}
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def load_chain(folder: Path, cuts: list[int]) -> list[ModelShard]:
+def load_chain(folder: Path, cuts: Sequence[int]) -> list[ModelShard]:
     return [ModelShard.load(ModelSource(str(folder)), start, stop) for start, stop in pairwise(cuts)]
+
+
+@pytest.fixture(scope="module")
+def chain(family_folder) -> Callable[[str, tuple[int, ...]], list[ModelShard]]:
+    """chain(family, cuts): a model of the family in shards, loaded once."""
+    return cache(lambda family, cuts: load_chain(family_folder(family), cuts))
 
 
 @torch.no_grad()
@@ -44,9 +52,9 @@ def whole_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @families
-def test_logits_through_the_shards_are_the_models(family_folder, family, cuts):
-    folder, ids = family_folder(family), token_ids(2, 16)
-    assert torch.equal(chain_logits(load_chain(folder, cuts), ids), whole_logits(folder, ids))
+def test_logits_through_the_shards_are_the_models(chain, family_folder, family, cuts):
+    ids = token_ids(2, 16)
+    assert torch.equal(chain_logits(chain(family, cuts), ids), whole_logits(family_folder(family), ids))
 
 
 @settings(max_examples=8, deadline=None)
@@ -93,9 +101,9 @@ def needed_bytes(folder: Path, known: Family, start: int, stop: int) -> int:
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @families
-def test_a_shard_reads_its_blocks_and_what_its_place_needs(family_folder, family, cuts):
+def test_a_shard_reads_its_blocks_and_what_its_place_needs(chain, family_folder, family, cuts):
     folder, known = family_folder(family), FAMILIES[family]
-    for shard in load_chain(folder, cuts):
+    for shard in chain(family, cuts):
         assert shard.bytes_read == needed_bytes(folder, known, shard.start, shard.stop)
 
 
