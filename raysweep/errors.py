@@ -78,6 +78,11 @@ class ShardLostError(RaysweepError):
     """A shard's process ended before its work did."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a foreign error says, at most 300 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def nearest_name(name: str, known: list[str]) -> str | None:
     """The known name closest to `name`, or None when nothing is close."""
     matches = get_close_matches(str(name), known, n=1, cutoff=0.6)

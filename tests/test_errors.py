@@ -11,6 +11,7 @@ from raysweep.errors import (
     RaysweepError,
     ShardLostError,
     UsageError,
+    first_line,
     nearest_name,
 )
 
@@ -49,6 +50,19 @@ def test_the_text_says_everything():
     assert text.startswith("a.yaml:3: sweep[0].x: unknown key 'x'")
     for part in ("did you mean 'y'?", "allowed: y | z", "write y"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("  gone\nfor good"), "gone"),
+        (KeyError(), "KeyError"),
+        (ValueError("\n \n"), "ValueError"),
+        (ValueError("x" * 999), "x" * 300),
+    ],
+)
+def test_the_first_line_of_a_foreign_error_is_short_and_never_empty(error, line):
+    assert first_line(error) == line
 
 
 def test_nearest_name_is_close_or_absent():

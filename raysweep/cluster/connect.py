@@ -17,7 +17,7 @@ from ray._private.services import (
 )  # what `ray.init` looks a running cluster up with
 
 from raysweep.cluster.nodes import Node, this_node
-from raysweep.errors import UsageError
+from raysweep.errors import UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
 NAMESPACE = "raysweep"
@@ -78,7 +78,7 @@ def _connect(address: str | None) -> Any:
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise
-        raise _no_cluster(address, str(error).strip().splitlines()[0]) from error
+        raise _no_cluster(address, first_line(error)) from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from raysweep.errors import UsageError
+from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
 from raysweep.model.linears import ALLOWED_MODELS
 
@@ -39,6 +39,11 @@ class ModelSource:
         return os.path.expanduser(resolve_model_path(self.path))
 
     @property
+    def portable_path(self) -> str:
+        """`path` as other processes of this file system may use it: a folder's is absolute."""
+        return str(Path(self.path).absolute()) if Path(self.path).is_dir() else self.path
+
+    @property
     def is_local(self) -> bool:
         return Path(self.location).is_dir()
 
@@ -54,7 +59,7 @@ class ModelSource:
             )
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(
-                f"model {self.path!r} cannot be read: {_first_line(error)}",
+                f"model {self.path!r} cannot be read: {first_line(error)}",
                 allowed=ALLOWED_PATHS,
                 remedy="Check the spelling; a gated model needs HF_TOKEN, no network HF_HUB_OFFLINE=1.",
             ) from error
@@ -130,7 +135,7 @@ def _indexed(path: str, source: ModelSource) -> dict[str, str]:
     try:
         files: dict[str, str] = dict(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{INDEX} of model {source.path!r} is damaged: {_first_line(error)}") from error
+        raise UsageError(f"{INDEX} of model {source.path!r} is damaged: {first_line(error)}") from error
     return files
 
 
@@ -153,7 +158,7 @@ def _download(source: ModelSource, file_name: str) -> str | None:
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UsageError(f"model {source.path!r} cannot be downloaded: {_first_line(error)}") from error
+        raise UsageError(f"model {source.path!r} cannot be downloaded: {first_line(error)}") from error
 
 
 def resolve_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -180,7 +185,7 @@ def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.d
             )
     except ValueError as error:
         raise UsageError(
-            f"model {source.path!r} is no causal language model: {_first_line(error)}", allowed=ALLOWED_MODELS
+            f"model {source.path!r} is no causal language model: {first_line(error)}", allowed=ALLOWED_MODELS
         ) from error
     model.eval()
     return model
@@ -240,7 +245,3 @@ def tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, st
             )
         names[name] = found
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raysweep.errors import UsageError
-from raysweep.model.text import TextSource, open_parquet, source_files
+from raysweep.model.text import TextSource, open_parquet, reading, source_files
 
 ROWS_COLUMN = "input_ids"
 
@@ -31,7 +31,8 @@ def count_rows(source: TextSource) -> int:
 def read_rows(source: TextSource, start: int, stop: int, length: int) -> npt.NDArray[np.int64]:
     """Samples `start` to `stop` (excluded) of a source with `input_ids`, cut to their first `length` tokens.
 
-    Returns int64, (stop - start) x length. Raises UsageError for a row that is shorter, with its number.
+    Returns int64, (stop - start) x length. Raises UsageError for a row that is shorter or holds nulls, with its number,
+    and for a file that is damaged.
     """
     chunks = [chunk for path in source_files(source) for chunk in _rows_column(path).chunks]
     wanted = pa.chunked_array(chunks).slice(start, stop - start)
@@ -40,17 +41,23 @@ def read_rows(source: TextSource, start: int, stop: int, length: int) -> npt.NDA
 
 
 def _row(value: Any, number: int, length: int, source: TextSource) -> npt.NDArray[np.int64]:
-    ids = np.asarray(value.as_py() or [], dtype=np.int64)
+    ids = value.as_py() or []
+    if None in ids:
+        raise UsageError(
+            f"row {number} of {source.dataset} has a null among its tokens",
+            remedy="leave the row out of the file",
+        )
     if len(ids) < length:
         raise UsageError(
             f"row {number} of {source.dataset} has {len(ids)} tokens, sequence_length is {length}",
             remedy="lower sequence_length or leave the row out of the file",
         )
-    return ids[:length]
+    return np.asarray(ids[:length], dtype=np.int64)
 
 
 def _rows_column(path: Path) -> pa.ChunkedArray:
-    column = open_parquet(path).read(columns=[ROWS_COLUMN]).column(ROWS_COLUMN)
+    with reading(path):
+        column = open_parquet(path).read(columns=[ROWS_COLUMN]).column(ROWS_COLUMN)
     if not hasattr(column.type, "value_type") or not pa.types.is_integer(column.type.value_type):
         raise UsageError(f"column {ROWS_COLUMN!r} of {path} is {column.type}", allowed="lists of integers")
     return column

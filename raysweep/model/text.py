@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysweep.errors import UsageError, nearest_name
+from raysweep.errors import UsageError, first_line, nearest_name
 from raysweep.model.builtin import builtin_text_folder, is_builtin
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -97,7 +98,21 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"cannot read {path} as Parquet: {_first_line(error)}") from error
+        raise UsageError(f"cannot read {path} as Parquet: {first_line(error)}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within the context, a file that is damaged, not UTF-8 or may not be read ends in a UsageError that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(
+            f"cannot read {path}: {first_line(error)}",
+            remedy="check its permissions and whether it is complete",
+        ) from error
 
 
 def _documents(source: TextSource) -> Iterator[str]:
@@ -106,7 +121,8 @@ def _documents(source: TextSource) -> Iterator[str]:
         return
     readers = {".parquet": _parquet_documents, ".jsonl": _json_documents, ".txt": _plain_document}
     for path in source_files(source):
-        yield from readers[path.suffix](path)
+        with reading(path):
+            yield from readers[path.suffix](path)
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
@@ -129,10 +145,7 @@ def _json_documents(path: Path) -> Iterator[str]:
 
 
 def _plain_document(path: Path) -> Iterator[str]:
-    try:
-        yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}") from error
+    yield path.read_text(encoding="utf-8")
 
 
 def _hub_documents(source: TextSource) -> Iterator[str]:
@@ -160,7 +173,7 @@ def _guarded(source: TextSource, rows: Iterator[Any]) -> Iterator[Any]:
         raise
     except Exception as error:  # the library and its HTTP client raise a dozen unrelated types
         raise UsageError(
-            f"cannot load {source}: {_first_line(error)}",
+            f"cannot load {source}: {first_line(error)}",
             remedy=f"{source.dataset!r} was taken for a Hugging Face data set, being no file or folder here: "
             "check its id, config and data_files, HF_TOKEN if it is gated, and the network (HF_HUB_OFFLINE)",
         ) from error
@@ -231,8 +244,3 @@ def _looks_like_path(name: str) -> bool:
     if name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES:
         return True
     return _HUB_ID.fullmatch(name) is None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

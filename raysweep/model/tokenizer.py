@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raysweep.errors import UsageError
+from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
 
 Ids = npt.NDArray[np.int64]
@@ -43,9 +43,8 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"cannot load the tokenizer of {path}: {reason}",
+            f"cannot load the tokenizer of {path}: {first_line(error)}",
             remedy="check model.path and model.revision, HF_TOKEN if the model is gated, and the network",
         ) from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,31 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     }
     for name, part in expected.items():
         assert part in refusal(TextSource(str(tmp_path / name)))
+
+
+def damage_pages(path: Path) -> Path:
+    """Overwrites data pages behind the file's first bytes; its footer stays whole, so that it opens."""
+    content = bytearray(path.read_bytes())
+    content[40:400] = b"\xff" * 360
+    path.write_bytes(content)
+    return path
+
+
+def test_a_bad_line_behind_good_ones_and_damaged_pages_are_refused(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"text": "fine"}\n' * 9999 + '{"text": "ä"}\n'.encode("latin-1"))
+    damaged = damage_pages(
+        write_parquet(tmp_path / "damaged.parquet", text=[f"word {k}" for k in range(999)])
+    )
+    assert pq.ParquetFile(damaged).metadata.num_rows == 999
+    assert f"{latin} is not UTF-8" in refusal(TextSource(str(latin)))
+    assert f"cannot read {damaged}" in refusal(TextSource(str(damaged)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_what_may_not_be_opened_is_refused(tmp_path: Path, name: str) -> None:
+    os.mknod(tmp_path / name, stat.S_IFSOCK | 0o600)  # not even root opens a socket as a file
+    assert f"cannot read {tmp_path / name}" in refusal(TextSource(str(tmp_path / name)))
 
 
 def test_empty_data_are_refused(tmp_path: Path) -> None:

@@ -139,6 +139,22 @@ class TestRows:
         with pytest.raises(UsageError, match="row 1 of .* has 31 tokens, sequence_length is 32"):
             calibrate(None, source, num_samples=2)
 
+    def test_a_null_within_a_row_is_refused_with_its_number(self, tmp_path: Path) -> None:
+        rows = pa.array([[1] * 32, [1, None] * 16], pa.list_(pa.int32()))
+        pq.write_table(pa.table({"input_ids": rows}), tmp_path / "rows.parquet")
+        source = TextSource(str(tmp_path / "rows.parquet"))
+        assert len(calibrate(None, source, num_samples=1)) == 1
+        with pytest.raises(UsageError, match="row 1 of .* has a null"):
+            calibrate(None, source, num_samples=2)
+
+    def test_damaged_pages_are_refused(self, tmp_path: Path) -> None:
+        source = write_rows(tmp_path / "rows.parquet", [32] * 99)
+        content = bytearray((tmp_path / "rows.parquet").read_bytes())
+        content[4:400] = b"\xff" * 396
+        (tmp_path / "rows.parquet").write_bytes(content)
+        with pytest.raises(UsageError, match="cannot read .*rows.parquet"):
+            calibrate(None, source, num_samples=1)
+
     def test_more_samples_than_rows_are_refused(self, tmp_path: Path) -> None:
         source = write_rows(tmp_path / "rows.parquet", [32, 32])
         with pytest.raises(UsageError, match=r"calibration.num_samples: 3 windows .* gives 2"):
