@@ -64,7 +64,7 @@ def bare_loops(data: dict[str, Any], ready: Any, seconds: Any) -> None:
 
     model = prepare(SearchSpace.from_dict(data), "cpu")[0]
     plan = make_plan(model.shape, [this_node()], workload(model), model.dtype, shards=1)
-    with LocalGroup(shard_specs(plan, model.config.path, None, False)) as group:
+    with LocalGroup(shard_specs(plan, model.source)) as group:
         ready.wait()
         start = time.perf_counter()
         for phase in model.phases:

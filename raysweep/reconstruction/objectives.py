@@ -107,10 +107,9 @@ class ModuleObjective:
         return self.blocks.texts[CALIBRATION].activations
 
     def _profile(self, unit: Unit) -> UnitProfile:
-        """Shared by all units of one shape: blocks of a model are usually alike."""
+        """Shared by all trials. Not by blocks of equal shape: which parameters matter may differ between them."""
         batch_BTH = unit.inputs(self._calibration)[: self.batch].to(self.blocks.device)
-        shapes = tuple((name, tuple(p.shape)) for name, p in unit.module.named_parameters())
-        key = ("profile", unit.half, shapes, tuple(batch_BTH.shape))
+        key = ("profile", unit.name, tuple(batch_BTH.shape))
         run = partial(unit.block.run, module=unit.module)
         return self.blocks.knowledge.get(key, lambda: profile_step(unit.module, run, batch_BTH))
 

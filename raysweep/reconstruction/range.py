@@ -94,6 +94,7 @@ class BlockRange:
     def forget_texts(self) -> None:
         """Before another calibration set: drops activations, statistics and all that came of them."""
         self.texts.clear()
+        self.weights.clear()
         self.knowledge.clear()
         self._errors.clear()
         self.dense_seconds = 0.0

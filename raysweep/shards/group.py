@@ -123,6 +123,10 @@ class RayGroup:
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             raise ShardLostError(f"a shard's process ended before its work did: {error}") from error
 
+    def settle(self, refs: list[Ref]) -> None:
+        if refs:
+            ray.wait(refs, num_returns=len(refs), fetch_local=False)
+
     def first_done(self, refs: list[Ref]) -> int:
         done, _ = ray.wait(refs, num_returns=1)
         return refs.index(done[0])
@@ -131,12 +135,18 @@ class RayGroup:
         first = self.actors[0]
 
         def call(method: str) -> Callable[..., Any]:
-            return lambda *arguments: ray.get(getattr(first, method).remote(*arguments))
+            return lambda *arguments: self.result(getattr(first, method).remote(*arguments))
 
         return share(key, owner, make, call("claim"), call("publish"), call("abandon"))
 
     def forget_shared(self) -> None:
-        ray.get(self.actors[0].forget_shared.remote())
+        self.result(self.actors[0].forget_shared.remote())
+
+    def forget_trial(self, trial_id: str) -> None:
+        """Asks only, and waits for nothing: a shard may be gone as well."""
+        self.actors[0].abandon.remote(trial_id)
+        for shard in range(self.shards):
+            self.submit(shard, 0, "release", trial_id, label=f"{trial_id}: forget")
 
     def close(self) -> None:
         """Ends the actors. Closing twice does no harm."""
@@ -193,4 +203,4 @@ def _cause(error: ray.exceptions.RayTaskError) -> Exception:
     cause = error.cause
     if isinstance(cause, RaysweepError):
         return cause
-    return ShardLostError(f"a shard failed: {type(cause).__name__}: {cause}")
+    return RaysweepError(f"a shard failed: {type(cause).__name__}: {cause}")

@@ -48,7 +48,7 @@ class GroupInfo:
     """A shard group as its trials see it.
 
     ranges: blocks (start, stop) of every shard
-    blocks_units: by granularity, for every shard, the names of its units in order
+    units: by granularity, for every shard, the names of its units in order
     texts: by name; those that are kept (calibration, validation) and those that are evaluated on
     """
 
@@ -78,6 +78,10 @@ class ShardGroup(Protocol):
 
     def result(self, ref: Ref) -> Any:
         """Waits for a result. Raises what the call raised."""
+        ...
+
+    def settle(self, refs: list[Ref]) -> None:
+        """Waits until all of `refs` are done or have failed, without taking their results."""
         ...
 
     def first_done(self, refs: list[Ref]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
@@ -10,8 +11,16 @@ from raysweep.shards.shared import SharedResults, share
 from raysweep.shards.worker import ShardWorker
 
 
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """What a call returned, or raised."""
+
+    value: Any
+    error: Exception | None = None
+
+
 class LocalGroup:
-    """Every call runs at once, in the caller's thread."""
+    """Every call runs at once, in the caller's thread; what it raises is raised where its result is taken."""
 
     info: GroupInfo
     name = "in process"
@@ -25,10 +34,19 @@ class LocalGroup:
         return len(self.workers)
 
     def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
-        return getattr(self.workers[shard], method)(*arguments)
+        try:
+            ready = [self.result(each) if isinstance(each, _Done) else each for each in arguments]
+            return _Done(getattr(self.workers[shard], method)(*ready))
+        except Exception as error:  # kept for `result`, as a call over Ray keeps it
+            return _Done(None, error)
 
     def result(self, ref: Ref) -> Any:
-        return ref
+        if ref.error is not None:
+            raise ref.error
+        return ref.value
+
+    def settle(self, refs: list[Ref]) -> None:
+        """Nothing: every call is done when it has been submitted."""
 
     def first_done(self, refs: list[Ref]) -> int:
         return 0
@@ -38,6 +56,11 @@ class LocalGroup:
 
     def forget_shared(self) -> None:
         self.shared.clear()
+
+    def forget_trial(self, trial_id: str) -> None:
+        self.shared.abandon(trial_id)
+        for shard in range(self.shards):
+            self.submit(shard, 0, "release", trial_id)
 
     def close(self) -> None:
         self.workers.clear()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.shards.group_info import CALIBRATION, VALIDATION, GroupInfo, ShardGroup, ShardSpec, TextInfo
 from raysweep.shards.plan import ShardPlan
@@ -27,17 +28,20 @@ class OwnedGroup(ShardGroup, Protocol):
 
     def forget_shared(self) -> None: ...
 
+    def forget_trial(self, trial_id: str) -> None:
+        """Cleans up after a trial whose process is gone: its claims and its weights."""
+        ...
+
     def close(self) -> None: ...
 
 
-def shard_specs(
-    plan: ShardPlan, model_path: str, revision: str | None, trust_remote_code: bool
-) -> list[ShardSpec]:
+def shard_specs(plan: ShardPlan, source: ModelSource) -> list[ShardSpec]:
+    """What every shard of the plan is to load. Its process works in another folder, so paths are absolute."""
     return [
         ShardSpec(
-            model_path=model_path,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            model_path=source.portable_path,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
             dtype=plan.dtype,
             start=start,
             stop=stop,
@@ -92,11 +96,13 @@ def _set_text(group: OwnedGroup, name: str, ids_ST: Ids) -> TextInfo:
 def _dense_pass(group: OwnedGroup, text: TextInfo) -> None:
     """Batches follow one another through the chain; hidden states go from shard to shard, not through here."""
     ahead: deque[Any] = deque()
+    before: list[Any] = [None] * group.shards
     for start, stop in text.batches:
         ref = None
         for shard in range(group.shards):
             label = f"dense {text.name}[{start}:{stop}]"
-            ref = group.submit(shard, 0, "dense_pass", text.name, text.samples, start, stop, ref, label=label)
+            arguments = (text.name, text.samples, start, stop, ref, before[shard])
+            ref = before[shard] = group.submit(shard, 0, "dense_pass", *arguments, label=label)
         ahead.append(ref)
         if len(ahead) > BATCHES_AHEAD:
             group.result(ahead.popleft())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from raysweep.errors import RaysweepError
 
 Claim = tuple[Literal["yours", "wait", "done"], Any]
 
@@ -71,7 +74,8 @@ def share(
             try:
                 value = make()
             except BaseException:
-                abandon(owner)
+                with suppress(RaysweepError):  # the table may have gone with its shard
+                    abandon(owner)
                 raise
             publish(key, value)
             return value

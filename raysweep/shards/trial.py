@@ -102,6 +102,7 @@ class _Run:
     def __init__(self, group: ShardGroup, name: str, order: int) -> None:
         self.group, self.name, self.order = group, name, order
         self.info: GroupInfo = group.info
+        self._open: set[Ref] = set()  # calls whose results have not been taken
 
     # The kinds of trial
 
@@ -118,6 +119,8 @@ class _Run:
 
     def pruned_only(self, trial: Trial) -> Outcome:
         pruned, own = self._shared_pruned(trial)
+        if isinstance(pruned, NumericalError):
+            raise pruned
         columns = self._quality_columns(pruned.quality) | self._compared(pruned)
         columns |= self._cost_columns(
             pruned.finished if own else _as_shared(pruned.finished), recovery_units=[]
@@ -140,12 +143,15 @@ class _Run:
 
     # Their parts
 
-    def _shared_pruned(self, trial: Trial) -> tuple[Evaluated, bool]:
-        """What every trial with this mask shares: its evaluation before recovery. And whether it was made here."""
-        only_pruned, name = _only_pruned(trial), pruned_key(trial)
+    def _shared_pruned(self, trial: Trial) -> tuple[Evaluated | NumericalError, bool]:
+        """What every trial with this mask shares: its evaluation before recovery. And whether it was made here.
+
+        A model that is too damaged to be evaluated is shared as the error, which a recovery may well mend.
+        """
+        only_pruned, name = _only_pruned(trial), f"{pruned_key(trial)}@{self.name}"
         made_here: list[bool] = []
 
-        def make() -> Evaluated:
+        def make() -> Evaluated | NumericalError:
             made_here.append(True)
             try:
                 linear_rows = self._prune(name, only_pruned)
@@ -153,22 +159,25 @@ class _Run:
                 finished = self._finish(name)
                 quality.block_errors, quality.zeros = _errors(finished), _zeros(finished)
                 return Evaluated(linear_rows, quality, finished)
+            except NumericalError as error:
+                return error
             finally:
                 self._release(name)
 
-        return self.group.share(name, self.name, make), bool(made_here)
+        return self.group.share(pruned_key(trial), self.name, make), bool(made_here)
 
     def _shared_dense(self) -> tuple[Evaluated, bool]:
         """The dense model's perplexities, for all trials."""
         made_here: list[bool] = []
+        name = f"{DENSE_KEY}@{self.name}"
 
         def make() -> Evaluated:
             made_here.append(True)
             try:
                 texts = [text for text in self.info.texts if text != CALIBRATION]
-                return Evaluated([], self._evaluate(None, DENSE_KEY, texts), self._finish(DENSE_KEY))
+                return Evaluated([], self._evaluate(None, name, texts), self._finish(name))
             finally:
-                self._release(DENSE_KEY)
+                self._release(name)
 
         return self.group.share(DENSE_KEY, self.name, make), bool(made_here)
 
@@ -202,7 +211,7 @@ class _Run:
                 send(shard)
         while ahead:
             shard, number, ref = self._next_done(ahead)
-            results[shard, number] = self.group.result(ref)
+            results[shard, number] = self._result(ref)
             send(shard)
         return [results[place] for place in sorted(results)]
 
@@ -215,15 +224,16 @@ class _Run:
     def _evaluate(self, weights: str | None, cost_name: str, texts: list[str]) -> Quality:
         """Passes the texts through the chain, several batches at once; every shard works on another one."""
         losses: dict[str, list[float]] = {text: [] for text in texts}
-        ahead: deque[tuple[str, Ref]] = deque()
+        ahead: deque[tuple[str, list[Ref]]] = deque()
         limit = CALLS_AHEAD * self.info.shards
         for text in texts:
             for start, stop in self.info.texts[text].batches:
-                ref: Ref = None
+                chain: list[Ref] = [None]
                 for shard in range(self.info.shards):
-                    arguments = (weights, text, start, stop, ref, cost_name)
-                    ref = self._submit(shard, "forward", *arguments, label=f"evaluate {text}[{start}:{stop}]")
-                ahead.append((text, ref))
+                    arguments = (weights, text, start, stop, chain[-1], cost_name)
+                    label = f"evaluate {text}[{start}:{stop}]"
+                    chain.append(self._submit(shard, "forward", *arguments, label=label))
+                ahead.append((text, chain[1:]))
                 if len(ahead) > limit:
                     self._collect(ahead, losses)
         while ahead:
@@ -232,22 +242,33 @@ class _Run:
             {text: _perplexity(losses[text], self.info.texts[text]) for text in texts if text != CALIBRATION}
         )
 
-    def _collect(self, ahead: deque[tuple[str, Ref]], losses: dict[str, list[float]]) -> None:
-        text, ref = ahead.popleft()
-        losses[text] += self.group.result(ref) or []
+    def _collect(self, ahead: deque[tuple[str, list[Ref]]], losses: dict[str, list[float]]) -> None:
+        text, chain = ahead.popleft()
+        losses[text] += self._result(chain[-1]) or []
+        self._open.difference_update(chain)
 
     def _finish(self, name: str) -> list[dict[str, Any]]:
         refs = [self._submit(shard, "finish", name) for shard in range(self.info.shards)]
-        return [self.group.result(ref) for ref in refs]
+        return [self._result(ref) for ref in refs]
 
     def _release(self, name: str) -> None:
-        for shard in range(self.info.shards):
-            self._submit(shard, "release", name)
+        """Forgets the weights under `name` everywhere, after every call that could still bring some."""
+        self.group.settle(list(self._open))
+        self._open.clear()
+        refs = [self._submit(shard, "release", name) for shard in range(self.info.shards)]
+        self.group.settle(refs)
+        self._open.clear()
 
     def _submit(self, shard: int, method: str, *arguments: Any, label: str = "") -> Ref:
-        return self.group.submit(
-            shard, self.order, method, *arguments, label=f"{self.name}: {label or method}"
-        )
+        label = f"{self.name}: {label or method}"
+        ref = self.group.submit(shard, self.order, method, *arguments, label=label)
+        self._open.add(ref)
+        return ref
+
+    def _result(self, ref: Ref) -> Any:
+        result = self.group.result(ref)
+        self._open.discard(ref)
+        return result
 
     def _placed(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with the shard that holds their block."""
@@ -260,12 +281,10 @@ class _Run:
     def _first(self, quality: Quality) -> float:
         return quality.perplexities[_first_text(self.info)]
 
-    def _compared(self, pruned: Evaluated) -> dict[str, Any]:
+    def _compared(self, pruned: Evaluated | NumericalError) -> dict[str, Any]:
         dense, _ = self._shared_dense()
-        return {
-            "dense_perplexity": self._first(dense.quality),
-            "pruned_perplexity": self._first(pruned.quality),
-        }
+        before = None if isinstance(pruned, NumericalError) else self._first(pruned.quality)
+        return {"dense_perplexity": self._first(dense.quality), "pruned_perplexity": before}
 
     def _quality_columns(self, quality: Quality) -> dict[str, Any]:
         columns: dict[str, Any] = {"perplexity": self._first(quality)}
@@ -352,7 +371,7 @@ def _unit_columns(units: list[dict[str, Any]]) -> dict[str, Any]:
 def _unit_row(unit: dict[str, Any]) -> dict[str, Any]:
     cost = ("training_flops", "trainable_parameters", "peak_bytes")
     row = {name: value for name, value in unit.items() if name not in cost}
-    return {"kind": "unit", **row, "peak_device_bytes": unit["peak_bytes"]}
+    return {"kind": "unit", **row}
 
 
 def _block_rows(quality: Quality) -> list[dict[str, Any]]:

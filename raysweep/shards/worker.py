@@ -71,13 +71,20 @@ class ShardWorker:
     def forget_texts(self, keep_halves: bool) -> None:
         """Before another calibration set. keep_halves: whether trials will need the boundary within a block."""
         self.blocks.forget_texts()
+        self._seconds.clear()
         self.blocks.keep_halves = keep_halves
 
     def text_batches(self, samples: int, tokens: int) -> list[tuple[int, int]]:
         return [(rows.start, rows.stop) for rows in batches(samples, tokens, self.shard.device)]
 
-    def dense_pass(self, text: str, samples: int, start: int, stop: int, hidden: Any) -> Any:
-        """Passes a batch of a kept text through the dense blocks; returns hidden states for the next shard."""
+    def dense_pass(
+        self, text: str, samples: int, start: int, stop: int, hidden: Any, before: Any = None
+    ) -> Any:
+        """Passes a batch of a kept text through the dense blocks; returns hidden states for the next shard.
+
+        before: the result of the batch before it at this shard. Statistics are sums, whose last bits depend on the
+        order; a call that is handed this result cannot overtake it.
+        """
         rows = slice(start, stop)
         hidden_BTH = self._incoming(text, rows, hidden)
         output_BTH = self.blocks.dense_pass(text, samples, rows, hidden_BTH)
@@ -99,6 +106,7 @@ class ShardWorker:
             watch = Stopwatch(self.shard.device)
             row = recover_unit(self.blocks, name, trial, unit).as_dict()
             row["seconds"] = watch.seconds()
+            row["peak_device_bytes"] = row["peak_bytes"] if self.shard.device.type == "cuda" else None
         return row
 
     def forward(self, name: str | None, text: str, start: int, stop: int, hidden: Any, cost_name: str) -> Any:
@@ -131,10 +139,13 @@ class ShardWorker:
         }
 
     def release(self, name: str) -> None:
-        """Forgets the trial's weights and figures. Releasing twice does no harm."""
-        self.blocks.release(name)
-        self.blocks.knowledge.close_account(name)
-        self._seconds.pop(name, None)
+        """Forgets the weights and figures under `name` and under names that end in `@name`, of models that the trial
+        evaluated for others. Releasing twice does no harm."""
+        known = {*self.blocks.weights, *self._seconds}
+        for each in {name, *(other for other in known if other.endswith(f"@{name}"))}:
+            self.blocks.release(each)
+            self.blocks.knowledge.close_account(each)
+            self._seconds.pop(each, None)
 
     # Within
 

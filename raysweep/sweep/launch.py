@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from raysweep.cluster.nodes import this_node
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
 from raysweep.errors import UsageError
+from raysweep.fingerprint import fingerprint
 from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
 from raysweep.results.reader import load_results, trial_states
 from raysweep.results.state import SweepState
@@ -89,6 +91,7 @@ def launch(
 
 def prepare_launch(space: SearchSpace, folder: Path, device: str) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
+    _refuse_second_launch(folder)
     states = trial_states(folder) if folder.exists() else {}
     return Launch(space, folder, prepare(space, device), states)
 
@@ -140,7 +143,6 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
 def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
     total = len(prepared.trials)
     if prepared.finished < total:
-        _refuse_second_launch(prepared.folder)
         plans = make_plans(prepared.models, prepared.space, runner.nodes())
         prepared.folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(prepared.folder)
@@ -152,7 +154,8 @@ def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
 
 def _refuse_second_launch(folder: Path) -> None:
     state = SweepState.read(folder) if folder.exists() else None
-    if state is not None and state.state == "running" and state.pid != os.getpid():
+    here = state is not None and state.host == socket.gethostname()  # of other hosts nobody can say who lives
+    if state is not None and here and state.state == "running" and state.pid != os.getpid():
         raise UsageError(
             f"the sweep {state.name!r} is running already, as process {state.pid} on {state.host}",
             remedy="Wait for it, interrupt it, or choose another --name.",
@@ -167,9 +170,9 @@ def _run_model(
     if not phases:
         return
     granularities = sorted({t.trial.granularity for t in model.trials if t.trial.granularity})
-    specs = shard_specs(plan, model.config.path, model.config.revision, model.config.trust_remote_code)
+    specs = shard_specs(plan, model.source)
     recorder.progress.stage(f"Loading {model.config.path} into {plan.shards} shard{'s' * (plan.shards > 1)}")
-    with runner.group(prepared.space.name, specs, plan) as group:
+    with runner.group(_group_name(prepared), specs, plan) as group:
         for phase in phases:
             recorder.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
             texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
@@ -180,6 +183,11 @@ def _run_model(
             rows = RowContext(prepared.folder, tuple(model.evaluation), columns)
             recorder.begin(plan.concurrent_trials)
             runner.run(group, prepared.remaining(phase), rows, plan, recorder.row)
+
+
+def _group_name(prepared: Launch) -> str:
+    """Tells sweeps of one name in different storages apart, on a cluster that runs both."""
+    return f"{prepared.space.name}-{fingerprint(str(prepared.folder))[:4]}"
 
 
 def _phase_columns(

@@ -89,6 +89,7 @@ class _Preparation:
         for trial in planned:
             self._check_pattern(trial.trial)
         calibrations = {config: self._calibration(config) for config in self.space.calibrations}
+        _check_distinct(calibrations)
         evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
         validation = self._validation(list(calibrations.values()))
         digest = model_hash(self.source)
@@ -194,6 +195,19 @@ def _validation_source(config: ValidationConfig, calibration: CalibrationConfig)
         split = config.split or calibration.split
         return TextSource(calibration.dataset, calibration.config, calibration.data_files, split)
     return TextSource(config.dataset, config.config, config.data_files, config.split or calibration.split)
+
+
+def _check_distinct(calibrations: dict[CalibrationConfig, TokenSet]) -> None:
+    """Two calibration sets of equal tokens would be the same trials twice, and no spread over seeds."""
+    seen: dict[str, CalibrationConfig] = {}
+    for config, tokens in calibrations.items():
+        other = seen.setdefault(tokens.content_hash, config)
+        if other != config:
+            raise UsageError(
+                f"calibration sets with seeds {other.seed} and {config.seed} hold the same tokens",
+                where="calibration",
+                remedy="Rows of `input_ids` are taken in order, whatever the seed: give one seed, or several files.",
+            )
 
 
 def _phases(trials: list[SweepTrial], calibrations: dict[CalibrationConfig, TokenSet]) -> tuple[Phase, ...]:

@@ -37,7 +37,8 @@ class RowContext:
 
     def write_failure(self, trial: SweepTrial, error: Exception, started_at: datetime) -> dict[str, Any]:
         """Writes the row of a failed trial, which says why."""
-        row = self._known(trial, started_at) | {"status": "failed", "error": str(error)}
+        reason = str(error) if isinstance(error, RaysweepError) else f"{type(error).__name__}: {error}"
+        row = self._known(trial, started_at) | {"status": "failed", "error": reason}
         write_rows(self.folder, row, [], self.names)
         return row
 
@@ -61,7 +62,7 @@ def run_and_write(group: ShardGroup, trial: SweepTrial, rows: RowContext) -> dic
     try:
         outcome = run_trial(group, trial.trial, trial.trial_id, trial.number)
         row = rows.write(trial, outcome, started_at)
-    except RaysweepError as error:
+    except Exception as error:  # whatever it was, the row says so and the sweep goes on
         row = rows.write_failure(trial, error, started_at)
     return row | {"label": trial.label}
 

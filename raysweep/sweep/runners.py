@@ -107,6 +107,5 @@ class OnRay:
 
         self._phases += 1
         context = PhaseContext(group.name, group.info, rows, {trial.number: trial for trial in trials})
-        run_phase(
-            context, trials, plan.concurrent_trials, rows.folder / "tune", f"phase-{self._phases}", on_row
-        )
+        folder, name = rows.folder / "tune", f"phase-{self._phases}"
+        run_phase(context, trials, plan.concurrent_trials, folder, name, on_row, group.forget_trial)

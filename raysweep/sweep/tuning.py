@@ -54,8 +54,10 @@ def run_phase(
     storage: Path,
     name: str,
     on_row: Callable[[dict[str, Any]], None],
+    on_lost: Callable[[str], None],
 ) -> None:
-    """Runs `trials` to the end, oldest first; `on_row` hears of every one that is done.
+    """Runs `trials` to the end, oldest first; `on_row` hears of every one that is done, `on_lost` of the id of one
+    whose process is gone.
 
     storage, name: Tune keeps its own state in storage/name.
     """
@@ -75,7 +77,7 @@ def run_phase(
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(storage),
-            callbacks=[_Listener(on_row)],
+            callbacks=[_Listener(on_row, lambda number: on_lost(context.trials[number].trial_id))],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
@@ -91,12 +93,12 @@ def _trial_name(context: PhaseContext, trial: Any) -> str:
 class _Listener(tune.Callback):
     """Hands finished trials to the display of the launching process."""
 
-    def __init__(self, on_row: Callable[[dict[str, Any]], None]) -> None:
-        self._on_row = on_row
+    def __init__(self, on_row: Callable[[dict[str, Any]], None], on_lost: Callable[[int], None]) -> None:
+        self._on_row, self._on_lost = on_row, on_lost
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune stores its callbacks; a display cannot be stored, and a restored one would have nobody to tell."""
-        return _Listener, (_nobody,)
+        return _Listener, (_nobody, _nobody)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
@@ -104,10 +106,11 @@ class _Listener(tune.Callback):
         self._on_row(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._on_row({"status": "failed", "label": str(trial)})
+        self._on_lost(trial.config[NUMBER])
+        self._on_row({"status": "failed", "label": str(trial), "error": "the process of the trial ended"})
 
 
-def _nobody(row: dict[str, Any]) -> None:
+def _nobody(_: Any) -> None:
     """Hears nothing."""
 
 

@@ -225,3 +225,54 @@ def test_a_second_launch_of_a_running_sweep_is_refused(make_space, tmp_path):
     with pytest.raises(UsageError, match=f"running already, as process {os.getppid()}"):
         launched(make_space(), tmp_path)
     assert not (tmp_path / "tiny" / "trials").exists()
+
+
+@pytest.mark.parametrize("method", ["prune", "recover", "forward"])
+def test_a_failing_trial_leaves_no_weights_and_wakes_who_waits(make_space, tmp_path, monkeypatch, method):
+    """The second call of `method` fails, once: one trial is lost, and its shared work is done by another."""
+    workers: list[ShardWorker] = []
+    init, working = ShardWorker.__init__, getattr(ShardWorker, method)
+    monkeypatch.setattr(ShardWorker, "__init__", lambda self, spec: workers.append(self) or init(self, spec))
+    calls: list[int] = []
+
+    def failing_once(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("planted")
+        return working(self, *arguments)
+
+    monkeypatch.setattr(ShardWorker, method, failing_once)
+    rows = launched(make_space(execution={"shards": 2}), tmp_path)
+    assert rows.status.value_counts().to_dict() == {"finished": 8, "failed": 1}
+    assert rows.error.dropna().tolist() == ["OSError: planted"]
+    assert [worker.blocks.weights for worker in workers] == [{}, {}]
+    healthy = launched(make_space(), tmp_path / "healthy").set_index("trial_id")
+    finished = rows[rows.status == "finished"].set_index("trial_id")
+    assert (finished.perplexity == healthy.perplexity.loc[finished.index]).all()
+    assert (
+        finished.pruned_perplexity.dropna() == healthy.pruned_perplexity.loc[finished.index].dropna()
+    ).all()
+
+
+def test_a_recovery_survives_that_the_model_before_it_could_not_be_evaluated(
+    make_space, tmp_path, monkeypatch
+):
+    forward = ShardWorker.forward
+
+    def damaged(self, name, *arguments):
+        losses = forward(self, name, *arguments)
+        return [float("nan")] * len(losses) if name and name.startswith("pruned") and losses else losses
+
+    monkeypatch.setattr(ShardWorker, "forward", damaged)
+    rows = launched(make_space(execution={"shards": 1}), tmp_path).set_index("recovery")
+    assert (rows.status.loc["none"] == "failed").all()
+    assert (rows.status.loc["reconstruct"] == "finished").all()
+    assert rows.pruned_perplexity.loc["reconstruct"].isna().all()
+
+
+def test_equal_calibration_sets_are_refused(make_space, tmp_path):
+    ids = [[k % 100 + 2] * 32 for k in range(20)]
+    pd.DataFrame({"input_ids": ids}).to_parquet(tmp_path / "rows.parquet")
+    calibration = {"dataset": str(tmp_path / "rows.parquet"), "seed": [0, 1]}
+    with pytest.raises(UsageError, match="hold the same tokens"):
+        launched(make_space(calibration=calibration), tmp_path / "storage")
