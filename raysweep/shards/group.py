@@ -176,14 +176,12 @@ class RayGroup:
 def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
     with_groups: Any = ray.remote(concurrency_groups={CONTROL: 4})  # type: ignore[call-overload]
     actor_class = with_groups(_with_control_methods(ShardActor))
-    environment = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
     return actor_class.options(
         name=_actor_name(name),
         namespace=NAMESPACE,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         max_concurrency=CALLS_AT_ONCE,
-        runtime_env={"env_vars": environment} if spec.device == "cpu" else {},
     ).remote(spec)
 
 

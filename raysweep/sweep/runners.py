@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,6 +84,7 @@ class OnRay:
         self.dashboard = cluster.dashboard
         self._nodes = cluster.nodes
         self._phases = 0
+        threading.Thread(target=_import_tune, daemon=True).start()  # while the shards load
 
     def nodes(self) -> Sequence[Node]:
         return self._nodes
@@ -109,3 +111,8 @@ class OnRay:
         context = PhaseContext(group.name, group.info, rows, {trial.number: trial for trial in trials})
         folder, name = rows.folder / "tune", f"phase-{self._phases}"
         run_phase(context, trials, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
+
+
+def _import_tune() -> None:
+    """Ray Tune takes one to two seconds to import."""
+    import raysweep.sweep.tuning  # noqa: F401
