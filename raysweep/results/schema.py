@@ -114,10 +114,16 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     ),
     Column("output_error_validation", REAL, "quality", f"{_OUTPUT}, on the validation sequences"),
     Column("seconds_total", REAL, "cost", "wall-clock of the trial, from its first call to its row"),
-    Column("seconds_statistics", REAL, "cost", "of which: statistics that this trial was the first to need"),
-    Column("seconds_mask", REAL, "cost", "of which: scores and masks"),
-    Column("seconds_recovery", REAL, "cost", "of which: recovery"),
-    Column("seconds_evaluation", REAL, "cost", "of which: evaluation"),
+    Column(
+        "seconds_statistics",
+        REAL,
+        "cost",
+        "busy seconds of this trial alone for statistics: 0, since the dense pass is shared and takes part in "
+        "`device_seconds_standalone` only",
+    ),
+    Column("seconds_mask", REAL, "cost", "busy seconds for scores and masks, summed over devices"),
+    Column("seconds_recovery", REAL, "cost", "busy seconds for recovery, summed over devices"),
+    Column("seconds_evaluation", REAL, "cost", "busy seconds for evaluation, summed over devices"),
     Column(
         "device_seconds", REAL, "cost", "busy time of this trial summed over devices; on CPU core-seconds"
     ),
@@ -198,7 +204,7 @@ UNIT_COLUMNS: tuple[Column, ...] = (
         "unit: the same after recovery; block: output error of the whole pruned model",
     ),
     Column("steps", WHOLE, "structure", "unit: optimizer steps"),
-    Column("seconds", REAL, "cost", "unit: wall-clock of its recovery"),
+    Column("seconds", REAL, "cost", "unit: busy seconds of its recovery"),
     Column("realized_sparsity", REAL, "structure", "fraction of zeros among its prunable weights, counted"),
     Column("dead_inputs", WHOLE, "structure", "linear: inputs that were never active in calibration"),
     Column(
