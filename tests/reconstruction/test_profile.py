@@ -67,7 +67,7 @@ def test_saved_bytes_are_of_activations_and_grow_with_the_tokens():
         profile_step(block.module, block.run, torch.randn(n, TOKENS, 32)).saved_bytes for n in (1, 4)
     )
     kept_at_least = 4 * TOKENS * (3 * 32 + 3 * 48)  # inputs of the linears and of the gate's product
-    assert one > kept_at_least
+    assert kept_at_least < one < 2.5 * kept_at_least
     assert 3 * one < four < 4.01 * one
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raysweep.errors import NumericalError
 from raysweep.reconstruction.losses import squared_sums
 from raysweep.reconstruction.optimizer import MaskedAdamW
 from raysweep.reconstruction.training import TrainingRecipe, text_error, train
@@ -83,6 +84,16 @@ def test_without_targets_the_output_goes_to_zero():
     assert abs(scale.item()) < 0.05
 
 
+def test_weights_that_diverge_are_an_error():
+    scale = torch.nn.Parameter(torch.ones(1))
+    inputs_STH = torch.full((6, 2, 3), 1e30)
+    optimizer = MaskedAdamW([scale], [None], learning_rate=0.125)
+    with pytest.raises(
+        NumericalError, match=r"weights are not finite after training at learning rate 0\.125"
+    ):
+        train(lambda x: x * scale, optimizer, inputs_STH, None, recipe(), CPU)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_error_over_a_text_is_summed_by_sample(dtype):
     """In batches of 2048 tokens: three of them here, the last one smaller."""
@@ -114,7 +125,7 @@ def test_sums_of_squares_do_not_depend_on_the_batch(cut, tokens, hidden):
 
 
 def test_sums_of_squares_do_not_depend_on_the_threads():
-    x_BTH = torch.randn(4, 2048, 257, generator=torch.Generator().manual_seed(0))
+    x_BTH = torch.randn(1, 8192, 257, generator=torch.Generator().manual_seed(0))
     one = squared_sums(x_BTH)
     torch.set_num_threads(3)
     try:
