@@ -29,10 +29,11 @@ DEVICE_PARTS = {
     "trials": "weights of trials in flight",
     "recovery": "recovery of one unit",
     "evaluation": "evaluation",
+    "masks": "masks",
 }
 HOST_PARTS = {
     "activations": "activations at block boundaries",
-    "knowledge": "masks and inputs that are kept",
+    "inputs": "inputs of linears that are kept",
 }
 
 
@@ -94,6 +95,8 @@ def trial_counts(prepared: Launch) -> dict[str, int]:
 
 
 def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan) -> dict[str, Any]:
+    from raysweep.shards.plan import host_bytes
+
     return {
         "path": model.config.path,
         "parameters": model.shape.parameters,
@@ -121,11 +124,6 @@ def _shard_document(blocks: tuple[int, int], memory: ShardMemory) -> dict[str, A
     """blocks: first, and behind the last"""
     sums = {"device": memory.device, "host": memory.host, "total": memory.total}
     return {"blocks": list(blocks), "memory": asdict(memory) | sums}
-
-
-def host_bytes(plan: ShardPlan) -> int:
-    """Host memory of all shards: on a CPU also what a device would hold."""
-    return sum(memory.host if plan.device == "cuda" else memory.total for memory in plan.memory)
 
 
 def kinds(prepared: Launch, model: PreparedModel) -> dict[tuple[str, str | None], tuple[int, int]]:
@@ -175,7 +173,7 @@ def _print_model(
 def _print_facts(console: Console, plan: ShardPlan, node: Node) -> None:
     from rich.table import Table
 
-    from raysweep.shards.plan import format_bytes
+    from raysweep.shards.plan import format_bytes, host_bytes
 
     def at_most(needed: int, there: int) -> str:
         return f"{format_bytes(needed)}" + (f" of {format_bytes(there)}" if there else "")

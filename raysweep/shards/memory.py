@@ -1,14 +1,25 @@
-"""The one memory model: bytes that a shard needs, from shapes alone. `plan` shows them, `launch` refuses by them."""
+"""The one memory model: bytes that a shard needs, from shapes alone. `plan` shows them, `launch` refuses by them.
+
+Upper bounds: which linears of a block share their input cannot be read off shapes, so each counts as if it had its
+own (Llama: 1.4 times the inputs and 1.2 times the Gram matrices that there are).
+
+Compared with the quickstart (float32, CPUs; peak resident MiB of a worker's process, after all nine trials):
+two shards under Ray with three trials in flight, predicted 1181 and 1277, measured 945 and 872; on twice the
+calibration tokens predicted 1441 and 1537, measured 1383 and 1217; one shard in process with one trial at a time,
+predicted 1572, measured 1194. On GPUs nothing was measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raysweep.model.shape import BlockShape, ModelShape
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PROCESS_BYTES = 600 << 20  # of a worker with torch, transformers and ray loaded; measured on a CPU node
+PROCESS_BYTES = (
+    768 << 20
+)  # of a worker: measured 436 MiB once loaded, and what calls side by side leave in its heap
 SAVED_PER_LINEAR_OUTPUT = (
     2.5  # numbers kept for backward, per output of every linear and token; measured, Llama block
 )
@@ -36,7 +47,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class ShardMemory:
-    """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's."""
+    """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
+
+    inputs: of linears, which `matrix` trains on; what is kept for later trials and what is being made
+    """
 
     weights: int
     activations: int
@@ -44,23 +58,32 @@ class ShardMemory:
     trials: int
     recovery: int
     evaluation: int
-    knowledge: int
+    masks: int
+    inputs: int
 
     @property
     def device(self) -> int:
-        return self.weights + self.trials + self.recovery + self.evaluation + self.statistics
+        return self.weights + self.trials + self.recovery + self.evaluation + self.statistics + self.masks
 
     @property
     def host(self) -> int:
-        return PROCESS_BYTES + self.activations + self.knowledge
+        return PROCESS_BYTES + self.activations + self.inputs
 
     @property
     def total(self) -> int:
         return self.device + self.host
 
+    def keeping(self, limit: int, inputs: Sequence[int]) -> ShardMemory:
+        """The same when inputs of linears are kept up to `limit` bytes, at least one block's, of `inputs` by block.
+
+        A block's inputs are made before the oldest ones go: for a moment they come on top.
+        """
+        largest = max(inputs, default=0)
+        return replace(self, inputs=min(sum(inputs), max(limit, largest) + largest))
+
 
 def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Workload) -> ShardMemory:
-    """What the shard with blocks `start` to `stop` needs at most."""
+    """The least that the shard with blocks `start` to `stop` works with, keeping one block's inputs of linears."""
     blocks, size = model.blocks[start:stop], SIZES[dtype]
     ends = (start == 0) + (stop == len(model.blocks))
     parameters = sum(block.parameters for block in blocks)
@@ -71,28 +94,28 @@ def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Wor
         trials=2 * work.concurrent_trials * parameters * size,
         recovery=max(_recovery_bytes(block, model, size, work) for block in blocks) if work.recovery else 0,
         evaluation=_evaluation_bytes(model, size, work, last=stop == len(model.blocks)),
-        knowledge=knowledge_bytes(blocks, size, work),
-    )
+        masks=work.masks * sum(_prunable(block) for block in blocks),  # one byte a weight
+        inputs=0,
+    ).keeping(0, input_bytes(blocks, size, work))
 
 
-def knowledge_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
-    """Masks (one byte a weight) of the sweep and, for matrices, the inputs of the linears of all blocks."""
-    masks = work.masks * sum(_prunable(block) for block in blocks)
-    tokens = work.texts[0][0] * work.texts[0][1] if work.texts else 0
-    inputs = tokens * size * sum(_distinct_inputs(block) for block in blocks) if work.matrices else 0
-    return masks + inputs
+def input_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[int]:
+    """Block by block, the calibration inputs of its linears; nothing where no matrix is trained alone."""
+    samples, tokens = work.texts[0] if work.texts else (0, 0)
+    return [samples * tokens * size * _input_widths(block) * work.matrices for block in blocks]
 
 
 def _prunable(block: BlockShape) -> int:
     return sum(outputs * inputs for outputs, inputs in block.linears.values())
 
 
-def _distinct_inputs(block: BlockShape) -> int:
-    """Widths of all linears' inputs: an upper bound, since some linears share theirs."""
+def _input_widths(block: BlockShape) -> int:
+    """Of all linears' inputs: an upper bound, since some linears share theirs."""
     return sum(inputs for _, inputs in block.linears.values())
 
 
 def _gram_bytes(block: BlockShape) -> int:
+    """Gram matrix and sums of every linear's input: an upper bound, since some linears share theirs."""
     return STATISTICS_SIZE * sum(inputs * (inputs + 1) for _, inputs in block.linears.values())
 
 

@@ -9,16 +9,22 @@ from itertools import pairwise
 from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError
 from raysweep.model.shape import ModelShape
-from raysweep.shards.memory import SIZES, ShardMemory, Workload, knowledge_bytes, shard_memory
+from raysweep.shards.memory import SIZES, ShardMemory, Workload, input_bytes, shard_memory
 
-TRIALS_IN_FLIGHT = 3  # one is trained while another is evaluated and a third begins; each is a process of its own
-KNOWLEDGE_MARGIN = 256 << 20  # for the small things that are kept beside masks
+TRIALS_IN_FLIGHT = 3  # one trains, another is evaluated, a third begins; each is a process of its own
+CPUS_FOR_TRIALS = 0.1  # of every node, that no shard reserves: room for the processes of trials
+LEAST_CPUS = 0.01  # that a shard reserves where no node has a core to speak of
+KNOWLEDGE_MARGIN = 16 << 20  # for the small things that are kept beside masks and inputs; assumption
+SPARE_SHARE = (
+    0.5  # of the memory that nobody needs, for inputs of linears; assumption: other programs want some
+)
 
 
 @dataclass(frozen=True)
 class ShardPlan:
     """ranges: blocks (start, stop) by shard;  device: cpu or cuda;  cpus, gpus: that one shard reserves
-    memory: by shard;  shares_cores: more shards than cores
+    memory: by shard, with what it may keep;  shares_cores: more shards than cores
+    knowledge_bytes: limit of the masks and inputs of linears that one shard keeps
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -55,33 +61,30 @@ def make_plan(
     threads: int = 1,
     concurrent_trials: int | None = None,
 ) -> ShardPlan:
-    """The plan for a model on these nodes. None leaves a choice to the plan. Raises CapacityError."""
-    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    device = "cuda" if gpus else "cpu"
-    count = _shard_count(model, shards, gpus if gpus else max(1, int(cpus) // threads))
-    if device == "cuda" and count > gpus:
+    """The plan for a model on these nodes. None leaves a choice to the plan: as many shards as there are places, and
+    three trials in flight or as many fewer as fit. Raises CapacityError.
+    """
+    device = "cuda" if any(node.gpus for node in nodes) else "cpu"
+    wanted = 1.0 if device == "cuda" else float(threads)
+    places = sum(node.gpus for node in nodes) if device == "cuda" else _places(nodes, wanted, device)
+    count = _shard_count(model, shards, max(1, places))
+    if device == "cuda" and count > places:
         raise CapacityError(
-            f"{count} shards need {count} GPUs, and there are {gpus}", remedy="Lower execution.shards."
+            f"{count} shards need {count} GPUs, and there are {places}", remedy="Lower execution.shards."
         )
-    trials = concurrent_trials or TRIALS_IN_FLIGHT
-    work = replace(work, concurrent_trials=trials)
-    ranges = even_ranges(len(model.blocks), count)
-    memory = tuple(shard_memory(model, start, stop, dtype, work) for start, stop in ranges)
-    kept = max(knowledge_bytes(model.blocks[start:stop], SIZES[dtype], work) for start, stop in ranges)
     plan = ShardPlan(
-        ranges=ranges,
+        ranges=even_ranges(len(model.blocks), count),
         device=device,
         dtype=dtype,
-        cpus=_reserved_cpus(cpus, count, threads, device),
+        cpus=_reserved_cpus(nodes, count, wanted, device),
         gpus=1.0 if device == "cuda" else 0.0,
         threads=threads,
-        concurrent_trials=trials,
-        memory=memory,
-        knowledge_bytes=kept + KNOWLEDGE_MARGIN,
-        shares_cores=device == "cpu" and count * threads > cpus,
+        concurrent_trials=concurrent_trials or TRIALS_IN_FLIGHT,
+        memory=(),
+        knowledge_bytes=0,
+        shares_cores=device == "cpu" and count > places,
     )
-    _check_fit(plan, nodes)
-    return plan
+    return _with_memory(plan, model, nodes, work, fewer=concurrent_trials is None)
 
 
 def _shard_count(model: ModelShape, wanted: int | None, automatic: int) -> int:
@@ -94,30 +97,83 @@ def _shard_count(model: ModelShape, wanted: int | None, automatic: int) -> int:
     return wanted if wanted is not None else min(blocks, automatic)
 
 
-def _reserved_cpus(cpus: float, shards: int, threads: int, device: str) -> float:
-    """A shard's share of the node, a sliver less than all of it, because trials need one too."""
-    share = (cpus - 0.1) / shards
-    wanted = 1.0 if device == "cuda" else float(threads)
-    reserved = min(wanted, share)
-    return round(reserved, 2) if reserved < 1 else float(int(reserved))  # Ray takes whole CPUs above one
+def _places(nodes: Sequence[Node], cpus: float, device: str) -> int:
+    """How many shards of so many CPUs the nodes hold. A shard lies on one node."""
+    each = (int(node.cpus / cpus + 1e-9) for node in nodes)
+    if device == "cuda":
+        return sum(min(node.gpus, fitting) for node, fitting in zip(nodes, each, strict=True))
+    return sum(each)
+
+
+def _reserved_cpus(nodes: Sequence[Node], shards: int, wanted: float, device: str) -> float:
+    """The most CPUs up to `wanted` that every shard can reserve, when each node keeps a sliver for trials."""
+    usable = [replace(node, cpus=max(0.0, node.cpus - CPUS_FOR_TRIALS)) for node in nodes]
+    whole = range(int(wanted), 0, -1)  # Ray takes whole CPUs above one
+    parts = {int(node.cpus / count * 100) / 100 for node in usable for count in range(1, shards + 1)}
+    for cpus in (*map(float, whole), *sorted((part for part in parts if 0 < part < 1), reverse=True)):
+        if _places(usable, cpus, device) >= shards:
+            return cpus
+    return LEAST_CPUS
+
+
+def _with_memory(
+    plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload, fewer: bool
+) -> ShardPlan:
+    """The plan with its memory; `fewer`: with as many fewer trials in flight as it takes to fit."""
+    work = replace(work, concurrent_trials=plan.concurrent_trials)
+    memory = tuple(shard_memory(model, start, stop, plan.dtype, work) for start, stop in plan.ranges)
+    least = replace(plan, memory=memory)
+    try:
+        _check_fit(least, nodes)
+    except CapacityError:
+        if not fewer or plan.concurrent_trials == 1:
+            raise
+        return _with_memory(
+            replace(plan, concurrent_trials=plan.concurrent_trials - 1), model, nodes, work, fewer
+        )
+    return _with_knowledge(least, model, nodes, work)
+
+
+def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload) -> ShardPlan:
+    """Lets shards keep more inputs of linears than one block's where memory is left."""
+    inputs = [input_bytes(model.blocks[start:stop], SIZES[plan.dtype], work) for start, stop in plan.ranges]
+    everything, least = max(map(sum, inputs)), max(map(max, inputs))
+    there = sum(node.memory_bytes for node in nodes)
+    spare = max(0, there - host_bytes(plan)) if there else everything * plan.shards
+    kept = min(everything, least + int(SPARE_SHARE * spare / plan.shards))
+    return replace(
+        plan,
+        memory=tuple(memory.keeping(kept, mine) for memory, mine in zip(plan.memory, inputs, strict=True)),
+        knowledge_bytes=max(memory.masks for memory in plan.memory) + kept + KNOWLEDGE_MARGIN,
+    )
+
+
+def host_bytes(plan: ShardPlan) -> int:
+    """Host memory of all shards: on a CPU also what a device would hold."""
+    return sum(_host_bytes(plan, memory) for memory in plan.memory)
+
+
+def _host_bytes(plan: ShardPlan, memory: ShardMemory) -> int:
+    return memory.host if plan.device == "cuda" else memory.total
 
 
 def _check_fit(plan: ShardPlan, nodes: Sequence[Node]) -> None:
     if plan.device == "cuda":
         _check_bytes(
-            "device", max(memory.device for memory in plan.memory), min(n.gpu_bytes for n in nodes if n.gpus)
+            "of device memory",
+            max(memory.device for memory in plan.memory),
+            min(n.gpu_bytes for n in nodes if n.gpus),
         )
-        needed = sum(memory.host for memory in plan.memory)
-    else:
-        needed = sum(memory.total for memory in plan.memory)
-    _check_bytes("host", needed, sum(node.memory_bytes for node in nodes))
+    _check_bytes("of host memory", host_bytes(plan), sum(node.memory_bytes for node in nodes))
+    largest = max(_host_bytes(plan, memory) for memory in plan.memory)
+    _check_bytes("of host memory on one node", largest, max(node.memory_bytes for node in nodes))
 
 
 def _check_bytes(kind: str, needed: int, there: int) -> None:
     if there and needed > there:
-        more = "Use more shards" if kind == "device" else "Use more or larger nodes"
+        more = "Use more or larger nodes" if kind == "of host memory" else "Use more shards"
         raise CapacityError(
-            f"the sweep needs {format_bytes(needed)} of {kind} memory, and there are {format_bytes(there)}",
+            f"the sweep needs {format_bytes(needed)} {kind}, and there are {format_bytes(there)}",
             remedy=f"{more}, lower execution.concurrent_trials or calibration.num_samples, or choose a smaller dtype.",
         )
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
+from raysweep.reconstruction.range import MaskRecipe
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import ShardPlan, make_plan
-from raysweep.sweep.prepare import PreparedModel
+from raysweep.sweep.prepare import Phase, PreparedModel
 
 
 def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Sequence[Node]) -> list[ShardPlan]:
@@ -29,18 +30,25 @@ def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Seque
 
 
 def workload(model: PreparedModel) -> Workload:
-    """What the trials of a model ask of its shards, for the memory model."""
+    """What the trials of a model ask of its shards, for the memory model: of every part the most that a phase asks."""
     trials = [trial.trial for trial in model.trials]
     granularities = {trial.granularity for trial in trials}
-    texts = [model.phases[0].tokens, *([model.validation] if model.validation is not None else [])]
-    masks = {(t.criterion, t.sparsity, t.pattern, t.comparison_group) for t in trials if not t.is_dense}
+    calibrations = [phase.tokens for phase in model.phases]
+    largest = max(calibrations, key=lambda tokens: len(tokens) * tokens.sequence_length)
+    texts = [largest, *([model.validation] if model.validation is not None else [])]
     return Workload(
         texts=tuple((len(tokens), tokens.sequence_length) for tokens in texts),
         evaluation_tokens=max(tokens.sequence_length for tokens in model.evaluation.values()),
         batch_size=max((trial.batch_size or 1 for trial in trials), default=1),
-        masks=len(masks),
+        masks=max(_masks(phase) for phase in model.phases),
         halves="subblock" in granularities,
         matrices="matrix" in granularities,
         recovery=any(trial.recovery == "reconstruct" for trial in trials),
         concurrent_trials=1,
     )
+
+
+def _masks(phase: Phase) -> int:
+    """Distinct masks of a phase, whose shards keep them until the next calibration set comes."""
+    trials = (trial.trial for trial in phase.trials)
+    return len({MaskRecipe.of(trial) for trial in trials if not trial.is_dense})

@@ -1,5 +1,7 @@
 """Plans: ranges, reserved resources, and refusals that name what would fit."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from raysweep.errors import CapacityError
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.shards.group_info import TRIAL_CPUS
 from raysweep.shards.memory import Workload, shard_memory
-from raysweep.shards.plan import even_ranges, make_plan
+from raysweep.shards.plan import KNOWLEDGE_MARGIN, even_ranges, make_plan
 
 GIB = 1 << 30
 WORK = Workload(
@@ -74,6 +76,99 @@ def test_what_cannot_fit_is_refused_with_what_would(nodes, options, message):
     with pytest.raises(CapacityError, match=message) as refused:
         make_plan(model(), nodes, WORK, "float32", **options)
     assert refused.value.remedy or refused.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "shards", "reserved"),
+    [
+        ((5, 5), 3, 2, 3),  # ten cores, but no node has room for a second shard
+        ((6, 3), 3, 3, 2),  # a node full of shards would leave no room for trials
+        ((8, 2), 4, 2, 3),
+        ((2, 2), 1, 4, 0.95),
+        ((1, 3), 2, 1, 2),
+    ],
+)
+def test_a_shard_lies_on_one_node(cpus, threads, shards, reserved):
+    nodes = [Node(count, 0, 64 * GIB) for count in cpus]
+    plan = make_plan(model(), nodes, WORK, "float32", threads=threads)
+    assert (plan.shards, plan.cpus, plan.shares_cores) == (shards, reserved, False)
+    assert sum(int((count - TRIAL_CPUS) / plan.cpus) for count in cpus) >= plan.shards
+
+
+def test_more_shards_than_places_share_cores_where_all_of_them_fit():
+    plan = make_plan(model(), [Node(5, 0, 64 * GIB), Node(5, 0, 64 * GIB)], WORK, "float32", 3, 3)
+    assert (plan.shares_cores, plan.cpus) == (True, 2)
+
+
+def host_need(trials: int) -> int:
+    """Host bytes of the one-shard plan on a CPU with so many trials in flight, from a node without bounds."""
+    plan = make_plan(model(), [Node(1, 0, 0)], WORK, "float32", 1, concurrent_trials=trials)
+    return plan.memory[0].total
+
+
+@pytest.mark.parametrize("fitting", [1, 2, 3])
+def test_trials_in_flight_are_lowered_until_they_fit_unless_they_are_given(fitting):
+    node = Node(1, 0, host_need(fitting))
+    assert make_plan(model(), [node], WORK, "float32", 1).concurrent_trials == fitting
+    assert make_plan(model(), [node], WORK, "float32", 1, concurrent_trials=fitting).memory
+    with pytest.raises(CapacityError, match="of host memory"):
+        make_plan(model(), [node], WORK, "float32", 1, concurrent_trials=fitting + 1)
+    with pytest.raises(CapacityError, match="of host memory"):
+        make_plan(model(), [Node(1, 0, host_need(1) - 1)], WORK, "float32", 1)
+
+
+MATRICES = replace(WORK, matrices=True)
+BLOCK_INPUTS = (
+    64 * 256 * 4 * (256 + 640 + 256 + 256)
+)  # calibration tokens, float32, widths of the four inputs
+
+
+def least_bytes() -> int:
+    """What one shard of the model works with when it keeps one block's inputs while another's are made."""
+    return shard_memory(model(), 0, 6, "float32", replace(MATRICES, concurrent_trials=1)).total
+
+
+def test_inputs_of_one_block_are_required_and_of_all_kept_where_memory_is_left():
+    masks = 4 * 6 * (2 * 640 * 256 + 3 * 256 * 256)  # one byte a weight
+    options = {"shards": 1, "concurrent_trials": 1}
+    poor = make_plan(model(), [Node(1, 0, least_bytes())], MATRICES, "float32", **options)
+    rich = make_plan(model(), [Node(1, 0, 64 * GIB)], MATRICES, "float32", **options)
+    middle = make_plan(
+        model(), [Node(1, 0, least_bytes() + 4 * BLOCK_INPUTS)], MATRICES, "float32", **options
+    )
+    kept = [plan.knowledge_bytes - masks - KNOWLEDGE_MARGIN for plan in (poor, middle, rich)]
+    assert kept == [BLOCK_INPUTS, 3 * BLOCK_INPUTS, 6 * BLOCK_INPUTS]
+    assert [plan.memory[0].inputs // BLOCK_INPUTS for plan in (poor, middle, rich)] == [2, 4, 6]
+    assert middle.memory[0].total <= least_bytes() + 4 * BLOCK_INPUTS
+    with pytest.raises(CapacityError, match="of host memory"):
+        make_plan(model(), [Node(1, 0, least_bytes() - 1)], MATRICES, "float32", **options)
+
+
+def test_a_billion_parameters_at_the_published_calibration_fit_a_large_node():
+    shapes = {"q": (2048, 2048), "k": (512, 2048), "v": (512, 2048), "o": (2048, 2048)}
+    shapes |= {"gate": (8192, 2048), "up": (8192, 2048), "down": (2048, 8192)}
+    blocks = (BlockShape(shapes, sum(outputs * inputs for outputs, inputs in shapes.values())),) * 16
+    llama = ModelShape(blocks, 2048, 128256, 128256 * 2048, 131072, "float32", "bfloat16")
+    work = replace(MATRICES, texts=((128, 2048), (16, 2048)), evaluation_tokens=2048)
+    plan = make_plan(llama, [Node(16, 1, 128 * GIB, 80 * GIB)], work, "bfloat16")
+    widest = 2 * 128 * 2048 * (6 * 2048 + 8192)
+    assert plan.memory[0].inputs >= 2 * widest
+    assert plan.memory[0].host <= 128 * GIB
+
+
+def test_masks_lie_on_the_device():
+    more = shard_memory(model(), 0, 3, "float32", replace(WORK, masks=WORK.masks + 1))
+    base = shard_memory(model(), 0, 3, "float32", WORK)
+    assert more.device - base.device == sum(
+        outputs * inputs for block in model().blocks[:3] for outputs, inputs in block.linears.values()
+    )
+    assert more.host == base.host
+
+
+def test_a_shard_fits_on_one_node():
+    need = host_need(1)
+    with pytest.raises(CapacityError, match="of host memory on one node"):
+        make_plan(model(), [Node(1, 0, need // 2), Node(1, 0, need - 1)], WORK, "float32", 1)
 
 
 def test_memory_grows_with_what_it_is_made_of():
