@@ -13,6 +13,7 @@ from raysweep import load_results, load_units
 from raysweep.errors import RaysweepError
 
 MASK = ["model", "criterion", "sparsity", "pattern"]
+HIDDEN = {*MASK, "recovery"}  # where all rows agree
 RECOVERY = [*MASK, "recovery", "granularity"]
 
 
@@ -63,8 +64,8 @@ def _by_kind(rows: pd.DataFrame, **measures: object) -> pd.DataFrame:
 
 
 def _show(title: str, table: pd.DataFrame) -> None:
-    """Prints a table without the columns in which all its rows agree."""
-    varies = [name for name in table if name not in RECOVERY or table[name].nunique(dropna=False) > 1]
+    """Prints a table without what is the same for all its rows, such as the only model."""
+    varies = [name for name in table if name not in HIDDEN or table[name].nunique(dropna=False) > 1]
     print(f"\n{title}")
     text = table[varies].to_string(index=False, na_rep="", float_format="{:.4g}".format)
     print(text if len(table) else "nothing yet")

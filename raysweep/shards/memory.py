@@ -19,7 +19,7 @@ from raysweep.model.shape import BlockShape, ModelShape
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = (
     768 << 20
-)  # of a worker: measured 436 MiB once loaded, and what calls side by side leave in its heap
+)  # measured: 436 MiB once loaded; the rest is what calls side by side leave in the heap
 SAVED_PER_LINEAR_OUTPUT = (
     2.5  # numbers kept for backward, per output of every linear and token; measured, Llama block
 )

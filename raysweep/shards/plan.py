@@ -171,7 +171,7 @@ def _check_fit(plan: ShardPlan, nodes: Sequence[Node]) -> None:
 
 def _check_bytes(kind: str, needed: int, there: int) -> None:
     if there and needed > there:
-        more = "Use more or larger nodes" if kind == "of host memory" else "Use more shards"
+        more = "Use more or larger nodes, fewer shards" if kind == "of host memory" else "Use more shards"
         raise CapacityError(
             f"the sweep needs {format_bytes(needed)} {kind}, and there are {format_bytes(there)}",
             remedy=f"{more}, lower execution.concurrent_trials or calibration.num_samples, or choose a smaller dtype.",

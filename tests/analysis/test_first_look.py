@@ -159,6 +159,11 @@ def test_the_script_prints_four_tables_without_torch_or_ray(sweep: Path) -> None
     assert "pattern" not in done.stdout  # the same in every row
 
 
+def test_a_granularity_that_is_best_everywhere_is_named(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a", recovered(1, "subblock", 15.0, 8.0), [], [])
+    assert run(tmp_path / "a").stdout.split("\n\n")[1].count("subblock") == 1
+
+
 def test_no_sweep_ends_in_one_message(tmp_path: Path) -> None:
     done = run(tmp_path / "nothing")
     assert done.returncode == 1
