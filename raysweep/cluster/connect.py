@@ -25,11 +25,15 @@ NAMESPACE = "raysweep"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster in use. started_here: it ends with us;  dashboard: address of its pages, if it has any."""
+    """A cluster in use.
+
+    dashboard: address of its pages, if it has any
+    here: the resource that only this machine's node has, to keep what writes rows where the storage is
+    """
 
     nodes: tuple[Node, ...]
-    started_here: bool
     dashboard: str | None
+    here: str
     ray_version: str = ray.__version__
 
 
@@ -59,7 +63,8 @@ def connected(address: str | None = None) -> Iterator[Cluster]:
     try:
         context = _connect(address)
         dashboard = context.dashboard_url
-        yield Cluster(nodes(), address is None, f"http://{dashboard}" if dashboard else None)
+        here = f"node:{ray.util.get_node_ip_address()}"  # Ray gives every node such a resource, of amount 1
+        yield Cluster(nodes(), f"http://{dashboard}" if dashboard else None, here)
     finally:
         ray.shutdown()
 
@@ -75,6 +80,11 @@ def _connect(address: str | None) -> Any:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
+    except ray.exceptions.AuthenticationError as error:
+        raise UsageError(
+            f"the Ray cluster at {address or LOCAL!r} refuses this process: {first_line(error)}",
+            remedy="Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token.",
+        ) from error
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise

@@ -82,7 +82,7 @@ class OnRay:
     def __init__(self, cluster: Cluster) -> None:
         self.ray_version: str | None = cluster.ray_version
         self.dashboard = cluster.dashboard
-        self._nodes = cluster.nodes
+        self._nodes, self._here = cluster.nodes, cluster.here
         self._phases = 0
         threading.Thread(target=_import_tune, daemon=True).start()  # while the shards load
 
@@ -108,7 +108,9 @@ class OnRay:
         from raysweep.sweep.tuning import PhaseContext, run_phase
 
         self._phases += 1
-        context = PhaseContext(group.name, group.info, rows, {trial.number: trial for trial in trials})
+        context = PhaseContext(
+            group.name, self._here, group.info, rows, {trial.number: trial for trial in trials}
+        )
         folder, name = rows.folder / "tune", f"phase-{self._phases}"
         run_phase(context, trials, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
 

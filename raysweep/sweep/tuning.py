@@ -21,9 +21,10 @@ NUMBER = "trial"
 
 @dataclass(frozen=True)
 class PhaseContext:
-    """What the processes of a phase's trials share; sent to each once."""
+    """What the processes of a phase's trials share; sent to each once. here: the resource that pins them to a node."""
 
     group_name: str
+    here: str
     info: GroupInfo
     rows: RowContext
     trials: dict[int, SweepTrial]
@@ -62,8 +63,10 @@ def run_phase(
     storage, name: Tune keeps its own state in storage/name.
     """
     _quiet_tune()
+    # Trials write their rows themselves, so their processes stay on the node that the storage was checked on.
+    resources = {"CPU": TRIAL_CPUS, context.here: TRIAL_CPUS}
     trainable = tune.with_resources(
-        tune.with_parameters(SweepTrainable, context=context), resources={"CPU": TRIAL_CPUS}
+        tune.with_parameters(SweepTrainable, context=context), resources=resources
     )
     tuner = tune.Tuner(
         trainable,
