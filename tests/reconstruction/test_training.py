@@ -125,10 +125,12 @@ def test_sums_of_squares_do_not_depend_on_the_batch(cut, tokens, hidden):
 
 
 def test_sums_of_squares_do_not_depend_on_the_threads():
-    x_BTH = torch.randn(1, 4096, 1024, generator=torch.Generator().manual_seed(0))
-    one = squared_sums(x_BTH)
-    torch.set_num_threads(3)
-    try:
-        assert squared_sums(x_BTH) == one
-    finally:
-        torch.set_num_threads(1)
+    """Large enough that torch would sum one sample's four million numbers in another order."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randn(1, 4096, 1024, generator=generator) for _ in range(4)]
+    sums = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        sums.append([squared_sums(x_BTH) for x_BTH in texts])
+    torch.set_num_threads(1)
+    assert sums == [sums[0]] * 4
