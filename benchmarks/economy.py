@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 CORES = len(os.sched_getaffinity(0))
+START_LIMIT_S = 300.0
 SPARSITIES = [0.4, 0.5, 0.6, 0.7]
 QUICK = {
     "calibration": {"num_samples": 8, "sequence_length": 128},
@@ -65,7 +66,7 @@ def bare_loops(data: dict[str, Any], ready: Any, seconds: Any) -> None:
     model = prepare(SearchSpace.from_dict(data), "cpu")[0]
     plan = make_plan(model.shape, [this_node()], workload(model), model.dtype, shards=1)
     with LocalGroup(shard_specs(plan, model.source)) as group:
-        ready.wait()
+        ready.wait(START_LIMIT_S)  # raises where another process ended before it came here
         start = time.perf_counter()
         for phase in model.phases:
             texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
@@ -88,10 +89,11 @@ def time_bare_loops(quick: bool, seeds: list[int]) -> float:
     ]
     for process in processes:
         process.start()
-    measured = [seconds.get() for _ in processes]
     for process in processes:
         process.join()
-    return max(measured)
+    if any(process.exitcode for process in processes):
+        sys.exit("the bare loops failed")
+    return max(seconds.get() for _ in processes)
 
 
 class Clock:
