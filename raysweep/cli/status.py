@@ -42,8 +42,7 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     state = SweepState.read(folder)
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
     counted: dict[str, Any] = {"finished": rows["finished"] + rows["stopped"], "failed": rows["failed"]}
-    if state and state.state == "running" and state.seconds_left is None:
-        counted["seconds_left"] = _seconds_left(folder, state)
+    counted["seconds_left"] = _seconds_left(folder, state) if state and state.state == "running" else None
     return {**said, "name": folder.resolve().name, "folder": str(folder.absolute()), **counted}
 
 

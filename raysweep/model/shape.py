@@ -88,13 +88,14 @@ def _block_shape(module: nn.Module, prefix: str) -> BlockShape:
 
 
 def model_hash(source: ModelSource) -> str:
-    """16 hexadecimal digits that stand for the model's configuration and weights, whatever its path.
+    """16 hexadecimal digits that stand for the model's configuration, weights and code, whatever its path.
 
-    SHA-256 over what config.json says and over every weight file.
+    SHA-256 over what config.json says, over every weight file, and over the code that comes with the model where it
+    is trusted.
     """
     checkpoint = Checkpoint.open(source)
     digest = hashlib.sha256(_config_content(source, checkpoint).encode())
-    for file_name in checkpoint.file_names():
+    for file_name in [*checkpoint.file_names(), *_code_files(source, checkpoint)]:
         digest.update(f"{file_name}:{_file_hash(Path(checkpoint.path_of(file_name)))}".encode())
     return digest.hexdigest()[:16]
 
@@ -106,6 +107,13 @@ def _config_content(source: ModelSource, checkpoint: Checkpoint) -> str:
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{CONFIG} of model {source.path!r} is damaged: {error}") from error
     return json.dumps({name: fields[name] for name in fields if name not in NOT_CONTENT}, sort_keys=True)
+
+
+def _code_files(source: ModelSource, checkpoint: Checkpoint) -> list[str]:
+    """Names of the Python files beside config.json, where they may run: transformers has fetched those it needs."""
+    if not source.trust_remote_code:
+        return []
+    return sorted(path.name for path in Path(checkpoint.path_of(CONFIG)).parent.glob("*.py"))
 
 
 def _file_hash(path: Path) -> str:

@@ -61,11 +61,6 @@ def trial_states(folder: Path) -> dict[str, str]:
     return {row["trial_id"]: row["status"] for row in rows}
 
 
-def finished_trial_ids(folder: Path) -> set[str]:
-    """The identities of the finished trials in a sweep's folder."""
-    return {identity for identity, status in trial_states(folder).items() if status == "finished"}
-
-
 def _in_threads(read: Callable[[Path], T], files: Iterable[Path]) -> list[T]:
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(read, files))

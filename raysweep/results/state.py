@@ -25,7 +25,7 @@ class SweepState:
     """The state of one sweep. Moments are ISO texts in UTC.
 
     planned: trials of the sweep; finished, failed: rows that exist, earlier launches counted
-    running: trials in flight; seconds_left: an estimate, null while there is none
+    running: trials in flight
     """
 
     name: str
@@ -39,7 +39,6 @@ class SweepState:
     failed: int = 0
     running: int = 0
     shards: int | None = None
-    seconds_left: float | None = None
     dashboard: str | None = None
 
     def write(self, folder: Path) -> SweepState:

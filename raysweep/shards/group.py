@@ -31,7 +31,6 @@ class ShardActor:
         self._queue = PriorityExecutor()
         self._worker = self._queue.submit(0, lambda: _load_worker(spec))
         self._shared = SharedResults()
-        self._done = 0
 
     def ready(self) -> None:
         """Returns once the blocks are loaded; raises what went wrong, which a constructor could not hand on."""
@@ -39,12 +38,7 @@ class ShardActor:
 
     def run(self, order: int, method: str, *arguments: Any) -> Any:
         worker = self._worker.result()
-        result = self._queue.submit(order, lambda: getattr(worker, method)(*arguments)).result()
-        self._done += 1
-        return result
-
-    def state(self) -> dict[str, int]:
-        return {"waiting": self._queue.waiting(), "done": self._done}
+        return self._queue.submit(order, lambda: getattr(worker, method)(*arguments)).result()
 
     def claim(self, key: str, owner: str) -> Claim:
         return self._shared.claim(key, owner)
@@ -187,7 +181,7 @@ def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
     """Marks the methods that never wait for work. Here, so that the class itself knows nothing of actors' options."""
-    for method in ("state", "claim", "publish", "abandon", "forget_shared"):
+    for method in ("claim", "publish", "abandon", "forget_shared"):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls
 

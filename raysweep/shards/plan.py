@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -61,30 +62,41 @@ def make_plan(
     threads: int = 1,
     concurrent_trials: int | None = None,
 ) -> ShardPlan:
-    """The plan for a model on these nodes. None leaves a choice to the plan: as many shards as there are places, and
-    three trials in flight or as many fewer as fit. Raises CapacityError.
+    """The plan for a model on these nodes. None leaves a choice to the plan: as many shards as there are places, or as
+    many fewer as fit (each is a process with libraries of its own), and three trials in flight, or fewer. Raises
+    CapacityError.
     """
     device = "cuda" if any(node.gpus for node in nodes) else "cpu"
     wanted = 1.0 if device == "cuda" else float(threads)
     places = sum(node.gpus for node in nodes) if device == "cuda" else _places(nodes, wanted, device)
-    count = _shard_count(model, shards, max(1, places))
-    if device == "cuda" and count > places:
+    most = _shard_count(model, shards, max(1, places))
+    if device == "cuda" and most > places:
         raise CapacityError(
-            f"{count} shards need {count} GPUs, and there are {places}", remedy="Lower execution.shards."
+            f"{most} shards need {most} GPUs, and there are {places}", remedy="Lower execution.shards."
         )
-    plan = ShardPlan(
-        ranges=even_ranges(len(model.blocks), count),
-        device=device,
-        dtype=dtype,
-        cpus=_reserved_cpus(nodes, count, wanted, device),
-        gpus=1.0 if device == "cuda" else 0.0,
-        threads=threads,
-        concurrent_trials=concurrent_trials or TRIALS_IN_FLIGHT,
-        memory=(),
-        knowledge_bytes=0,
-        shares_cores=device == "cpu" and count > places,
-    )
-    return _with_memory(plan, model, nodes, work, fewer=concurrent_trials is None)
+
+    def with_shards(count: int) -> ShardPlan:
+        plan = ShardPlan(
+            ranges=even_ranges(len(model.blocks), count),
+            device=device,
+            dtype=dtype,
+            cpus=_reserved_cpus(nodes, count, wanted, device),
+            gpus=1.0 if device == "cuda" else 0.0,
+            threads=threads,
+            concurrent_trials=concurrent_trials or TRIALS_IN_FLIGHT,
+            memory=(),
+            knowledge_bytes=0,
+            shares_cores=device == "cpu" and count > places,
+        )
+        return _with_memory(plan, model, nodes, work, fewer=concurrent_trials is None)
+
+    try:
+        return with_shards(most)
+    except CapacityError:
+        for count in range(most - 1, 0, -1) if shards is None else ():
+            with suppress(CapacityError):
+                return with_shards(count)
+        raise
 
 
 def _shard_count(model: ModelShape, wanted: int | None, automatic: int) -> int:

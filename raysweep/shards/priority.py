@@ -20,42 +20,23 @@ class PriorityExecutor:
         self._waiting: list[tuple[int, int, Callable[[], Any], Future[Any]]] = []
         self._arrivals = itertools.count()
         self._changed = threading.Condition()
-        self._closed = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, order: int, call: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         with self._changed:
-            if self._closed:
-                raise RuntimeError("the executor is closed")
             heapq.heappush(self._waiting, (order, next(self._arrivals), call, future))
             self._changed.notify()
         return future
 
-    def close(self) -> None:
-        """Takes no more calls, cancels those that wait, and lets the one in hand end."""
-        with self._changed:
-            self._closed = True
-            for _, _, _, future in self._waiting:
-                future.cancel()
-            self._waiting.clear()
-            self._changed.notify()
-
-    def waiting(self) -> int:
-        with self._changed:
-            return len(self._waiting)
-
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
+                while not self._waiting:
                     self._changed.wait()
-                if self._closed:
-                    return
                 _, _, call, future = heapq.heappop(self._waiting)
-            if future.set_running_or_notify_cancel():
-                _run(call, future)
+            _run(call, future)
 
 
 def _run(call: Callable[[], Any], future: Future[Any]) -> None:

@@ -99,7 +99,7 @@ def prepare_launch(space: SearchSpace, folder: Path, device: str) -> Launch:
 def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Path:
     """The folder of the sweep, once it is sure that it can be written. Makes nothing."""
     folder = new_sweep_folder(space.name, storage_folder(storage, space.execution.storage)).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(
             f"storage {folder} cannot be written: {existing} is {'read-only' if existing.is_dir() else 'no folder'}",

@@ -89,6 +89,15 @@ def test_identity_changes_with_the_configuration(tiny_llama, model_folder):
     assert model_hash(ModelSource(str(model_folder))) != model_hash(ModelSource(str(tiny_llama)))
 
 
+def test_identity_changes_with_code_that_may_run(model_folder):
+    trusted = ModelSource(str(model_folder), trust_remote_code=True)
+    (model_folder / "modeling.py").write_text("HEADS = 4\n")
+    before, untrusted = model_hash(trusted), model_hash(ModelSource(str(model_folder)))
+    (model_folder / "modeling.py").write_text("HEADS = 8\n")
+    assert model_hash(trusted) != before
+    assert model_hash(ModelSource(str(model_folder))) == untrusted
+
+
 def test_a_file_of_the_hugging_face_cache_is_known_by_its_name(tiny_llama, model_folder, tmp_path):
     """There a weight file is a link to a blob that is called by its SHA-256, so it need not be read again."""
     blob = tmp_path / "blobs" / ("ab" * 32)

@@ -14,7 +14,7 @@ import pytest
 
 from raysweep.errors import UsageError
 from raysweep.results.folders import list_sweeps, new_sweep_folder, storage_folder, sweep_folder
-from raysweep.results.reader import finished_trial_ids, load_results, load_units, trial_states
+from raysweep.results.reader import load_results, load_units, trial_states
 from raysweep.results.writer import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def test_files_of_other_versions_and_programs(tmp_path, trial_row, unit_rows):
     assert list(frame["perplexity"]) == [12.6, 9.0, 9.0]
     assert math.isnan(frame["carbon"][0])
     assert frame["carbon"][2] == 1.25
-    assert len(finished_trial_ids(tmp_path)) == 3
+    assert list(trial_states(tmp_path).values()) == ["finished"] * 3
 
 
 def test_foreign_junk_is_passed_over(tmp_path, trial_row, unit_rows, caplog):
@@ -102,9 +102,8 @@ def test_units_without_their_trial_are_not_read(tmp_path, trial_row, unit_rows):
 def test_states(tmp_path, trial_row):
     for number, status in enumerate(("finished", "failed", "stopped", "finished")):
         write_rows(tmp_path, trial_row(number, status=status), [], [])
-    assert finished_trial_ids(tmp_path) == {f"{0:016x}", f"{3:016x}"}
-    assert sorted(trial_states(tmp_path).values()) == ["failed", "finished", "finished", "stopped"]
-    assert finished_trial_ids(tmp_path / "nothing") == set()
+    assert list(trial_states(tmp_path).values()) == ["finished", "failed", "stopped", "finished"]
+    assert trial_states(tmp_path / "nothing") == {}
 
 
 @pytest.fixture
@@ -177,9 +176,9 @@ def test_time_to_read_two_thousand_trials(tmp_path, trial_row, unit_rows, capsys
     started = time.perf_counter()
     assert len(load_results(tmp_path)) == 2000
     middle = time.perf_counter()
-    assert len(finished_trial_ids(tmp_path)) == 2000
+    assert len(trial_states(tmp_path)) == 2000
     with capsys.disabled():
         sys.stdout.write(
             f"\n2,000 trials: load_results {middle - started:.2f} s, "
-            f"finished_trial_ids {time.perf_counter() - middle:.2f} s\n"
+            f"trial_states {time.perf_counter() - middle:.2f} s\n"
         )

@@ -117,6 +117,16 @@ def test_trials_in_flight_are_lowered_until_they_fit_unless_they_are_given(fitti
         make_plan(model(), [Node(1, 0, host_need(1) - 1)], WORK, "float32", 1)
 
 
+def test_an_automatic_number_of_shards_is_lowered_until_they_fit():
+    """Every shard is a process with libraries of its own, so fewer need less memory in all."""
+    node = Node(6, 0, host_need(1))
+    assert make_plan(model(), [node], WORK, "float32").shards == 1
+    with pytest.raises(CapacityError, match="of host memory"):
+        make_plan(model(), [node], WORK, "float32", shards=2)
+    with pytest.raises(CapacityError, match="of host memory"):
+        make_plan(model(), [Node(6, 0, host_need(1) - 1)], WORK, "float32")
+
+
 MATRICES = replace(WORK, matrices=True)
 BLOCK_INPUTS = (
     64 * 256 * 4 * (256 + 640 + 256 + 256)

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from raysweep.errors import NumericalError, RaysweepError, ShardLostError, UsageError
+from raysweep.errors import RaysweepError, ShardLostError, UsageError
 from raysweep.results.reader import load_results
 from raysweep.shards.group import RayGroup, Resources
 from raysweep.shards.group_info import ShardSpec
@@ -101,7 +101,6 @@ def test_numerical_failures_keep_their_kind_over_ray(make_space, space_dict, tmp
     assert rows.status.loc[1e30] == "failed"
     assert "not finite" in rows.error.loc[1e30]
     assert rows.status.loc[0.01] == "finished"
-    assert NumericalError("x").exit_status == 1
 
 
 def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, space_dict, tmp_path):
@@ -136,6 +135,7 @@ def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, spac
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        assert any("raylet" in line for line in _processes_of_session(process.pid))
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
