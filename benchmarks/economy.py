@@ -106,7 +106,7 @@ class Clock:
         if text.startswith("Dense pass") and not self.ready:
             self.ready = time.perf_counter()
 
-    def begin(self, planned: int, finished: int, dashboard: str | None) -> None:
+    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
         """Nothing: the dense pass is part of the cost."""
 
     def row(self, row: dict[str, Any]) -> None:

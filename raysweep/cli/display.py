@@ -28,7 +28,7 @@ class Display(Protocol):
 
     def stage(self, text: str) -> None: ...
 
-    def begin(self, planned: int, finished: int, dashboard: str | None) -> None: ...
+    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None: ...
 
     def row(self, row: dict[str, Any]) -> None: ...
 
@@ -60,9 +60,10 @@ class PlainDisplay:
     def stage(self, text: str) -> None:
         self._line(text)
 
-    def begin(self, planned: int, finished: int, dashboard: str | None) -> None:
+    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
         self.tally.begin(planned, finished)
         kept = f", {finished} finished before" if finished else ""
+        kept += f"; {other_rows(others)}" if others else ""
         where = f"; dashboard {dashboard}" if dashboard else ""
         self._line(f"{count(planned, 'trial')}{kept}{where}")
 
@@ -84,6 +85,10 @@ class PlainDisplay:
         from rich.text import Text
 
         self._console.print(Text(text), soft_wrap=True)
+
+
+def other_rows(number: int) -> str:
+    return f"{count(number, 'row')} of other trials in this sweep's folder stay as they are"
 
 
 def row_words(row: Row) -> str:
@@ -117,9 +122,13 @@ class LiveDisplay:
         self._stage = (text, time.monotonic())
         self._live.start()
 
-    def begin(self, planned: int, finished: int, dashboard: str | None) -> None:
+    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
+        from rich.text import Text
+
         self._finish_stage()
         self.tally.begin(planned, finished)
+        if others:
+            self._console.print(Text.assemble(("! ", "yellow"), other_rows(others)))
         self._dashboard = dashboard
         self._live.start()
 

@@ -41,7 +41,9 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     rows = Counter(trial_states(folder).values())
     state = SweepState.read(folder)
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
-    counted: dict[str, Any] = {"finished": rows["finished"] + rows["stopped"], "failed": rows["failed"]}
+    others = state.others if state else 0  # of another space than that of the last launch
+    finished = max(0, rows["finished"] + rows["stopped"] - others)
+    counted: dict[str, Any] = {"finished": finished, "failed": rows["failed"]}
     counted["seconds_left"] = _seconds_left(folder, state) if state and state.state == "running" else None
     return {**said, "name": folder.resolve().name, "folder": str(folder.absolute()), **counted}
 

@@ -173,14 +173,15 @@ def _print_caption(
     from rich.text import Text
 
     names = [name.removeprefix("perplexity_") for name in map(str, rows) if name.startswith("perplexity_")]
-    words = [*constant_words(constants), *([f"perplexity on {names[0]}"] if names else [])]
+    measured_alike = rows["evaluation_protocol"].nunique() <= 1
+    words = [*constant_words(constants), *([f"perplexity on {names[0]}"] if names and measured_alike else [])]
     console.print()
     console.print(Text("All: " + ", ".join(words), style="dim"))
     if marked and console.color_system is not None:
         console.print(Text("Green: best of its cell", style="dim"))
     if dropped:
         gone = ", ".join(column.name for column in dropped)
-        console.print(Text(f"No room for {gone}: see a wider terminal, COLUMNS=120 or --json", style="dim"))
+        console.print(Text(f"A wider terminal (COLUMNS=120) or --json also shows {gone}", style="dim"))
 
 
 def constant_words(constants: Mapping[str, Any]) -> list[str]:

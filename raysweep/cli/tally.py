@@ -113,7 +113,8 @@ class TimeLeft:
         expected = [(number, self._expected(kind)) for kind, number in remaining.items()]
         if not self._worked or any(seconds is None for _, seconds in expected):
             return None
-        return sum(number * (seconds or 0.0) for number, seconds in expected) * self.elapsed / self._worked
+        pace = min(1.0, self.elapsed / self._worked)  # above 1 it is the start of processes that took time
+        return sum(number * (seconds or 0.0) for number, seconds in expected) * pace
 
     def _learn(self, row: Row) -> float:
         seconds = float(row.get("seconds_total") or 0.0)

@@ -61,9 +61,16 @@ class ModelSource:
             raise UsageError(
                 f"model {self.path!r} cannot be read: {first_line(error)}",
                 allowed=ALLOWED_PATHS,
-                remedy="Check the spelling; a gated model needs HF_TOKEN, no network HF_HUB_OFFLINE=1.",
+                remedy=None if self.is_local else self._hub_remedy(),
             ) from error
         return config
+
+    def _hub_remedy(self) -> str:
+        here = Path(self.location).absolute()
+        return (
+            f"There is no folder {here}, so it was taken for a Hugging Face id. Check the spelling; a gated model "
+            "needs HF_TOKEN, no network HF_HUB_OFFLINE=1."
+        )
 
     def _names_a_folder(self) -> bool:
         return self.location.startswith((".", "/", "~")) or Path(self.location).exists()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TRIAL = "trial"  # the name under which the blocks hold the weights
 
+TOKEN_IDS = "token ids: integers, samples x tokens, at least one of each"
 TokenIds = Tensor | np.ndarray[Any, Any]
 
 
@@ -171,12 +172,15 @@ def _check_same_linears(blocks: BlockRange, masks: dict[str, Tensor]) -> None:
 
 def _checked_ids(calibration: TokenIds, vocabulary: int) -> Tensor:
     """Token ids as int64 (S, T). Raises UsageError for anything else."""
-    ids_ST = torch.as_tensor(calibration)
+    try:
+        ids_ST = torch.as_tensor(calibration)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"calibration is a {type(calibration).__name__}", allowed=TOKEN_IDS) from error
     whole = not (ids_ST.is_floating_point() or ids_ST.is_complex() or ids_ST.dtype == torch.bool)
     if ids_ST.dim() != 2 or not whole or 0 in ids_ST.shape:
         raise UsageError(
             f"calibration has shape {tuple(ids_ST.shape)} and type {ids_ST.dtype}",
-            allowed="token ids: integers, samples x tokens, at least one of each",
+            allowed=TOKEN_IDS,
         )
     ids_ST = ids_ST.long()
     lowest, highest = int(ids_ST.min()), int(ids_ST.max())

@@ -24,7 +24,8 @@ def _now() -> str:
 class SweepState:
     """The state of one sweep. Moments are ISO texts in UTC.
 
-    planned: trials of the sweep; finished, failed: rows that exist, earlier launches counted
+    planned: trials of the sweep; finished, failed: of them, earlier launches counted
+    others: finished rows of trials that are not in the space of the last launch
     running: trials in flight
     """
 
@@ -37,6 +38,7 @@ class SweepState:
     planned: int = 0
     finished: int = 0
     failed: int = 0
+    others: int = 0
     running: int = 0
     shards: int | None = None
     dashboard: str | None = None

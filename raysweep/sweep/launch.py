@@ -59,6 +59,12 @@ class Launch:
     def finished(self) -> int:
         return sum(self.is_done(trial) for trial in self.trials)
 
+    @property
+    def others(self) -> int:
+        """Finished rows in the folder of trials that are not in this space, but of another grid, model or text."""
+        finished = {identity for identity, state in self.states.items() if state != "failed"}
+        return len(finished - {trial.trial_id for trial in self.trials})
+
 
 def launch(
     space: SearchSpace | str | Path,
@@ -127,7 +133,7 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
     joined = running_address(address)
     prepared = prepare_launch(space, folder, device_here())
     if prepared.finished == len(prepared.trials):
-        progress.begin(len(prepared.trials), prepared.finished, None)
+        progress.begin(len(prepared.trials), prepared.finished, None, prepared.others)
         progress.end()
         return
     if joined is None:
@@ -250,7 +256,9 @@ class _Recorder:
         self._concurrent = concurrent_trials
         if not self._begun:
             self._begun = True
-            self.progress.begin(self.state.planned, self.state.finished, self.state.dashboard)
+            self.progress.begin(
+                self.state.planned, self.state.finished, self.state.dashboard, self.state.others
+            )
 
     def row(self, row: dict[str, Any]) -> None:
         failed = row.get("status") == "failed"
@@ -272,6 +280,7 @@ def _recorded(prepared: Launch, runner: Runner, shards: int, progress: Progress)
         prepared.space.name,
         planned=len(prepared.trials),
         finished=prepared.finished,
+        others=prepared.others,
         shards=shards,
         dashboard=runner.dashboard,
     )

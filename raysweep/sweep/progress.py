@@ -14,8 +14,8 @@ class Progress(Protocol):
         """Something that takes seconds begins."""
         ...
 
-    def begin(self, planned: int, finished: int, dashboard: str | None) -> None:
-        """The sweep has `planned` trials, of which `finished` have rows already."""
+    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
+        """The sweep has `planned` trials, of which `finished` have rows already; `others` are rows of other trials."""
         ...
 
     def row(self, row: Row) -> None:
@@ -33,7 +33,7 @@ class Silent:
     def stage(self, text: str) -> None:
         """Nothing."""
 
-    def begin(self, planned: int, finished: int, dashboard: str | None) -> None:
+    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
         """Nothing."""
 
     def row(self, row: Row) -> None:

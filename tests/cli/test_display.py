@@ -47,7 +47,7 @@ def labeled(one: dict[str, Any]) -> dict[str, Any]:
 def a_launch(display: Any) -> None:
     display.stage("Checking model and data")
     display.stage("Starting Ray on this machine")
-    display.begin(10, 1, "http://127.0.0.1:8265")
+    display.begin(10, 1, "http://127.0.0.1:8265", 0)
     display.row(labeled(row(0, "none", perplexity=9.114, validation_perplexity=6.81, seconds_total=12.2)))
     display.row(labeled(failed(1, "perplexity is inf [not a style]", learning_rate=10.0)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -38,19 +37,6 @@ finally:
 @pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["--version"]], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments):
     assert imported_by(*arguments) == set()
-
-
-def test_help_comes_at_once():
-    help_s = min(processor_seconds("-m", "raysweep", "--help") for _ in range(5))
-    assert help_s < 0.3 + min(processor_seconds("-c", "pass") for _ in range(5))
-
-
-def processor_seconds(*arguments: str) -> float:
-    """Of a Python process: what it would take on a machine that does nothing else."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], capture_output=True, check=True, cwd=ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("command", COMMANDS)

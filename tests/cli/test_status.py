@@ -89,3 +89,12 @@ def test_the_time_left_follows_from_the_rows_of_the_running_launch(raysweep, her
     assert raysweep("status", "one", "--json").json["seconds_left"] == pytest.approx(60, rel=0.2)
     replace(state, state="finished").write(folder)
     assert raysweep("status", "one", "--json").json["seconds_left"] is None
+
+
+def test_rows_of_other_trials_are_no_part_of_the_progress(here, raysweep):
+    folder = write_sweep(
+        here / "raysweep-results" / "one", [row(n, "none", sparsity=n / 10) for n in range(5)]
+    )
+    SweepState("one", planned=9, others=3, state="finished").write(folder)
+    document = raysweep("status", "one", "--json").json
+    assert (document["planned"], document["finished"], document["others"]) == (9, 2, 3)

@@ -134,3 +134,13 @@ def test_a_failed_trial_is_not_waited_for(clock):
     assert tally.time_left.seconds() == pytest.approx(1)
     tally.row(labeled(row(3, "none", sparsity=0.7, seconds_total=1.0)))
     assert tally.time_left.seconds() == 0
+
+
+def test_the_start_of_processes_is_no_pace(clock):
+    """The first row came after a minute, of which it took a second: the others will not take a minute each."""
+    tally = Tally.of(space(sweep=[{"recovery": "none", "criterion": "wanda", "sparsity": [0.5, 0.6, 0.7]}]))
+    tally.begin(4, 0)
+    clock[0] += 60
+    tally.row(labeled(row(0, "dense", seconds_total=1.0)))
+    tally.row(labeled(row(1, "none", sparsity=0.5, seconds_total=2.0)))
+    assert tally.time_left.seconds() == pytest.approx(2 * 2)

@@ -17,6 +17,7 @@ from raysweep.shards.local import LocalGroup
 from raysweep.shards.worker import ShardWorker
 from raysweep.sweep.launch import launch
 from raysweep.sweep.prepare import prepare
+from raysweep.sweep.progress import Silent
 from tests.frames import assert_same_numbers
 
 
@@ -276,3 +277,14 @@ def test_equal_calibration_sets_are_refused(make_space, tmp_path):
     calibration = {"dataset": str(tmp_path / "rows.parquet"), "seed": [0, 1]}
     with pytest.raises(UsageError, match="hold the same tokens"):
         launched(make_space(calibration=calibration), tmp_path / "storage")
+
+
+def test_rows_of_another_model_in_the_folder_are_counted_apart(make_space, tmp_path, tiny_llama):
+    pruned = {"sweep": make_space().to_dict()["sweep"][:1]}
+    launched(make_space(**pruned), tmp_path)
+    longer = make_space(**pruned, calibration={"num_samples": 5})
+    heard: list[tuple[int, int, int]] = []
+    progress = Silent()
+    progress.begin = lambda planned, finished, dashboard, others: heard.append((planned, finished, others))
+    launch(longer, storage=tmp_path, in_process=True, progress=progress)
+    assert heard == [(3, 1, 2)]  # the dense trial has seen no calibration set
