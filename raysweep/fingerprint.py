@@ -37,10 +37,17 @@ def is_identity(text: object) -> bool:
     return isinstance(text, str) and _ID.fullmatch(text) is not None
 
 
-def recovery_id(trial: Trial, model_hash: str, dtype: str, calibration_hash: str | None) -> str:
+def recovery_id(
+    trial: Trial,
+    model_hash: str,
+    dtype: str,
+    calibration_hash: str | None,
+    criterion_hash: str | None = None,
+) -> str:
     """Identity of a trial's weights.
 
     model_hash, calibration_hash: hashes of contents (weights and configuration; tokens), never of paths
+    criterion_hash: of the contents of a mask file, or of the source of a user's function
     dtype: the resolved number format, not `auto`
     The dense model has seen no calibration set: its identity leaves it out, whatever is given.
     """
@@ -48,7 +55,7 @@ def recovery_id(trial: Trial, model_hash: str, dtype: str, calibration_hash: str
         raise RaysweepError(f"the dtype {dtype!r} is not resolved and cannot be part of an identity")
     content = {
         "numerics": NUMERICS_VERSION,
-        "trial": trial.identity(),
+        "trial": trial.identity() | ({"criterion": criterion_hash} if criterion_hash else {}),
         "model": _content_hash(model_hash, "model"),
         "dtype": dtype,
     }

@@ -13,7 +13,16 @@ from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, UNSTRUCTURED, Tr
 from raysweep.errors import UsageError, nearest_name
 from raysweep.results.schema import PERPLEXITY_PREFIX
 
-MASK_COLUMNS = ("model", "model_hash", "dtype", "sparsity", "pattern", "criterion", "statistics_stream")
+MASK_COLUMNS = (
+    "model",
+    "model_hash",
+    "dtype",
+    "sparsity",
+    "sparsity_by_name",
+    "pattern",
+    "criterion",
+    "statistics_stream",
+)
 LATER_MASK_FIELDS = tuple(name for name in MASK_FIELDS if name not in (*MASK_COLUMNS, "comparison_group"))
 LABELS = (
     *MASK_COLUMNS,
@@ -90,9 +99,8 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def trial_label(row: Mapping[str, Any]) -> str:
     """The trial's short name, as progress lines show it; its identity where the fields make no trial."""
-    fields = {name: row[name] for name in Trial.model_fields if row.get(name) is not None}
     try:
-        label = Trial.model_validate(fields).label()
+        label = Trial.from_columns(dict(row)).label()
     except (UsageError, ValueError):
         return str(row["trial_id"])
     seed = row.get("calibration_seed")

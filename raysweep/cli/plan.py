@@ -34,6 +34,7 @@ DEVICE_PARTS = {
 HOST_PARTS = {
     "activations": "activations at block boundaries",
     "inputs": "inputs of linears that are kept",
+    "streams": "activations of trials in flight",
 }
 
 
@@ -82,7 +83,7 @@ def plan_document(prepared: Launch, plans: Sequence[ShardPlan], node: Node) -> d
 
 def trial_counts(prepared: Launch) -> dict[str, int]:
     """planned = finished + to_run;  to_run = new + failed, which run again"""
-    planned, finished = len(prepared.trials), prepared.finished
+    planned, finished = prepared.planned, prepared.finished
     failed = sum(prepared.states.get(trial.trial_id) == "failed" for trial in prepared.trials)
     to_run = planned - finished
     return {
@@ -134,6 +135,12 @@ def kinds(prepared: Launch, model: PreparedModel) -> dict[tuple[str, str | None]
         kind = (trial.trial.recovery, trial.trial.granularity)
         planned[kind] += 1
         to_run[kind] += not prepared.is_done(trial)
+    for phase in model.phases:
+        for study in phase.studies:
+            example = next(study.corners()).trial
+            kind = (example.recovery, example.granularity)
+            planned[kind] += prepared.space.search.num_samples or 0
+            to_run[kind] += prepared.left_of_study(model, study)
     return {kind: (number, to_run[kind]) for kind, number in planned.items()}
 
 

@@ -53,7 +53,7 @@ def _seconds_left(folder: Path, state: SweepState) -> float | None:
     from raysweep.cli.tally import TimeLeft
 
     try:
-        planned = SearchSpace.from_yaml(folder / SPACE_FILE).expand()
+        planned = SearchSpace.from_yaml(folder / SPACE_FILE).typical()
     except RaysweepError:
         return None
     launched = datetime.fromisoformat(state.started_at)

@@ -35,7 +35,7 @@ class Tally:
     @classmethod
     def of(cls, space: SearchSpace, earlier: Iterable[Row] = ()) -> Tally:
         """earlier: rows of trials that finished in earlier launches and will not run again."""
-        planned, rows = space.expand(), list(earlier)
+        planned, rows = space.typical(), list(earlier)
         tally = cls(space.search, _varying_cell(space, planned), TimeLeft(planned, rows))
         for row in rows:
             tally._note(row)

@@ -171,6 +171,7 @@ def _check_combinations(space: SearchSpace, document: Document) -> None:
     ):
         for point in points(axes):
             assembled(cls, point, document, (key,))
+    draws = (space.search.num_samples or 1) if space.search.algorithm == "random" else 1
     for index, group in enumerate(space.groups):
-        for point in group_points(group, index, space.search.num_samples or 1, space.search.seed):
+        for point in group_points(group, index, draws, space.search.seed):
             assembled(Trial, with_seed(point, 0), document, ("sweep", index))

@@ -83,15 +83,25 @@ first entry fills the column `perplexity`, each one its own `perplexity_<name>`.
 _TRIAL = """\
 ## Groups of `sweep`
 
-Every group needs `recovery` and `criterion`, and `sparsity` unless its pattern is N:M. Sparsity is uniform,
-over the linears of the decoder blocks; embeddings, head and norms are never pruned.
+Every group needs `recovery` and `criterion`, and `sparsity` unless its pattern is N:M or its masks come from a
+file. Only linears of the decoder blocks are pruned: all of them unless `targets` or `ignore` say otherwise;
+embeddings, head and norms never. A name means every linear that is called so or whose last parts are:
+`model.layers.0.mlp.up_proj`, `mlp.up_proj`, `up_proj`; `re:` begins a regular expression, matched from the start
+of the name. `targets` and `ignore` take a list of names, so there an axis is a list of lists.
+
+A file of masks is a safetensors file with a uint8 tensor of 0 (removed) and 1 per linear, under the linear's name and
+in the layout of its weight, and perhaps updated weights as `<linear>.weight`. A function of your own,
+`module:function`, gets a weight (outputs, inputs) and the statistics of its inputs (`norm_I`, `gram_II`, `sum_I`,
+`rows`) and returns scores of the weight's shape; its module may lie in the current folder, and its source is part of
+the trials' identities.
 """
 
 _RECOVERY = """\
 ### With `recovery: reconstruct`
 
-Each unit is trained to give the dense model's output on the dense model's input again; its zeros stay
-exactly zero.
+Each unit is trained to give the dense model's output again; its zeros stay exactly zero. With `input_stream: dense`
+units do not depend on one another, and all shards work on a trial at once. With `pruned` (or masks with
+`statistics_stream: recovered`) each waits for those before it, and trials follow one another through the shards.
 """
 
 

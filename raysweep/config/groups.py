@@ -10,7 +10,7 @@ from raysweep.config.document import Document, KeyPath
 from raysweep.config.expansion import Group, Sampled
 from raysweep.config.fields import default_of, has_settled_default, takes_real_numbers
 from raysweep.config.sections import SearchConfig
-from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, Trial
+from raysweep.config.trial import MASK_FIELDS, NAME_FIELDS, RECOVERY_FIELDS, Trial
 from raysweep.config.validation import checked_value, expect_mapping, missing_key, shown
 from raysweep.errors import UsageError
 
@@ -20,8 +20,11 @@ SAMPLED_KINDS = ("loguniform", "uniform", "choice")
 def axis_values(
     cls: type[BaseModel], name: str, data: Any, document: Document, path: KeyPath
 ) -> tuple[Any, ...]:
-    """A scalar as one value, a list as an axis."""
-    if not isinstance(data, list):
+    """A scalar as one value, a list as an axis. Of a field that takes a list of names, a list of lists is an axis."""
+    one_list = (
+        name in NAME_FIELDS and isinstance(data, list) and not any(isinstance(item, list) for item in data)
+    )
+    if one_list or not isinstance(data, list):
         return (checked_value(cls, name, data, document, path),)
     if not data:
         raise UsageError(f"{name} is an empty list", where=document.where(path), allowed="at least one value")
@@ -47,7 +50,7 @@ def _group(document: Document, data: Any, path: KeyPath, search: SearchConfig) -
         raise missing_key(Trial, "recovery", document, path)
     group: dict[str, tuple[Any, ...] | Sampled] = {}
     for name, value in data.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (name != "sparsity" or not set(value).isdisjoint(SAMPLED_KINDS)):
             group[name] = _sampled(name, value, document, (*path, name), search)
         else:
             group[name] = axis_values(Trial, name, value, document, (*path, name))
@@ -89,7 +92,7 @@ def _sampled(
             f"{name} is drawn, but search.algorithm is 'grid'",
             where=where,
             allowed="a value or a list",
-            remedy="set search.algorithm: random and search.num_samples",
+            remedy="set search.algorithm: random or optuna, and search.num_samples",
         )
     kind, values = next(iter(data.items()))
     if not isinstance(values, list):

@@ -16,7 +16,15 @@ METRICS = (*VALIDATION_METRICS, "output_error_calibration")
 CALIBRATION_COLUMNS = tuple(
     f"calibration_{name}" for name in ("dataset", "num_samples", "sequence_length", "sampling", "seed")
 )
-CELL_COLUMNS = ("model", *CALIBRATION_COLUMNS, "recovery", *MASK_FIELDS, *RECOVERY_FIELDS, "seed")
+CELL_COLUMNS = (
+    "model",
+    *CALIBRATION_COLUMNS,
+    "recovery",
+    *MASK_FIELDS,
+    "sparsity_by_name",
+    *RECOVERY_FIELDS,
+    "seed",
+)
 
 _WHOLE = "a whole number from 1"
 _SEED = "a whole number from 0"
@@ -166,14 +174,21 @@ class SearchConfig(BaseModel):
 
     model_config = FROZEN
 
-    algorithm: Literal["grid", "random"] = setting(
-        "grid = every combination; random = also draws of the sampled fields", default="grid"
+    algorithm: Literal["grid", "random", "optuna"] = setting(
+        "grid = every combination; random = also draws of the sampled fields; optuna = in each cell a study of its "
+        "own (TPE) chooses sampled fields and lists that are no part of `compare_within`",
+        default="grid",
     )
-    scheduler: Literal["none"] = setting("what may stop trials early", default="none")
+    scheduler: Literal["none", "asha"] = setting(
+        "what may stop trials early; asha = successive halving within each cell, by the metric of a model of which a "
+        "sixteenth, then a quarter of the blocks is pruned and recovered and the rest dense",
+        default="none",
+    )
     num_samples: Count | None = setting(
-        "draws per point of the listed axes (random); more draws keep the earlier ones",
+        "random: draws per point of the listed axes, more draws keep the earlier ones; optuna: trials per cell, those "
+        "of earlier launches counted",
         default=None,
-        values=f"{_WHOLE} with algorithm random, null with grid",
+        values=f"{_WHOLE} with algorithm random or optuna, null with grid",
     )
     seed: Seed = setting("which values are drawn", default=0, values=_SEED)
     metric: Literal["validation_perplexity", "output_error_validation", "output_error_calibration"] = setting(
@@ -182,18 +197,20 @@ class SearchConfig(BaseModel):
     mode: Literal["min", "max"] = setting("whether lower or higher is better", default="min")
     compare_within: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = setting(
         "columns that are equal among trials that may be compared (a cell)",
-        default=("model", "sparsity", "pattern", "recovery"),
+        default=("model", "sparsity", "sparsity_by_name", "pattern", "recovery"),
         values="a list of column names: `model`, `calibration_*`, or fields of a trial",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.algorithm == "random" and self.num_samples is None:
-            what = "num_samples is missing; algorithm 'random' needs it"
+        if self.algorithm != "grid" and self.num_samples is None:
+            what = f"num_samples is missing; algorithm {self.algorithm!r} needs it"
             raise UsageError(what, where="num_samples", allowed=_WHOLE)
         if self.algorithm == "grid" and self.num_samples is not None:
             what = f"num_samples {self.num_samples} does not apply to algorithm 'grid'"
-            raise UsageError(what, where="num_samples", allowed="null", remedy="set search.algorithm: random")
+            raise UsageError(
+                what, where="num_samples", allowed="null", remedy="set search.algorithm: random or optuna"
+            )
         for name in self.compare_within:
             if name not in CELL_COLUMNS:
                 raise UsageError(

@@ -20,6 +20,7 @@ from raysweep.config.sections import (
     SearchConfig,
     ValidationConfig,
 )
+from raysweep.config.studies import Study, open_fields, studies_of
 from raysweep.config.trial import Trial
 from raysweep.config.validation import check_name
 
@@ -88,8 +89,18 @@ class SearchSpace:
         return tuple(dict.fromkeys(made))
 
     def expand(self) -> list[PlannedTrial]:
-        """Every distinct trial: model by model, its dense one first, then by calibration set."""
+        """Every distinct trial that is known before the sweep runs: model by model, its dense one first, then by
+        calibration set. Those that studies will choose are not."""
         return list(self._planned)
+
+    def studies(self) -> list[Study]:
+        """The studies of the space, each with `search.num_samples` trials; none unless the algorithm is optuna."""
+        return studies_of(self)
+
+    def typical(self) -> list[PlannedTrial]:
+        """As many trials as the sweep has, those of studies as they may come out."""
+        examples = [next(study.corners()) for study in self.studies()]
+        return self.expand() + examples * (self.search.num_samples or 0)
 
     @cached_property
     def _planned(self) -> tuple[PlannedTrial, ...]:
@@ -107,6 +118,7 @@ class SearchSpace:
         return dict.fromkeys(
             Trial.model_validate(with_seed(point, default_seed))
             for index, group in enumerate(self.groups)
+            if not (self.search.algorithm == "optuna" and open_fields(group, self.search.compare_within))
             for point in group_points(group, index, self.search.num_samples or 1, self.search.seed)
         )
 
@@ -150,5 +162,12 @@ def _plain_axes(axes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_values(values: tuple[Any, ...] | Sampled) -> Any:
     if isinstance(values, Sampled):
-        return {values.kind: list(values.values)}
-    return values[0] if len(values) == 1 else list(values)
+        return {values.kind: [_plain(value) for value in values.values]}
+    return _plain(values[0]) if len(values) == 1 else [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it: names as a list, pairs of name and sparsity as a mapping."""
+    if not isinstance(value, tuple):
+        return value
+    return dict(value) if value and isinstance(value[0], tuple) else list(value)

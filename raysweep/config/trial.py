@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
+from raysweep.config.criterion import CRITERION_VALUES, check_criterion, is_mask_file, reads_statistics
 from raysweep.config.fields import (
     FROZEN,
     Count,
@@ -17,19 +19,26 @@ from raysweep.config.fields import (
     has_settled_default,
     setting,
 )
-from raysweep.errors import UsageError
+from raysweep.config.names import PATTERN_WORDS, check_name_pattern
+from raysweep.errors import UsageError, nearest_name
 
 UNSTRUCTURED = "unstructured"
 PATTERN_VALUES = "unstructured, or N:M with 1 <= N < M (N kept of M consecutive inputs), such as 2:4"
-CALIBRATED_CRITERIA = ("wanda",)  # criteria whose score looks at activations
-MASK_FIELDS = ("criterion", "sparsity", "pattern", "comparison_group", "statistics_stream")
-RECOVERY_FIELDS = (
-    "granularity",
-    "input_stream",
-    "target_stream",
-    "loss",
-    "trainable",
-    "optimizer",
+GRANULARITY_VALUES = "matrix | subblock | block | window:K (K blocks at a time) | model"
+SPARSITY_VALUES = "a number from 0 to below 1, or a mapping from names of linears to such numbers"
+MASK_FIELDS = (
+    "criterion",
+    "sparsity",
+    "pattern",
+    "comparison_group",
+    "statistics_stream",
+    "dampening",
+    "column_block",
+    "ria_power",
+    "targets",
+    "ignore",
+)
+STEP_FIELDS = (
     "learning_rate",
     "epochs",
     "batch_size",
@@ -37,8 +46,32 @@ RECOVERY_FIELDS = (
     "warmup_fraction",
     "max_grad_norm",
 )
+RECOVERY_FIELDS = (
+    "granularity",
+    "input_stream",
+    "target_stream",
+    "loss",
+    "trainable",
+    "lora_rank",
+    "lora_alpha",
+    "optimizer",
+    *STEP_FIELDS,
+)
+SHOWN_FIELDS = {  # that a label begins with
+    "recovery",
+    "criterion",
+    "sparsity",
+    "pattern",
+    "comparison_group",
+    "granularity",
+    "learning_rate",
+    "seed",
+}
+LORA = ("lora", "lora+norms")
+NAME_FIELDS = ("targets", "ignore")  # whose value is a list of names
 
 _PATTERN = re.compile(r"^([0-9]{1,4}):([0-9]{1,4})$")
+_WINDOW = re.compile(r"^window:([0-9]{1,4})$")
 _SPARSITY_TOLERANCE = 1e-9  # 0.33333333333 is meant to be 1 - 2/3
 
 
@@ -62,6 +95,43 @@ def canonical_pattern(text: str) -> str:
     return UNSTRUCTURED if parsed is None else f"{parsed[0]}:{parsed[1]}"
 
 
+def window_length(granularity: str) -> int | None:
+    """K of `window:K`, None for other granularities."""
+    match = _WINDOW.match(granularity)
+    return int(match[1]) if match else None
+
+
+def canonical_granularity(text: str) -> str:
+    """The one spelling of a granularity: a window of one block is `block`. Raises UsageError."""
+    length = window_length(text)
+    if text not in ("matrix", "subblock", "block", "model") and not length:
+        raise UsageError(
+            f"{text!r} is no granularity",
+            where="granularity",
+            allowed=GRANULARITY_VALUES,
+            nearest=nearest_name(text, ["matrix", "subblock", "block", "window:2", "model"]),
+        )
+    return text if length is None else "block" if length == 1 else f"window:{length}"
+
+
+def _pairs(value: object) -> object:
+    """A mapping from names to sparsities as pairs, because settings are hashable; their order matters."""
+    return tuple(value.items()) if isinstance(value, dict) else value
+
+
+def _names(value: object) -> object:
+    """One name, or a list of names."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+NamePattern = Annotated[str, AfterValidator(check_name_pattern)]
+SparsityByName = tuple[tuple[NamePattern, Fraction], ...]
+Names = Annotated[tuple[NamePattern, ...], BeforeValidator(_names), Field(min_length=1)]
+
+
 class Trial(BaseModel):
     """One configuration. Settled when it is made: defaults filled in, null where a field cannot matter.
 
@@ -74,14 +144,18 @@ class Trial(BaseModel):
         "what happens after the mask: nothing, or local reconstruction of each unit",
         values="none | reconstruct",
     )
-    criterion: Literal["magnitude", "random", "wanda"] | None = setting(
-        "the rule that decides which weights go", default=None, shown_default="required"
-    )
-    sparsity: Annotated[Number, Field(ge=0, lt=1)] | None = setting(
-        "fraction of zeros; removed per comparison group is exactly int(size * sparsity). "
-        "May be left out for N:M, where it is 1 - N/M",
+    criterion: Annotated[str, AfterValidator(check_criterion)] | None = setting(
+        "the rule that decides which weights go; a file holds a 0/1 tensor per linear name, optionally its weights as "
+        "`<linear>.weight`; a function takes (weight, statistics) and returns scores, higher is kept",
         default=None,
-        values="a number from 0 to below 1",
+        values=CRITERION_VALUES,
+        shown_default="required",
+    )
+    sparsity: Annotated[Fraction | SparsityByName, BeforeValidator(_pairs)] | None = setting(
+        "fraction of zeros; removed per comparison group is exactly int(size * sparsity). Of a mapping the first "
+        "name that matches counts. May be left out for N:M, where it is 1 - N/M",
+        default=None,
+        values=SPARSITY_VALUES,
         shown_default="required for unstructured",
     )
     pattern: Annotated[str, AfterValidator(canonical_pattern)] | None = setting(
@@ -91,31 +165,70 @@ class Trial(BaseModel):
     )
     comparison_group: Literal["row", "matrix"] | None = setting(
         "the weights ranked against one another: an output row, or the matrix (the literature's magnitude). "
-        "Does not apply to N:M",
+        "Does not apply to N:M and to sparsegpt, which ranks all rows of one block of columns",
         settled="row",
     )
-    statistics_stream: Literal["dense"] | None = setting(
-        "activations that the criterion's statistics are taken from (wanda)", settled="dense"
+    statistics_stream: Literal["dense", "pruned", "recovered"] | None = setting(
+        "activations that the criterion's statistics are taken from: of the dense model, behind blocks that are "
+        "pruned, or behind blocks that are pruned and recovered (then the mask depends on the recovery)",
+        settled="dense",
     )
-    granularity: Literal["matrix", "subblock", "block"] | None = setting(
-        "span over which the reconstruction loss is taken; subblock = attention or MLP half of a block",
+    dampening: Annotated[Number, Field(ge=0, le=1)] | None = setting(
+        "sparsegpt: what is added to the diagonal of the Gram matrix, as a share of its mean",
+        settled=0.01,
+        values="a number from 0 to 1",
+    )
+    column_block: Count | None = setting(
+        "sparsegpt: columns among which weights are ranked", settled=128, values="a whole number from 1"
+    )
+    ria_power: Annotated[Number, Field(ge=0)] | None = setting(
+        "ria: power of the norm of an input", settled=0.5, values="a number from 0"
+    )
+    targets: Names | None = setting(
+        "linears that are pruned; null = all of the decoder blocks", settled=None, values=PATTERN_WORDS
+    )
+    ignore: Names | None = setting("linears of those that are left dense", settled=None, values=PATTERN_WORDS)
+    granularity: Annotated[str, AfterValidator(canonical_granularity)] | None = setting(
+        "span over which the reconstruction loss is taken; subblock = attention or MLP half of a block, "
+        "window:K = K blocks, model = all blocks",
         default=None,
+        values=GRANULARITY_VALUES,
         shown_default="required for reconstruct",
     )
-    input_stream: Literal["dense"] | None = setting("activations that flow into a unit", settled="dense")
-    target_stream: Literal["dense"] | None = setting("what a unit's output is compared with", settled="dense")
-    loss: Literal["mse"] | None = setting("mean over tokens and hidden of (y' - y)^2", settled="mse")
-    trainable: Literal["all", "weights"] | None = setting(
-        "what is trained: weights, biases and norms of the unit, or its prunable weights only", settled="all"
+    input_stream: Literal["dense", "pruned"] | None = setting(
+        "activations that flow into a unit: of the dense model, or from predecessors that are pruned and recovered",
+        settled="dense",
     )
-    optimizer: Literal["adamw"] | None = setting(
-        "AdamW, weight decay 0, betas 0.9 and 0.999", settled="adamw"
+    target_stream: Literal["dense", "pruned"] | None = setting(
+        "what a unit's output is compared with: the dense model's own, or the dense unit's on the unit's pruned input",
+        settled="dense",
+    )
+    loss: Literal["mse", "normalized_mse", "cosine"] | None = setting(
+        "mse = mean over tokens and hidden of (y' - y)^2; normalized_mse = mean over tokens of "
+        "|y' - y|^2 / (|y|^2 + 1e-6); cosine = mean over tokens of 1 - cos(y', y)",
+        settled="mse",
+    )
+    trainable: Literal["all", "weights", "lora", "lora+norms"] | None = setting(
+        "what is trained: weights, biases and norms of the unit; its linears' weights only; or low-rank changes "
+        "of them under the mask, merged in the end, alone or with the norms",
+        settled="all",
+    )
+    lora_rank: Count | None = setting(
+        "lora: rank of a change", settled=16, values="a whole number from 1, at most a linear's smaller side"
+    )
+    lora_alpha: Annotated[Number, Field(gt=0)] | None = setting(
+        "lora: a change counts alpha / rank times", settled=32.0, values="a number above 0"
+    )
+    optimizer: Literal["adamw", "sgd", "exact"] | None = setting(
+        "AdamW (weight decay 0, betas 0.9 and 0.999), SGD (momentum 0.9), or the exact minimum without steps "
+        "(granularity matrix, loss mse)",
+        settled="adamw",
     )
     learning_rate: Annotated[Number, Field(gt=0)] | None = setting(
         "peak learning rate of reconstruction",
         default=None,
         values="a number above 0",
-        shown_default="required for reconstruct",
+        shown_default="required for reconstruct, but with optimizer exact",
     )
     epochs: Count | None = setting(
         "passes over the calibration set", settled=1, values="a whole number from 1"
@@ -135,7 +248,7 @@ class Trial(BaseModel):
         values="a number above 0, or null",
     )
     seed: Seed | None = setting(
-        "order of the samples, and the random criterion; null where neither is used",
+        "order of the samples, the random criterion and the start of lora; null where none of them is used",
         default=None,
         values="a whole number from 0",
         shown_default="`calibration.seed`",
@@ -153,9 +266,18 @@ class Trial(BaseModel):
         return self.recovery == "dense"
 
     @property
+    def is_pruned_only(self) -> bool:
+        return self.recovery == "none"
+
+    @property
     def group_size(self) -> tuple[int, int] | None:
         """(N, M), or None when the trial is dense or unstructured."""
         return None if self.pattern is None else parse_pattern(self.pattern)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a unit must wait for those before it, because what they became flows into it or into its mask."""
+        return self.input_stream == "pruned" or self.statistics_stream == "recovered"
 
     @model_validator(mode="after")
     def _settle(self) -> Self:
@@ -164,32 +286,71 @@ class Trial(BaseModel):
             settled |= self._mask_fields()
             if self.recovery == "reconstruct":
                 settled |= self._recovery_fields()
-            settled["seed"] = self._settled_seed(bool(settled["shuffle"]))
+            settled["seed"] = self._settled_seed(settled)
         for name, value in settled.items():
             object.__setattr__(self, name, value)  # the instance is frozen for everybody else
         return self
 
     def _mask_fields(self) -> dict[str, Any]:
         criterion = self._required("criterion", "recovery 'none' and 'reconstruct'")
+        if is_mask_file(criterion):
+            return {"criterion": criterion}
         pattern = self._given_or_default("pattern")
         fields: dict[str, Any] = {
             "criterion": criterion,
             "pattern": pattern,
             "sparsity": self._sparsity(pattern),
         }
-        if pattern == UNSTRUCTURED:
-            fields["comparison_group"] = self._given_or_default("comparison_group")
-        if criterion in CALIBRATED_CRITERIA:
-            fields["statistics_stream"] = self._given_or_default("statistics_stream")
+        applying = ["targets", "ignore"]
+        if reads_statistics(criterion):
+            applying.append("statistics_stream")
+        if criterion == "sparsegpt":
+            applying += ["dampening", "column_block"]
+        elif pattern == UNSTRUCTURED:
+            applying.append("comparison_group")
+        if criterion == "ria":
+            applying.append("ria_power")
+        fields |= {name: self._given_or_default(name) for name in applying}
+        self._check_mask(fields)
         return fields
 
-    def _sparsity(self, pattern: str) -> float:
+    def _check_mask(self, fields: dict[str, Any]) -> None:
+        if fields.get("statistics_stream") == "recovered" and self.recovery == "none":
+            raise UsageError(
+                "statistics_stream 'recovered' needs a recovery, and recovery is 'none'",
+                where="statistics_stream",
+                allowed="dense | pruned",
+            )
+        if fields["criterion"] != "sparsegpt":
+            return
+        if self.comparison_group == "matrix":
+            raise UsageError(
+                "comparison_group 'matrix' does not apply to sparsegpt, which ranks all rows of one block of columns",
+                where="comparison_group",
+                allowed="row, or leave it out",
+                remedy="put sparsegpt into a group of its own",
+            )
+        group, block = parse_pattern(fields["pattern"]), fields["column_block"]
+        if group is not None and block % group[1]:
+            raise UsageError(
+                f"column_block {block} cannot be cut into groups of {group[1]}, as pattern {fields['pattern']} asks",
+                where="column_block",
+                allowed=f"a multiple of {group[1]}",
+            )
+
+    def _sparsity(self, pattern: str) -> Any:
         parsed = parse_pattern(pattern)
         if parsed is None:
-            return float(self._required("sparsity", "the pattern 'unstructured'")) + 0.0  # -0.0 is 0.0
+            sparsity = self._required("sparsity", "the pattern 'unstructured'")
+            if isinstance(sparsity, tuple):
+                return tuple((name, float(value) + 0.0) for name, value in sparsity)
+            return float(sparsity) + 0.0  # -0.0 is 0.0
         kept, group = parsed
         implied = (group - kept) / group
-        if self.sparsity is not None and abs(self.sparsity - implied) > _SPARSITY_TOLERANCE:
+        fits = not isinstance(self.sparsity, tuple) and (
+            self.sparsity is None or abs(self.sparsity - implied) <= _SPARSITY_TOLERANCE
+        )
+        if not fits:
             raise UsageError(
                 f"sparsity {self.sparsity!r} contradicts pattern {pattern}",
                 where="sparsity",
@@ -199,14 +360,39 @@ class Trial(BaseModel):
         return implied
 
     def _recovery_fields(self) -> dict[str, Any]:
-        for name in ("granularity", "learning_rate"):
-            self._required(name, "recovery 'reconstruct'")
-        return {name: self._given_or_default(name) for name in RECOVERY_FIELDS}
+        self._required("granularity", "recovery 'reconstruct'")
+        fields = {name: self._given_or_default(name) for name in RECOVERY_FIELDS}
+        self._check_recovery(fields)
+        if fields["optimizer"] == "exact":
+            fields |= dict.fromkeys(STEP_FIELDS)
+        else:
+            self._required("learning_rate", "recovery 'reconstruct'")
+        if fields["trainable"] not in LORA:
+            fields |= {"lora_rank": None, "lora_alpha": None}
+        return fields
 
-    def _settled_seed(self, shuffles: bool) -> int | None:
-        if self.criterion == "random" or shuffles:
-            return self.seed or 0
-        return None
+    def _check_recovery(self, fields: dict[str, Any]) -> None:
+        if fields["input_stream"] == "dense" and fields["target_stream"] == "pruned":
+            raise UsageError(
+                "target_stream 'pruned' needs a pruned input: on dense inputs the dense unit gives the dense target",
+                where="target_stream",
+                allowed="dense, or input_stream: pruned as well",
+            )
+        if fields["optimizer"] != "exact":
+            return
+        needed = {"granularity": ("matrix",), "loss": ("mse",), "trainable": ("all", "weights")}
+        for name, values in needed.items():
+            if fields[name] not in values:
+                raise UsageError(
+                    f"optimizer 'exact' solves a least squares problem of one matrix; {name} is {fields[name]!r}",
+                    where=name,
+                    allowed=" | ".join(values),
+                    remedy="or choose optimizer adamw or sgd",
+                )
+
+    def _settled_seed(self, fields: dict[str, Any]) -> int | None:
+        seeded = fields["criterion"] == "random" or fields["shuffle"] or fields["trainable"] in LORA
+        return (self.seed or 0) if seeded else None
 
     def _given_or_default(self, name: str) -> Any:
         given = getattr(self, name)
@@ -233,25 +419,58 @@ class Trial(BaseModel):
             and not (has_settled_default(fields[name]) and value == default_of(fields[name]))
         }
 
+    def columns(self) -> dict[str, Any]:
+        """The fields as plain values for a table: names as JSON, a mapping of sparsities under `sparsity_by_name`."""
+        columns: dict[str, Any] = dict(self)
+        columns |= {name: json.dumps(columns[name]) for name in NAME_FIELDS if columns[name] is not None}
+        by_name = columns["sparsity"] if isinstance(columns["sparsity"], tuple) else None
+        columns["sparsity_by_name"] = json.dumps(dict(by_name)) if by_name else None
+        return columns | ({"sparsity": None} if by_name else {})
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, Any]) -> Self:
+        """The trial of a table's row, whose nulls are left out. Raises UsageError or ValueError where it is none."""
+        fields = {name: columns[name] for name in cls.model_fields if columns.get(name) is not None}
+        fields |= {name: json.loads(fields[name]) for name in NAME_FIELDS if name in fields}
+        if columns.get("sparsity_by_name") is not None:
+            fields["sparsity"] = json.loads(columns["sparsity_by_name"])
+        return cls.model_validate(fields)
+
     def label(self) -> str:
         """A short name for people, such as `wanda/row 0.6 subblock lr=0.001` or `magnitude 2:4`."""
         if self.is_dense:
             return "dense"
-        if self.comparison_group is None:
-            mask = f"{self.criterion} {self.pattern}"
-        else:
-            mask = f"{self.criterion}/{self.comparison_group} {self.sparsity:g}"
-        words = [mask]
+        words = [self._mask_words()]
         if self.recovery == "reconstruct":
-            words += [str(self.granularity), f"lr={self.learning_rate:g}"]
+            words.append(str(self.granularity))
+            words.append("exact" if self.optimizer == "exact" else f"lr={self.learning_rate:g}")
         return " ".join(words + self._remarkable())
+
+    def _mask_words(self) -> str:
+        criterion = (
+            self.criterion if self.comparison_group is None else f"{self.criterion}/{self.comparison_group}"
+        )
+        if self.pattern is None:
+            return str(criterion)
+        if self.pattern != UNSTRUCTURED:
+            return f"{criterion} {self.pattern}"
+        if isinstance(self.sparsity, tuple):
+            return f"{criterion} " + ",".join(f"{name}={value:g}" for name, value in self.sparsity)
+        return f"{criterion} {self.sparsity:g}"
 
     def _remarkable(self) -> list[str]:
         """What differs from the usual, for the label."""
-        shown = {"trainable", "epochs", "batch_size", "shuffle", "warmup_fraction", "max_grad_norm"}
-        words = [f"{name}={_plain(value)}" for name, value in self.identity().items() if name in shown]
+        told = {*SHOWN_FIELDS, "optimizer"} if self.optimizer == "exact" else SHOWN_FIELDS
+        short = {"statistics_stream": "statistics", "input_stream": "input", "target_stream": "target"}
+        words = [
+            f"{short.get(name, name)}={_plain(value)}"
+            for name, value in self.identity().items()
+            if name not in told
+        ]
         return words + ([f"seed={self.seed}"] if self.seed else [])
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value).lower()

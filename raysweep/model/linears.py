@@ -32,6 +32,11 @@ class Linear:
         bias: Tensor | None = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the weight as the module keeps it."""
+        return tuple(self.module.get_parameter("weight").shape)
+
     def as_stored(self, tensor_OI: Tensor) -> Tensor:
         """`tensor_OI` in the layout in which the module keeps its weight, contiguous."""
         return (tensor_OI.T if self.transposed else tensor_OI).contiguous()

@@ -29,10 +29,13 @@ NOT_CONTENT = ("_name_or_path", "transformers_version")  # of config.json: who w
 
 @dataclass(frozen=True)
 class BlockShape:
-    """linears: (O, I) by full name;  parameters: of the whole block, norms and biases included."""
+    """linears: (O, I) by full name;  parameters: of the whole block, norms and biases included
+    transposed: names of linears that are stored as (I, O)
+    """
 
     linears: dict[str, tuple[int, int]]
     parameters: int
+    transposed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,17 @@ class ModelShape:
     max_positions: int | None
     dtype_on_cpu: str
     dtype_on_device: str
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(O, I) of every linear of the blocks."""
+        return {name: shape for block in self.blocks for name, shape in block.linears.items()}
+
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every linear's weight as the model keeps it."""
+        transposed = {name for block in self.blocks for name in block.transposed}
+        return {name: shape[::-1] if name in transposed else shape for name, shape in self.linears.items()}
 
     @property
     def parameters(self) -> int:
@@ -80,11 +94,10 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
 
 
 def _block_shape(module: nn.Module, prefix: str) -> BlockShape:
-    linears = {
-        name: (linear.weight_OI.shape[0], linear.weight_OI.shape[1])
-        for name, linear in block_linears(module, prefix).items()
-    }
-    return BlockShape(linears, sum(parameter.numel() for parameter in module.parameters()))
+    found = block_linears(module, prefix)
+    linears = {name: (linear.weight_OI.shape[0], linear.weight_OI.shape[1]) for name, linear in found.items()}
+    transposed = frozenset(name for name, linear in found.items() if linear.transposed)
+    return BlockShape(linears, sum(parameter.numel() for parameter in module.parameters()), transposed)
 
 
 def model_hash(source: ModelSource) -> str:

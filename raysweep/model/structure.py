@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from raysweep.errors import UsageError
 from raysweep.model.halves import Halves, find_halves, hidden_of
@@ -41,11 +42,24 @@ class Block:
         self.linears = block_linears(module, prefix)
         self._arguments = arguments
 
-    def run(self, hidden_BTH: Tensor, module: nn.Module | None = None) -> Tensor:
-        """The output hidden states (B, T, H) of the block, or of one of its halves."""
+    def run(
+        self,
+        hidden_BTH: Tensor,
+        module: nn.Module | None = None,
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The output hidden states (B, T, H) of the block, or of one of its halves.
+
+        instead: tensors, by full name, that stand in for the block's parameters and through which gradients flow
+        """
         samples, tokens, _ = hidden_BTH.shape
         arguments, keywords = self._arguments(samples, tokens)
-        return hidden_of((self.module if module is None else module)(hidden_BTH, *arguments, **keywords))
+        module = self.module if module is None else module
+        if not instead:
+            return hidden_of(module(hidden_BTH, *arguments, **keywords))
+        named = ((name, instead.get(f"{self.prefix}.{name}")) for name, _ in module.named_parameters())
+        inside = {name: tensor for name, tensor in named if tensor is not None}
+        return hidden_of(functional_call(module, inside, (hidden_BTH, *arguments), dict(keywords)))
 
     @contextmanager
     def watch_inputs(self, seen: Callable[[str, Tensor], None], names: Iterable[str]) -> Iterator[None]:

@@ -1,57 +1,109 @@
 """The criteria by name: the one place to add a rule that decides which weights go.
 
-A criterion is a function of a layer (`LayerView`) to a score tensor (O, I), higher is kept, and says what it
-reads. Add it to CRITERIA and to the field `criterion` of `raysweep.config.trial.Trial` (one that reads
-statistics also to CALIBRATED_CRITERIA there); a test keeps them equal.
+A criterion is a function of a layer (`LayerView`) and a recipe to a score tensor (O, I), higher is kept. Add it to
+SCORES and to `raysweep.config.criterion.CRITERIA` (one that reads statistics also to CALIBRATED_CRITERIA there); a test
+keeps them equal. SparseGPT is none of them, because it chooses while it updates, and neither are masks from a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from raysweep.pruning.masks import MaskRule, pruning_mask
-from raysweep.pruning.scores import magnitude_score, random_score, wanda_score
+from raysweep.config.criterion import function_parts
+from raysweep.errors import RaysweepError
+from raysweep.pruning.masks import pruning_mask
+from raysweep.pruning.recipe import MaskRecipe
+from raysweep.pruning.scores import magnitude_score, random_score, ria_score, wanda_score
+from raysweep.pruning.sparsegpt import InverseFactor, sparsegpt
 from raysweep.pruning.statistics import InputStatistics
+
+OwnFunction = Callable[[Tensor, InputStatistics], Any]
+"""A user's criterion: weight (O, I) and statistics of its inputs to scores (O, I), higher is kept."""
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a criterion may look at: a layer's name, weight (O, I), input statistics and the trial's seed."""
+    """What a criterion may look at.
+
+    weight_OI: as (outputs, inputs);  factor: makes or finds the factor of the inputs' Gram matrix for a dampening
+    """
 
     name: str
     weight_OI: Tensor
     statistics: InputStatistics
-    seed: int = 0
+    factor: Callable[[float], InverseFactor]
 
 
 @dataclass(frozen=True)
-class Criterion:
-    """score: float32 (O, I), on any device;  needs_statistics, needs_seed: whether it reads these"""
+class PrunedLayer:
+    """mask_OI: bool, True = kept;  weight_OI: updated, or None where the kept weights stay as they are
 
-    score: Callable[[LayerView], Tensor]
-    needs_statistics: bool = False
-    needs_seed: bool = False
+    dead_inputs: inputs that were never active in the statistics;  dampening, fallback: of the factorization, if any
+    """
+
+    mask_OI: Tensor
+    weight_OI: Tensor | None = None
+    dead_inputs: int | None = None
+    dampening: float | None = None
+    fallback: str | None = None
+
+    def masked(self, dense_OI: Tensor) -> Tensor:
+        """The weights (O, I) after pruning, in the dtype of the dense ones; removed ones are exactly zero."""
+        return dense_OI * self.mask_OI if self.weight_OI is None else self.weight_OI.to(dense_OI.dtype)
 
 
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": Criterion(lambda layer: magnitude_score(layer.weight_OI)),
-    "random": Criterion(
-        lambda layer: random_score(layer.weight_OI.shape, layer.seed, layer.name),
-        needs_seed=True,
-    ),
-    "wanda": Criterion(
-        lambda layer: wanda_score(layer.weight_OI, layer.statistics.norm_I), needs_statistics=True
-    ),
+Score = Callable[[LayerView, MaskRecipe], Tensor]
+
+SCORES: dict[str, Score] = {
+    "magnitude": lambda layer, _: magnitude_score(layer.weight_OI),
+    "random": lambda layer, recipe: random_score(layer.weight_OI.shape, recipe.seed or 0, layer.name),
+    "wanda": lambda layer, _: wanda_score(layer.weight_OI, layer.statistics.norm_I),
+    "ria": lambda layer, recipe: ria_score(layer.weight_OI, layer.statistics.norm_I, recipe.ria_power or 0.0),
 }
 
 
-def mask_of(criterion: str, layer: LayerView, rule: MaskRule) -> Tensor:
-    """The mask (O, I), bool, True = kept, of one layer on the layer's device.
+def prune_layer(
+    recipe: MaskRecipe, layer: LayerView, functions: dict[str, OwnFunction] | None = None
+) -> PrunedLayer:
+    """Prunes one layer on the layer's device. functions: users' criteria, by the text that names them.
 
-    Raises NumericalError when a score is not finite, UsageError when the rule does not fit the layer.
+    Raises NumericalError when a score is not finite or a Gram matrix cannot be factorized, UsageError when the rule
+    does not fit the layer, RaysweepError when a user's function fails or returns no scores of the weight's shape.
     """
-    score_OI = CRITERIA[criterion].score(layer).to(layer.weight_OI.device)
-    return pruning_mask(score_OI, rule)
+    dead_inputs, rule = layer.statistics.dead_inputs, recipe.rule(layer.name)
+    if recipe.criterion == "sparsegpt":
+        factor = layer.factor(recipe.dampening or 0.0)
+        mask_OI, weight_OI = sparsegpt(
+            layer.weight_OI, factor, rule, recipe.column_block or layer.weight_OI.shape[1]
+        )
+        weight_OI = weight_OI.to(layer.weight_OI.dtype)
+        return PrunedLayer(mask_OI, weight_OI, dead_inputs, factor.dampening, factor.fallback)
+    score_OI = _score(recipe, layer, functions or {})
+    return PrunedLayer(pruning_mask(score_OI.to(layer.weight_OI.device), rule), dead_inputs=dead_inputs)
+
+
+def _score(recipe: MaskRecipe, layer: LayerView, functions: dict[str, OwnFunction]) -> Tensor:
+    if function_parts(recipe.criterion) is None:
+        return SCORES[recipe.criterion](layer, recipe)
+    try:
+        score_OI = functions[recipe.criterion](layer.weight_OI.clone(), layer.statistics)
+    except Exception as error:  # the user's own code may raise anything
+        raise RaysweepError(f"{recipe.criterion} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(score_OI, Tensor) or score_OI.shape != layer.weight_OI.shape:
+        raise RaysweepError(
+            f"{recipe.criterion} returned {_described(score_OI)}, not scores of shape {tuple(layer.weight_OI.shape)}"
+        )
+    return score_OI.detach().to(torch.float32)
+
+
+def _described(value: Any) -> str:
+    return (
+        f"a tensor of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )

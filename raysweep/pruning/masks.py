@@ -41,7 +41,7 @@ def pruning_mask(score_OI: Tensor, rule: MaskRule) -> Tensor:
     if rule.n_of_m is not None:
         kept, size = rule.n_of_m
         check_n_of_m(score_OI.shape[1], kept, size)
-        return _keep_n_of_m(score_OI, kept, size)
+        return keep_n_of_m(score_OI, kept, size)
     groups = score_OI if rule.comparison_group == "row" else score_OI.reshape(1, -1)
     removed = int(groups.shape[1] * rule.sparsity)
     return keep_all_but_lowest(groups, removed).reshape(score_OI.shape)
@@ -72,7 +72,8 @@ def check_n_of_m(inputs: int, kept: int, size: int) -> None:
         )
 
 
-def _keep_n_of_m(score_OI: Tensor, kept: int, size: int) -> Tensor:
+def keep_n_of_m(score_OI: Tensor, kept: int, size: int) -> Tensor:
+    """True for the `kept` highest of every `size` consecutive inputs, which must divide them; ties as above."""
     groups = score_OI.reshape(-1, size)
     lowest = torch.argsort(groups, dim=1, stable=True)[:, : size - kept]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).reshape(score_OI.shape)

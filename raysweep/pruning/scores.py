@@ -21,6 +21,23 @@ def wanda_score(weight_OI: Tensor, norm_I: Tensor) -> Tensor:
     return weight_OI.float().abs() * norm_I.float()
 
 
+def ria_score(weight_OI: Tensor, norm_I: Tensor, power: float) -> Tensor:
+    """(|W| / sum over its column + |W| / sum over its row) * ||X_j||_2^power, float32 (O, I).
+
+    Relative importance and activations (Zhang et al., ICLR 2024, openreview Tr0lPx9woF); the share of zero in a row or
+    column of zeros is 0.
+    """
+    size_OI = weight_OI.float().abs()
+    relative_OI = _share(size_OI, size_OI.sum(0, keepdim=True)) + _share(
+        size_OI, size_OI.sum(1, keepdim=True)
+    )
+    return relative_OI * norm_I.float().pow(power)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return part / torch.where(whole > 0, whole, 1.0)
+
+
 def random_score(shape: Sequence[int], seed: int, name: str) -> Tensor:
     """Uniform scores in [0, 1), float32 (O, I), fixed by the seed and the layer's name alone.
 

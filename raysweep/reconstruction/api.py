@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from raysweep.config.criterion import function_parts, is_mask_file
 from raysweep.config.trial import MASK_FIELDS, Trial
 from raysweep.config.validation import validated
 from raysweep.errors import UsageError
 from raysweep.model.shard import ModelShard
+from raysweep.pruning.criteria import PrunedLayer
+from raysweep.pruning.mask_file import MaskFile
+from raysweep.pruning.own import load_function
+from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
-from raysweep.reconstruction.range import CALIBRATION, BlockRange, MaskRecipe, Weights
+from raysweep.reconstruction.measures import CALIBRATION
+from raysweep.reconstruction.range import BlockRange, Weights
 from raysweep.reconstruction.recovery import recover_unit, unit_names
 
 if TYPE_CHECKING:
@@ -68,32 +74,46 @@ def prune(
     calibration: TokenIds,
     *,
     criterion: str,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     pattern: str = "unstructured",
-    comparison_group: str | None = None,
-    seed: int = 0,
+    **fields: Any,
 ) -> Pruned:
-    """Computes masks for every linear of the decoder blocks of `model`, which is left untouched.
+    """Computes masks for the linears of the decoder blocks of `model`, which is left untouched.
 
-    calibration: token ids, integers (S, T), on which the dense model's activations are taken
-    The other arguments are fields of a search space. Raises UsageError for values that they do not take, and
-    NumericalError when scores are not finite.
+    calibration: token ids, integers (S, T), on which activations are taken
+    fields: others of a search space, such as comparison_group, statistics_stream or dampening
+    Raises UsageError for values that they do not take, and NumericalError when scores are not finite.
     """
-    fields = {"criterion": criterion, "sparsity": sparsity, "pattern": pattern, "seed": seed}
-    if comparison_group is not None:
-        fields["comparison_group"] = comparison_group
-    trial = validated(Trial, {"recovery": "none"} | fields)
+    given = {
+        "recovery": "none",
+        "criterion": criterion,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "seed": 0,
+    } | fields
+    trial = validated(Trial, given)
     recipe = MaskRecipe.of(trial)
-    with _blocks_of(model, calibration, keep_halves=False) as blocks:
+    with _blocks_of(model, calibration, keep_halves=False) as (blocks, ids_ST):
+        if function_parts(criterion) is not None:
+            blocks.functions[criterion] = load_function(criterion)
+        if is_mask_file(criterion):
+            linears = {
+                name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()
+            }
+            MaskFile(criterion).check({name: one.stored_shape for name, one in linears.items()})
+        blocks.begin(TRIAL)
+        on_stream = recipe.stream == "pruned"
+        if on_stream:
+            _enter(blocks, ids_ST)
         rows: list[dict[str, object]] = []
         for block in blocks.blocks.values():
-            blocks.prune(TRIAL, recipe, block)
-            rows += blocks.linear_rows(recipe, block)
-        masks = {
-            name: blocks.mask(recipe, block, linear)
-            for block in blocks.blocks.values()
-            for name, linear in block.linears.items()
-        }
+            if on_stream:
+                blocks.prune_on_stream(TRIAL, TRIAL, recipe, block)
+                blocks.advance_block(TRIAL, TRIAL, block)
+            else:
+                blocks.prune(TRIAL, recipe, block)
+            rows += blocks.linear_rows(TRIAL, block)
+        masks = {name: layer.mask_OI for name, layer in blocks.layers[TRIAL].items()}
         return Pruned(masks, blocks.weights[TRIAL], pd.DataFrame(rows), trial)
 
 
@@ -103,35 +123,49 @@ def reconstruct(
     calibration: TokenIds,
     *,
     granularity: str,
-    learning_rate: float,
     **fields: Any,
 ) -> Recovered:
     """Reconstructs every unit of `model` under the masks of `pruned`; both are left untouched.
 
-    calibration: token ids, integers (S, T);  fields: others of a search space, such as epochs or trainable
+    calibration: token ids, integers (S, T)
+    fields: others of a search space, such as learning_rate (required but for optimizer exact), epochs or trainable
     Raises UsageError for what they do not allow and for masks of another model, NumericalError when training
     diverges.
     """
     mask_fields = {name: getattr(pruned.trial, name) for name in (*MASK_FIELDS, "seed")}
-    settings = {
-        "recovery": "reconstruct",
-        "granularity": granularity,
-        "learning_rate": learning_rate,
-        "seed": 0,
-    }
-    settings |= {name: value for name, value in mask_fields.items() if value is not None} | fields
+    settings = {"recovery": "reconstruct", "granularity": granularity, "seed": 0}
+    settings |= {name: _plain(value) for name, value in mask_fields.items() if value is not None} | fields
     trial = validated(Trial, settings)
-    with _blocks_of(model, calibration, keep_halves=granularity == "subblock") as blocks:
+    with _blocks_of(model, calibration, keep_halves=granularity == "subblock") as (blocks, ids_ST):
         _check_same_linears(blocks, pruned.masks)
-        blocks.given_masks = pruned.masks
+        blocks.begin(TRIAL)
+        blocks.layers[TRIAL] = {name: PrunedLayer(mask_OI) for name, mask_OI in pruned.masks.items()}
         blocks.weights[TRIAL] = {name: tensor.clone() for name, tensor in pruned.weights.items()}
-        units = [recover_unit(blocks, TRIAL, trial, name) for name in unit_names(blocks, granularity)]
-        return Recovered(blocks.weights[TRIAL], pd.DataFrame([unit.as_dict() for unit in units]), trial)
+        if trial.is_sequential:
+            _enter(blocks, ids_ST)
+        results = [recover_unit(blocks, TRIAL, trial, name) for name in unit_names(blocks, granularity)]
+        units = [result.as_dict() for result in results if result is not None]
+        return Recovered(blocks.weights[TRIAL], pd.DataFrame(units), trial)
+
+
+def _plain(value: Any) -> Any:
+    """As `validated` takes it: lists and mappings instead of tuples."""
+    if not isinstance(value, tuple):
+        return value
+    return dict(value) if isinstance(value[0], tuple) else list(value)
+
+
+def _enter(blocks: BlockRange, ids_ST: Tensor) -> None:
+    """The calibration set at the door of the first block, as the trial's stream."""
+    for rows in batches(ids_ST.shape[0], ids_ST.shape[1], blocks.device):
+        blocks.enter_stream(TRIAL, CALIBRATION, ids_ST.shape[0], rows, blocks.shard.embed(ids_ST[rows]))
 
 
 @contextmanager
-def _blocks_of(model: PreTrainedModel, calibration: TokenIds, keep_halves: bool) -> Iterator[BlockRange]:
-    """All blocks of `model` after a pass of the calibration set; the model is itself again afterwards."""
+def _blocks_of(
+    model: PreTrainedModel, calibration: TokenIds, keep_halves: bool
+) -> Iterator[tuple[BlockRange, Tensor]]:
+    """All blocks of `model` after a pass of the calibration set, and its ids; the model is itself again afterwards."""
     ids_ST = _checked_ids(calibration, model.config.get_text_config().vocab_size)
     with _frozen(model):
         shard = ModelShard.whole(model)
@@ -139,7 +173,7 @@ def _blocks_of(model: PreTrainedModel, calibration: TokenIds, keep_halves: bool)
         blocks.keep_halves = keep_halves
         for rows in batches(ids_ST.shape[0], ids_ST.shape[1], shard.device):
             blocks.dense_pass(CALIBRATION, ids_ST.shape[0], rows, shard.embed(ids_ST[rows]))
-        yield blocks
+        yield blocks, ids_ST
 
 
 @contextmanager
@@ -163,7 +197,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _check_same_linears(blocks: BlockRange, masks: dict[str, Tensor]) -> None:
     linears = {name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()}
     shapes = {name: linear.weight_OI.shape for name, linear in linears.items()}
-    if {name: mask_OI.shape for name, mask_OI in masks.items()} != shapes:
+    if any(shapes.get(name) != mask_OI.shape for name, mask_OI in masks.items()):
         raise UsageError(
             "the masks are those of another model: names or shapes of its linears differ",
             remedy="Prune the model that is to be reconstructed.",

@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -63,12 +63,19 @@ class Knowledge:
         self.made = 0
         self.nbytes = 0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._kept: dict[Hashable, Any] = {}
         self._making: list[_Making] = []
         self._accounts: dict[str, set[Hashable]] = {}
         self._charged: set[Hashable] = set()
 
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Holds on to a value that cannot be made again from what is here, until `clear`."""
+        self._kept[key] = value
+
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of `key`, made now if it is not known."""
+        if key in self._kept:
+            return self._kept[key]  # type: ignore[no-any-return]
         if self._making:
             self._making[-1].needs.append(key)
         if key in self._entries:
@@ -91,6 +98,7 @@ class Knowledge:
 
     def clear(self) -> None:
         self._entries.clear()
+        self._kept.clear()
         self.nbytes = 0
 
     def _made(self, key: Hashable, make: Callable[[], Value]) -> Value:
@@ -132,4 +140,6 @@ def _nbytes(value: Any) -> int:
         return sum(_nbytes(item) for item in value.values())
     if isinstance(value, (list, tuple)):
         return sum(_nbytes(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return sum(_nbytes(getattr(value, each.name)) for each in fields(value))
     return 0

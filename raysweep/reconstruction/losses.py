@@ -4,13 +4,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+from raysweep.reconstruction.measures import TextError
+
+EPSILON = 1e-6  # of normalized_mse: keeps tokens whose target is zero from dividing by it
+
+
+@dataclass(frozen=True)
+class Loss:
+    """mean: float32 scalar, what is minimized;  per_token: (B, T) float32, whose sum over tokens is what `mean` divides
+    by_hidden: whether `mean` also divides by the hidden units of a token
+    """
+
+    mean: Callable[[Tensor, Tensor], Tensor]
+    per_token: Callable[[Tensor, Tensor], Tensor]
+    by_hidden: bool = False
+
+    def elements(self, target_STH: Tensor) -> int:
+        """What the sum over a whole text is divided by."""
+        return target_STH.numel() if self.by_hidden else target_STH.shape[0] * target_STH.shape[1]
 
 
 def mean_squared_error(output_BTH: Tensor, target_BTH: Tensor) -> Tensor:
@@ -18,30 +35,40 @@ def mean_squared_error(output_BTH: Tensor, target_BTH: Tensor) -> Tensor:
     return (output_BTH.float() - target_BTH.float()).square().mean()
 
 
-LOSSES: dict[str, Loss] = {"mse": mean_squared_error}
+def token_squared_error(output_BTH: Tensor, target_BTH: Tensor) -> Tensor:
+    """||y' - y||^2 of every token, float32 (B, T)."""
+    return (output_BTH.float() - target_BTH.float()).square().sum(-1)
 
 
-@dataclass(frozen=True)
-class TextError:
-    """How far a unit's output over a text is from its target.
+def token_normalized_error(output_BTH: Tensor, target_BTH: Tensor) -> Tensor:
+    """||y' - y||^2 / (||y||^2 + 1e-6) of every token, float32 (B, T)."""
+    return token_squared_error(output_BTH, target_BTH) / (target_BTH.float().square().sum(-1) + EPSILON)
 
-    errors, targets: sums of squared errors and of squared targets, float64, by sample or all in one
-    elements: how many numbers were compared
-    """
 
-    errors: tuple[float, ...]
-    targets: tuple[float, ...]
-    elements: int
+def token_cosine_distance(output_BTH: Tensor, target_BTH: Tensor) -> Tensor:
+    """1 - cos(y', y) of every token, float32 (B, T)."""
+    return 1.0 - functional.cosine_similarity(output_BTH.float(), target_BTH.float(), dim=-1)
 
-    @property
-    def mean(self) -> float:
-        """Squared error per number."""
-        return math.fsum(self.errors) / self.elements
 
-    @property
-    def relative(self) -> float:
-        """Squared error over squared target."""
-        return ratio(self.errors, self.targets)
+LOSSES: dict[str, Loss] = {
+    "mse": Loss(mean_squared_error, token_squared_error, by_hidden=True),
+    "normalized_mse": Loss(
+        lambda output, target: token_normalized_error(output, target).mean(), token_normalized_error
+    ),
+    "cosine": Loss(
+        lambda output, target: token_cosine_distance(output, target).mean(), token_cosine_distance
+    ),
+}
+
+
+def batch_error(loss: Loss, output_BTH: Tensor, target_BTH: Tensor) -> TextError:
+    """The error of a batch, sample by sample."""
+    return TextError(
+        errors=tuple(squared_sums(output_BTH.float() - target_BTH.float())),
+        targets=tuple(squared_sums(target_BTH)),
+        losses=tuple(sample_sums(loss.per_token(output_BTH, target_BTH))),
+        elements=loss.elements(target_BTH),
+    )
 
 
 def squared_sums(x_BTH: Tensor) -> list[float]:
@@ -50,12 +77,9 @@ def squared_sums(x_BTH: Tensor) -> list[float]:
     A fixed tree: every token's hidden units in float32 (one thread sums one token), then tokens in float64.
     How many threads there are, and which samples share a batch, changes nothing.
     """
-    tokens_BT = x_BTH.float().square().sum(-1)
-    return [float(total) for total in tokens_BT.double().sum(-1).tolist()]
+    return sample_sums(x_BTH.float().square().sum(-1))
 
 
-def ratio(errors: Iterable[float], targets: Iterable[float]) -> float:
-    """Sum of squared errors over sum of squared targets; exact sums, so that the order does not matter."""
-    power = math.fsum(targets)
-    error = math.fsum(errors)
-    return error / power if power > 0 else (0.0 if error == 0 else math.inf)
+def sample_sums(x_BT: Tensor) -> list[float]:
+    """Sum over the tokens of every sample, float64."""
+    return [float(total) for total in x_BT.double().sum(-1).tolist()]

@@ -1,13 +1,17 @@
-"""AdamW under a mask: removed weights are exactly zero after every step; 16-bit ones have float32 masters."""
+"""Steps under a mask: removed weights are exactly zero after every step; 16-bit ones have float32 masters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from raysweep.errors import NumericalError
+
+MOMENTUM = 0.9  # of SGD
+NORM_EPSILON = 1e-6  # as in torch's own clipping
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
@@ -22,9 +26,21 @@ def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) ->
     return (total_steps - step) / max(1, total_steps - warmup_steps)
 
 
-class MaskedAdamW:
-    """AdamW (weight decay 0, betas 0.9 and 0.999) on `parameters`, whose removed entries stay exactly zero.
+def clip_factor(squares: Iterable[float], max_grad_norm: float | None) -> float:
+    """What gradients are multiplied by so that their norm is at most `max_grad_norm`; 1 without a limit.
 
+    squares: squared norms of all gradients of a unit; summed exactly, so that shards change nothing
+    """
+    if max_grad_norm is None:
+        return 1.0
+    return min(1.0, max_grad_norm / (math.sqrt(math.fsum(squares)) + NORM_EPSILON))
+
+
+class MaskedOptimizer:
+    """AdamW (weight decay 0, betas 0.9 and 0.999) or SGD (momentum 0.9) on `parameters`, whose removed entries stay
+    exactly zero.
+
+    kind:  adamw or sgd
     masks: for every parameter a tensor of its shape, bool, True = kept, or None
 
     Removed entries must be zero at the start: their gradients are set to zero, so their moments and with them
@@ -33,44 +49,67 @@ class MaskedAdamW:
 
     def __init__(
         self,
+        kind: str,
         parameters: Sequence[nn.Parameter],
         masks: Sequence[Tensor | None],
         learning_rate: float,
-        max_grad_norm: float | None = None,
     ) -> None:
-        self.parameters = list(parameters)
-        self._low = self.parameters[0].dtype != torch.float32
-        self.masters = [_master(parameter) for parameter in self.parameters] if self._low else self.parameters
+        self.parameters, self.learning_rate = list(parameters), learning_rate
+        self._low = [parameter.dtype != torch.float32 for parameter in self.parameters]
+        self.masters = [
+            _master(parameter) if low else parameter
+            for parameter, low in zip(self.parameters, self._low, strict=True)
+        ]
         pairs = zip(self.masters, masks, strict=True)
         masked = [(master, mask.to(master)) for master, mask in pairs if mask is not None]
         self._masked = [master for master, _ in masked]
         self._factors = [factor for _, factor in masked]
-        self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
-        self._adamw = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=0.0, fused=True)
+        self._optimizer: torch.optim.Optimizer
+        if kind == "sgd":
+            self._moments = 1
+            self._optimizer = torch.optim.SGD(self.masters, lr=learning_rate, momentum=MOMENTUM, fused=True)
+        else:
+            self._moments = 2
+            self._optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=0.0, fused=True)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of float32 masters (where they are copies), gradients, both moments, and masks as factors."""
+        """Bytes of float32 masters (where they are copies), gradients, moments, and masks as factors."""
         masters = sum(master.nbytes for master in self.masters)
-        gradients = sum(parameter.nbytes for parameter in self.parameters) + (masters if self._low else 0)
+        copies = sum(master.nbytes for master, low in zip(self.masters, self._low, strict=True) if low)
+        gradients = sum(parameter.nbytes for parameter in self.parameters) + copies
         factors = sum(factor.nbytes for factor in self._factors)
-        return (masters if self._low else 0) + gradients + 2 * masters + factors
+        return copies + gradients + self._moments * masters + factors
 
-    def step(self, factor: float) -> None:
-        """A step on the parameters' gradients, at `factor` times the learning rate; clears the gradients."""
-        if self._low:
-            self._raise_gradients()
+    def gather(self) -> None:
+        """Takes over the parameters' gradients as float32 and sets those of removed entries to zero."""
+        for master, parameter, low in zip(self.masters, self.parameters, self._low, strict=True):
+            gradient = _gradient(parameter)
+            if low:
+                master.grad, parameter.grad = gradient.float(), None
         if self._masked:
             torch._foreach_mul_([_gradient(master) for master in self._masked], self._factors)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
-        for group in self._adamw.param_groups:
+
+    def squares(self) -> list[float]:
+        """Squared norms of the gathered gradients, float64, row by row: sums that no number of threads changes."""
+        rows = (_gradient(master).double().square().sum(-1).flatten() for master in self.masters)
+        return [square for row in rows for square in row.tolist()]
+
+    def step(self, factor: float, clip: float = 1.0) -> None:
+        """A step on the gathered gradients times `clip`, at `factor` times the learning rate; clears them."""
+        if clip != 1.0:
+            torch._foreach_mul_([_gradient(master) for master in self.masters], clip)
+        for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
-        self._adamw.step()
+        self._optimizer.step()
         for master in self.masters:
             master.grad = None
-        if self._low:
-            torch._foreach_copy_([parameter.detach() for parameter in self.parameters], list(self.masters))
+        lowered = [place for place, low in enumerate(self._low) if low]
+        if lowered:
+            torch._foreach_copy_(
+                [self.parameters[place].detach() for place in lowered],
+                [self.masters[place] for place in lowered],
+            )
 
     def check(self) -> None:
         """Raises NumericalError when a parameter is no longer finite."""
@@ -78,12 +117,6 @@ class MaskedAdamW:
             raise NumericalError(
                 f"the weights are not finite after training at learning rate {self.learning_rate:g}: lower it"
             )
-
-    def _raise_gradients(self) -> None:
-        """Moves the gradients of the parameters to their masters, as float32."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            master.grad = _gradient(parameter).float()
-            parameter.grad = None
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -1,79 +1,70 @@
 """A range of blocks with all that was learned about it: the part of a sweep that one shard can do alone."""
 
-# O outputs, I inputs of a linear, N tokens of a batch; B samples of a batch, T tokens of a sample, H hidden
+# O outputs, I inputs of a linear, N tokens of a batch; S samples, B samples of a batch, T tokens of a sample, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from raysweep.config.trial import Trial
-from raysweep.errors import NumericalError
+from raysweep.config.criterion import is_mask_file
+from raysweep.errors import NumericalError, RaysweepError
 from raysweep.model.linears import Linear
 from raysweep.model.shard import ModelShard
 from raysweep.model.structure import Block
-from raysweep.pruning.criteria import CRITERIA, LayerView, mask_of
-from raysweep.pruning.masks import MaskRule
+from raysweep.pruning.criteria import LayerView, OwnFunction, PrunedLayer, prune_layer
+from raysweep.pruning.mask_file import MaskFile
+from raysweep.pruning.recipe import MaskRecipe
+from raysweep.pruning.sparsegpt import InverseFactor, inverse_factor
 from raysweep.pruning.statistics import InputStatistics, output_error
-from raysweep.reconstruction.activations import TextActivations, batches, keep_rows
+from raysweep.reconstruction.activations import TextActivations, batches, fetch, keep_rows
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
-from raysweep.reconstruction.losses import ratio, squared_sums
-
-CALIBRATION, VALIDATION = "calibration", "validation"
-KEPT_TEXTS = (CALIBRATION, VALIDATION)
+from raysweep.reconstruction.losses import squared_sums
+from raysweep.reconstruction.measures import CALIBRATION, ratio
 
 Weights = dict[str, Tensor]
 """A trial's tensors by full parameter name, as stored in the model; what is missing is dense."""
 
+Statistics = dict[str, InputStatistics]
+"""Of the inputs of a block's input groups, by the group's first linear."""
 
-@dataclass(frozen=True)
-class MaskRecipe:
-    """All that a mask depends on besides model and calibration set. Equal recipes share their masks."""
+Run = Callable[[Tensor], Tensor]
 
-    criterion: str
-    rule: MaskRule
-    seed: int | None
 
-    @classmethod
-    def of(cls, trial: Trial) -> MaskRecipe:
-        """The recipe of a trial that prunes."""
-        if trial.group_size is not None:
-            rule = MaskRule(n_of_m=trial.group_size)
-        else:
-            rule = MaskRule(float(trial.sparsity or 0.0), comparison_group=trial.comparison_group or "row")
-        criterion = str(trial.criterion)
-        return cls(criterion, rule, trial.seed if CRITERIA[criterion].needs_seed else None)
+def accumulate(statistics: Statistics, name: str, x: Tensor) -> None:
+    """Adds one batch of inputs, (..., I), of the linear `name`."""
+    x_NI = x.reshape(-1, x.shape[-1])
+    if name not in statistics:
+        statistics[name] = InputStatistics.empty(x_NI.shape[1], x.device)
+    statistics[name].add(x_NI)
 
 
 @dataclass
 class RangeText:
-    """A text's activations, and the statistics of every input group by the group's first linear."""
+    """A text's dense activations, and the statistics of every input group of every block."""
 
     activations: TextActivations
-    statistics: dict[str, InputStatistics] = field(default_factory=dict)
-
-    def accumulate(self, name: str, x: Tensor) -> None:
-        """Adds one batch of inputs, (..., I), of the linear `name`."""
-        x_NI = x.reshape(-1, x.shape[-1])
-        if name not in self.statistics:
-            self.statistics[name] = InputStatistics.empty(x_NI.shape[1], x.device)
-        self.statistics[name].add(x_NI)
+    statistics: Statistics = field(default_factory=dict)
 
 
 class BlockRange:
-    """The blocks of one shard, what the dense model does in them, and the weights of the trials in flight.
+    """The blocks of one shard, what the dense model does in them, and the trials in flight.
 
     Texts pass once through the dense blocks (`dense_pass`), which keeps the activations at the boundaries and
     sums up statistics. A trial is then pruned, recovered unit by unit (`recovery.recover_unit`) and evaluated
     batch by batch, under a name of the caller's choice, until it is released.
 
     keep_halves: whether the dense pass keeps what flows between the halves of a block
-    given_masks: masks by linear that come before those of the criteria
+    functions: users' own criteria, by the text that names them
+    weights, layers: by trial, its weights, and what pruning did to each linear (by full name)
+    streams: by name and text, activations (S, T, H) on their way through the blocks with a trial's weights; where they
+    have arrived is known to whoever moves them
+    captured: by trial and text, the input group last looked at on a stream and its inputs (S, T, I)
     """
 
     def __init__(self, shard: ModelShard, knowledge_bytes: int = 2 << 30) -> None:
@@ -83,20 +74,22 @@ class BlockRange:
         self.knowledge = Knowledge(self.device, knowledge_bytes)
         self.texts: dict[str, RangeText] = {}
         self.keep_halves = True
+        self.functions: dict[str, OwnFunction] = {}
         self.dense_seconds = 0.0
         self.dense_batches = 0
         self.weights: dict[str, Weights] = {}
-        self.given_masks: dict[str, Tensor] = {}
+        self.layers: dict[str, dict[str, PrunedLayer]] = {}
+        self.streams: dict[str, dict[str, Tensor]] = {}
+        self.captured: dict[tuple[str, str], tuple[str, Tensor]] = {}
         self._errors: dict[tuple[str, str, int], dict[int, float]] = {}
 
     # The dense pass
 
     def forget_texts(self) -> None:
         """Before another calibration set: drops activations, statistics and all that came of them."""
-        self.texts.clear()
-        self.weights.clear()
+        for store in (self.texts, self.weights, self.layers, self.streams, self.captured, self._errors):
+            store.clear()
         self.knowledge.clear()
-        self._errors.clear()
         self.dense_seconds = 0.0
 
     @torch.no_grad()
@@ -116,7 +109,7 @@ class BlockRange:
 
     def _dense_block(self, block: Block, entry: RangeText, rows: slice, hidden_BTH: Tensor) -> Tensor:
         """One block, every linear once under watch; with the halves' outputs where trials will need them."""
-        watched = partial(block.watch_inputs, entry.accumulate, block.leaders)
+        watched = partial(block.watch_inputs, partial(accumulate, entry.statistics), block.leaders)
         if not self.keep_halves:
             with watched():
                 return block.run(hidden_BTH)
@@ -139,48 +132,100 @@ class BlockRange:
 
     # Masks
 
-    def mask(self, recipe: MaskRecipe, block: Block, linear: Linear) -> Tensor:
-        """The mask (O, I), bool, True = kept. Computed once for all trials of an equal recipe.
+    def pruned_layer(self, recipe: MaskRecipe, block: Block, linear: Linear) -> PrunedLayer | None:
+        """What a recipe does to a linear; None where it leaves it dense. Worked out once for all trials.
 
-        Raises NumericalError when the scores are not finite.
+        Raises NumericalError when scores are not finite or a Gram matrix cannot be factorized.
         """
-        if linear.name in self.given_masks:
-            return self.given_masks[linear.name]
+        if is_mask_file(recipe.criterion):
+            return self.knowledge.get(("layer", recipe, linear.name), lambda: _layer_of_file(recipe, linear))
+        if not recipe.prunes(linear.name):
+            return None
+        if recipe.stream == "pruned":
+            return self.knowledge.get(("layer", recipe, linear.name), _not_passed)
+        leader = block.leader_of(linear.name)
 
-        def make() -> Tensor:
-            statistics = self.statistics(CALIBRATION, linear, block)
-            view = LayerView(linear.name, linear.weight_OI, statistics, recipe.seed or 0)
-            try:
-                return mask_of(recipe.criterion, view, recipe.rule)
-            except NumericalError as error:
-                raise NumericalError(f"{linear.name}: {error}") from error
+        def factor(dampening: float) -> InverseFactor:
+            make = partial(inverse_factor, self.texts[CALIBRATION].statistics[leader], dampening)
+            return self.knowledge.get(("factor", leader, dampening), make)
 
-        return self.knowledge.get(("mask", recipe, linear.name), make)
+        statistics = self.texts[CALIBRATION].statistics[leader]
+        make = partial(self._pruned, recipe, linear, statistics, factor)
+        return self.knowledge.get(("layer", recipe, linear.name), make)
 
     def prune(self, name: str, recipe: MaskRecipe, block: Block) -> None:
-        """Puts the masked weights of one block under the trial `name`."""
-        weights = self.weights.setdefault(name, {})
+        """Puts the pruned weights of one block under the trial `name`."""
         for linear in block.linears.values():
-            mask_OI = self.mask(recipe, block, linear)
-            weights[f"{linear.name}.weight"] = linear.as_stored(linear.weight_OI * mask_OI)
+            layer = self.pruned_layer(recipe, block, linear)
+            if layer is not None:
+                self._put(name, linear, layer)
 
-    def linear_rows(self, recipe: MaskRecipe, block: Block) -> list[dict[str, object]]:
-        """One row per linear of the block: sparsity, dead inputs, error of its output before recovery."""
-        return self.knowledge.get(
-            ("linear_rows", recipe, block.index),
-            lambda: [self._linear_row(recipe, block, linear) for linear in block.linears.values()],
-        )
+    def prune_on_stream(self, name: str, stream: str, recipe: MaskRecipe, block: Block) -> None:
+        """The same with statistics of what the dense block takes in on a stream that has arrived at it.
 
-    def _linear_row(self, recipe: MaskRecipe, block: Block, linear: Linear) -> dict[str, object]:
-        mask_OI = self.mask(recipe, block, linear)
+        All statistics of a block are taken before any of it is pruned. Layers that depend on the recipe alone (stream
+        `pruned`) are kept for other trials.
+        """
+        statistics = self._stream_statistics(stream, block)
+        factors: dict[tuple[str, float], InverseFactor] = {}
+
+        def factor(leader: str, dampening: float) -> InverseFactor:
+            if (leader, dampening) not in factors:
+                factors[leader, dampening] = inverse_factor(statistics[leader], dampening)
+            return factors[leader, dampening]
+
+        for linear in block.linears.values():
+            if recipe.prunes(linear.name):
+                leader = block.leader_of(linear.name)
+                layer = self._pruned(recipe, linear, statistics[leader], partial(factor, leader))
+                self._put(name, linear, layer)
+                if recipe.stream == "pruned":
+                    self.knowledge.keep(("layer", recipe, linear.name), layer)
+
+    def _pruned(
+        self,
+        recipe: MaskRecipe,
+        linear: Linear,
+        statistics: InputStatistics,
+        factor: Callable[[float], InverseFactor],
+    ) -> PrunedLayer:
+        view = LayerView(linear.name, linear.weight_OI, statistics, factor)
+        try:
+            return prune_layer(recipe, view, self.functions)
+        except NumericalError as error:
+            raise NumericalError(f"{linear.name}: {error}") from error
+
+    def _put(self, name: str, linear: Linear, layer: PrunedLayer) -> None:
+        self.layers[name][linear.name] = layer
+        self.weights[name][f"{linear.name}.weight"] = linear.as_stored(layer.masked(linear.weight_OI))
+
+    @torch.no_grad()
+    def _stream_statistics(self, stream: str, block: Block) -> Statistics:
+        statistics: Statistics = {}
+        hidden_STH = self.streams[stream][CALIBRATION]
+        with block.watch_inputs(partial(accumulate, statistics), block.leaders):
+            for rows in batches(hidden_STH.shape[0], hidden_STH.shape[1], self.device):
+                block.run(fetch(hidden_STH, rows, self.device))
+        return statistics
+
+    def linear_rows(self, name: str, block: Block) -> list[dict[str, object]]:
+        """One row per pruned linear of the block: sparsity, dead inputs, error of its output before recovery."""
+        layers = self.layers[name]
+        pruned = [linear for linear in block.linears.values() if linear.name in layers]
+        return [self._linear_row(block, linear, layers[linear.name]) for linear in pruned]
+
+    def _linear_row(self, block: Block, linear: Linear, layer: PrunedLayer) -> dict[str, object]:
+        mask_OI = layer.mask_OI
         return {
             "kind": "linear",
             "unit": linear.name,
             "block": block.index,
             "linears": linear.name,
             "realized_sparsity": 1.0 - float(mask_OI.count_nonzero()) / mask_OI.numel(),
-            "dead_inputs": self.statistics(CALIBRATION, linear, block).dead_inputs,
-            "error_before": self.matrix_error(CALIBRATION, block, linear, linear.weight_OI * mask_OI),
+            "dead_inputs": layer.dead_inputs,
+            "dampening_used": layer.dampening,
+            "fallback": layer.fallback,
+            "error_before": self.matrix_error(CALIBRATION, block, linear, layer.masked(linear.weight_OI)),
         }
 
     def matrix_error(
@@ -202,6 +247,18 @@ class BlockRange:
 
     # Trials in flight
 
+    def begin(self, name: str) -> None:
+        """From here on the range knows the trial `name`: what is not pruned or recovered under it is dense."""
+        self.weights.setdefault(name, {})
+        self.layers.setdefault(name, {})
+
+    def copy_pruned(self, name: str, copy: str) -> None:
+        """Puts the weights that the trial `name` had before its recovery under the name `copy`."""
+        self.begin(copy)
+        linears = {linear.name: linear for block in self.blocks.values() for linear in block.linears.values()}
+        for linear_name, layer in self.layers[name].items():
+            self._put(copy, linears[linear_name], layer)
+
     @contextmanager
     def using(self, name: str | None, block: Block) -> Iterator[None]:
         """The block runs with the weights of the trial `name` within the context; dense with None."""
@@ -217,6 +274,14 @@ class BlockRange:
         finally:
             for parameter, data in dense:
                 parameter.data = data
+
+    @contextmanager
+    def using_all(self, name: str | None, blocks: Iterable[Block]) -> Iterator[None]:
+        """The same for several blocks."""
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(self.using(name, block))
+            yield
 
     @torch.no_grad()
     def forward(self, name: str | None, text: str, rows: slice, hidden_BTH: Tensor) -> Tensor:
@@ -255,8 +320,48 @@ class BlockRange:
 
         return self.knowledge.get(("target_power", text, index), make)
 
+    # Streams
+
+    def enter_stream(self, stream: str, text: str, samples: int, rows: slice, hidden_BTH: Tensor) -> None:
+        """Takes in one batch of a text that has come from the blocks before this range."""
+        keep_rows(self.streams.setdefault(stream, {}), text, samples, rows, hidden_BTH)
+
+    @torch.no_grad()
+    def advance(self, stream: str, run: Run) -> None:
+        """Moves a stream on: what it holds becomes what `run` makes of it."""
+        for hidden_STH in self.streams[stream].values():
+            for rows in batches(hidden_STH.shape[0], hidden_STH.shape[1], self.device):
+                hidden_STH[rows] = run(fetch(hidden_STH, rows, self.device)).to(hidden_STH.device)
+
+    def advance_block(self, stream: str, name: str | None, block: Block) -> None:
+        """Moves a stream through a block with the weights of the trial `name`."""
+        with self.using(name, block):
+            self.advance(stream, block.run)
+
     def release(self, name: str) -> None:
-        """Forgets a trial's weights and noted errors."""
+        """Forgets a trial's weights, layers, stream and noted errors."""
         self.weights.pop(name, None)
-        for key in [key for key in self._errors if key[0] == name]:
-            del self._errors[key]
+        self.layers.pop(name, None)
+        self.streams.pop(name, None)
+        for captured in [key for key in self.captured if key[0] == name]:
+            del self.captured[captured]
+        for noted in [key for key in self._errors if key[0] == name]:
+            del self._errors[noted]
+
+
+def _layer_of_file(recipe: MaskRecipe, linear: Linear) -> PrunedLayer | None:
+    """Only this linear's tensors are read."""
+    file = MaskFile(recipe.criterion)
+    mask, weight = file.mask(linear.name), file.weight(linear.name)
+    if mask is None:
+        return None
+    dense_OI = linear.weight_OI
+    mask_OI = linear.from_stored(mask.to(dense_OI.device)).contiguous()
+    if weight is None:
+        return PrunedLayer(mask_OI)
+    weight_OI = linear.from_stored(weight.to(dense_OI.device, dense_OI.dtype)) * mask_OI
+    return PrunedLayer(mask_OI, weight_OI.contiguous())
+
+
+def _not_passed() -> PrunedLayer:
+    raise RaysweepError("masks behind pruned blocks were asked for before the activations had passed by")

@@ -1,63 +1,109 @@
-"""The spans over which the reconstruction loss is taken: which module runs, on which inputs, towards what."""
+"""The spans over which the reconstruction loss is taken: which modules run, and where they lie."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
+from raysweep.config.trial import window_length
 from raysweep.model.linears import Linear
 from raysweep.model.structure import Block
-from raysweep.reconstruction.activations import TextActivations
+
+MODEL = "model"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit. `module` is what runs, `linear` is set where it is one matrix, `half` where half a block."""
+    """One unit, or the part of it in this range of blocks.
+
+    start, stop: the blocks of the whole unit;  blocks: those that lie here, in order
+    linear: set where it is one matrix;  half: attention or mlp where it is half a block
+    opens_block, closes_block: whether its first block begins with it, and whether its last one is done with it
+    """
 
     name: str
-    block: Block
-    module: nn.Module
+    start: int
+    stop: int
+    blocks: tuple[Block, ...]
     linear: Linear | None = None
     half: str | None = None
+    opens_block: bool = True
+    closes_block: bool = True
+
+    @property
+    def block(self) -> Block:
+        """Its first block here; the only one unless the unit is a window or the model."""
+        return self.blocks[0]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the unit begins here."""
+        return self.block.index == self.start
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the unit ends here."""
+        return self.blocks[-1].index == self.stop - 1
+
+    @property
+    def module(self) -> nn.Module:
+        """What runs, where it is a matrix, half a block or one block."""
+        if self.linear is not None:
+            return self.linear.module
+        if self.half is None:
+            return self.block.module
+        return self.block.halves.attention if self.half == "attention" else self.block.halves.mlp
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The prunable linears in the unit, by full name."""
+        """The linears in this part of the unit, by full name."""
         if self.linear is not None:
             return {self.linear.name: self.linear}
-        inside = set(self.module.modules())
-        return {name: linear for name, linear in self.block.linears.items() if linear.module in inside}
+        inside = {name: linear for block in self.blocks for name, linear in block.linears.items()}
+        if self.half is None:
+            return inside
+        modules = set(self.module.modules())
+        return {name: linear for name, linear in inside.items() if linear.module in modules}
 
-    def parameter_name(self, name: str) -> str:
-        """The full name in the model of a parameter of the unit's module."""
-        prefix = self.linear.name if self.linear is not None else self.block.prefix
-        return f"{prefix}.{name}"
-
-    def inputs(self, text: TextActivations) -> Tensor:
-        """What the dense model feeds the unit, (S, T, H). Not for a single matrix."""
-        sequential_mlp = self.half == "mlp" and not self.block.halves.parallel
-        return (text.middles if sequential_mlp else text.inputs)[self.block.index]
-
-    def targets(self, text: TextActivations) -> Tensor:
-        """What the dense unit makes of its dense inputs, (S, T, H). Not for a single matrix."""
-        if self.half == "attention":
-            return text.middles[self.block.index]
-        if self.half == "mlp" and self.block.halves.parallel:
-            return text.mlp_outputs[self.block.index]
-        return text.inputs[self.block.index + 1]
+    def block_of(self, name: str) -> Block:
+        """The block that a linear or parameter of that full name is in."""
+        return next(block for block in self.blocks if name.startswith(f"{block.prefix}."))
 
 
-def units_of(block: Block, granularity: str) -> list[Unit]:
-    """The units of one block, in the order in which they run."""
+def units_of(blocks: Sequence[Block], granularity: str, blocks_in_model: int) -> list[Unit]:
+    """The units of a range of blocks, in the order in which they run; a unit that reaches beyond it in part."""
+    length = blocks_in_model if granularity == MODEL else window_length(granularity)
+    if length is None:
+        return [unit for block in blocks for unit in _units_within(block, granularity)]
+    starts = sorted({block.index - block.index % length for block in blocks})
+    return [_window(blocks, start, min(start + length, blocks_in_model), granularity) for start in starts]
+
+
+def _window(blocks: Sequence[Block], start: int, stop: int, granularity: str) -> Unit:
+    inside = tuple(block for block in blocks if start <= block.index < stop)
+    name = MODEL if granularity == MODEL else f"{start}-{stop - 1}"
+    return Unit(name, start, stop, inside)
+
+
+def _units_within(block: Block, granularity: str) -> list[Unit]:
+    whole = Unit(f"{block.index}", block.index, block.index + 1, (block,))
     if granularity == "block":
-        return [Unit(f"{block.index}", block, block.module)]
+        return [whole]
     if granularity == "subblock":
-        halves = {"attention": block.halves.attention, "mlp": block.halves.mlp}
-        return [Unit(f"{block.index}.{half}", block, module, half=half) for half, module in halves.items()]
-    return [_matrix_unit(block, block.linears[name]) for names in block.input_groups for name in names]
-
-
-def _matrix_unit(block: Block, linear: Linear) -> Unit:
-    short = linear.name.removeprefix(f"{block.prefix}.")
-    return Unit(f"{block.index}.{short}", block, linear.module, linear=linear)
+        return [
+            replace(whole, name=f"{block.index}.attention", half="attention", closes_block=False),
+            replace(whole, name=f"{block.index}.mlp", half="mlp", opens_block=False),
+        ]
+    names = [name for group in block.input_groups for name in group]
+    return [
+        replace(
+            whole,
+            name=f"{block.index}.{name.removeprefix(f'{block.prefix}.')}",
+            linear=block.linears[name],
+            opens_block=name == names[0],
+            closes_block=name == names[-1],
+        )
+        for name in names
+    ]

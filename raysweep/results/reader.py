@@ -55,10 +55,15 @@ def load_units(path_or_name: str | Path, storage: str | Path | None = None) -> p
     return _to_pandas(pa.concat_tables([empty, *tables], promote_options="default"))
 
 
+def trial_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every row in a sweep's folder by trial_id, without what is null; empty when there is none."""
+    rows = (row for row in _in_threads(_read_row, row_files(folder, TRIALS)) if row is not None)
+    return {row["trial_id"]: row for row in rows}
+
+
 def trial_states(folder: Path) -> dict[str, str]:
     """trial_id to status of every row in a sweep's folder; empty when there is none."""
-    rows = (row for row in _in_threads(_read_row, row_files(folder, TRIALS)) if row is not None)
-    return {row["trial_id"]: row["status"] for row in rows}
+    return {identity: row["status"] for identity, row in trial_rows(folder).items()}
 
 
 def _in_threads(read: Callable[[Path], T], files: Iterable[Path]) -> list[T]:

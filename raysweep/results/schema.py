@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from raysweep.config.expansion import PlannedTrial
 from raysweep.config.sections import CALIBRATION_COLUMNS, CalibrationConfig
-from raysweep.config.trial import Trial
+from raysweep.config.trial import NAME_FIELDS, Trial
 
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "failed", "stopped")
@@ -33,10 +33,23 @@ class Column:
 
 
 def _trial_columns() -> tuple[Column, ...]:
-    return tuple(
-        Column(name, _arrow_type(info.annotation), "trial", _trial_description(name))
+    columns = [
+        Column(
+            name,
+            TEXT if name in NAME_FIELDS else _arrow_type(info.annotation),
+            "trial",
+            _trial_description(name),
+        )
         for name, info in Trial.model_fields.items()
+    ]
+    after = 1 + [column.name for column in columns].index("sparsity")
+    by_name = Column(
+        "sparsity_by_name",
+        TEXT,
+        "trial",
+        "sparsity where it differs by name, as JSON; then `sparsity` is null",
     )
+    return (*columns[:after], by_name, *columns[after:])
 
 
 def _trial_description(name: str) -> str:
@@ -86,6 +99,12 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("sweep", TEXT, "provenance", "name of the sweep"),
     Column("status", TEXT, "identity", "finished, failed, or stopped by the scheduler"),
     Column("error", TEXT, "provenance", "why a trial failed"),
+    Column(
+        "stopped_at",
+        REAL,
+        "provenance",
+        "fraction of the blocks that were pruned and recovered when the scheduler stopped the trial",
+    ),
     *_trial_columns(),
     *_calibration_columns(),
     Column("dtype", TEXT, "identity", "number format of the weights, resolved"),
@@ -238,8 +257,8 @@ def unit_schema() -> pa.Schema:
 def planned_columns(planned: PlannedTrial) -> dict[str, Any]:
     """The columns of a row that are known before the trial runs: its fields, model and calibration set."""
     trial, calibration = planned.trial, planned.calibration
-    columns: dict[str, Any] = trial.model_dump()
-    columns |= {"requested_sparsity": trial.sparsity, "model": planned.model.path}
+    columns: dict[str, Any] = trial.columns()
+    columns |= {"requested_sparsity": columns["sparsity"], "model": planned.model.path}
     if calibration is not None:
         columns |= {
             name: getattr(calibration, name.removeprefix("calibration_")) for name in CALIBRATION_COLUMNS

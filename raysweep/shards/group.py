@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,12 @@ class RayGroup:
         self.actors[0].abandon.remote(trial_id)
         for shard in range(self.shards):
             self.submit(shard, 0, "release", trial_id, label=f"{trial_id}: forget")
+
+    def portable(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+        """Sent as code, not as names of modules that other nodes may not have."""
+        for module in filter(None, map(inspect.getmodule, functions.values())):
+            ray.cloudpickle.register_pickle_by_value(module)
+        return dict(functions)
 
     def close(self) -> None:
         """Ends the actors. Closing twice does no harm."""

@@ -44,16 +44,25 @@ class TextInfo:
 
 
 @dataclass(frozen=True)
+class UnitSpan:
+    """A unit and the blocks (start, stop) that it is in."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class GroupInfo:
     """A shard group as its trials see it.
 
     ranges: blocks (start, stop) of every shard
-    units: by granularity, for every shard, the names of its units in order
+    units: by granularity, in the order of the model
     texts: by name; those that are kept (calibration, validation) and those that are evaluated on
     """
 
     ranges: tuple[tuple[int, int], ...]
-    units: Mapping[str, tuple[tuple[str, ...], ...]]
+    units: Mapping[str, tuple[UnitSpan, ...]]
     texts: Mapping[str, TextInfo]
     device_name: str
     prunable: Mapping[str, int]
@@ -61,6 +70,18 @@ class GroupInfo:
     @property
     def shards(self) -> int:
         return len(self.ranges)
+
+    @property
+    def blocks(self) -> int:
+        return self.ranges[-1][1]
+
+    def shard_of(self, block: int) -> int:
+        """The shard that holds a block."""
+        return next(shard for shard, (start, stop) in enumerate(self.ranges) if start <= block < stop)
+
+    def shards_of(self, unit: UnitSpan) -> range:
+        """The shards that a unit reaches over."""
+        return range(self.shard_of(unit.start), self.shard_of(unit.stop - 1) + 1)
 
 
 Ref = Any

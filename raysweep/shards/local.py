@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,9 @@ class LocalGroup:
         self.shared.abandon(trial_id)
         for shard in range(self.shards):
             self.submit(shard, 0, "release", trial_id)
+
+    def portable(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+        return dict(functions)
 
     def close(self) -> None:
         self.workers.clear()

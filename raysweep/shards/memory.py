@@ -31,8 +31,11 @@ class Workload:
     """What a sweep asks of its shards.
 
     texts: (samples, tokens) of every kept text (calibration, validation)
-    evaluation_tokens: tokens of one window;  masks: distinct masks kept at once
+    evaluation_tokens: tokens of one window
+    masks, updated: distinct masks kept at once, and those of them that come with updated weights (sparsegpt)
     halves: whether boundaries within blocks are kept;  matrices: whether inputs of linears are
+    span: most blocks that are trained together;  streams: whether trials carry activations of their own
+    exact: whether matrices are solved for
     """
 
     texts: tuple[tuple[int, int], ...]
@@ -43,6 +46,10 @@ class Workload:
     matrices: bool
     recovery: bool
     concurrent_trials: int
+    updated: int = 0
+    span: int = 1
+    streams: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
 
     inputs: of linears, which `matrix` trains on; what is kept for later trials and what is being made
+    streams: activations of trials in flight whose units wait for one another, and what their units should give
     """
 
     weights: int
@@ -60,6 +68,7 @@ class ShardMemory:
     evaluation: int
     masks: int
     inputs: int
+    streams: int
 
     @property
     def device(self) -> int:
@@ -67,7 +76,7 @@ class ShardMemory:
 
     @property
     def host(self) -> int:
-        return PROCESS_BYTES + self.activations + self.inputs
+        return PROCESS_BYTES + self.activations + self.inputs + self.streams
 
     @property
     def total(self) -> int:
@@ -92,10 +101,12 @@ def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Wor
         activations=_activation_bytes(model, len(blocks), size, work),
         statistics=len(work.texts) * sum(_gram_bytes(block) for block in blocks),
         trials=2 * work.concurrent_trials * parameters * size,
-        recovery=max(_recovery_bytes(block, model, size, work) for block in blocks) if work.recovery else 0,
+        recovery=_largest_recovery(blocks, model, size, work) if work.recovery else 0,
         evaluation=_evaluation_bytes(model, size, work, last=stop == len(model.blocks)),
-        masks=work.masks * sum(_prunable(block) for block in blocks),  # one byte a weight
+        masks=(work.masks + size * work.updated)
+        * sum(_prunable(block) for block in blocks),  # one byte a weight
         inputs=0,
+        streams=work.streams * work.concurrent_trials * 2 * _text_tokens(work) * model.hidden * size,
     ).keeping(0, input_bytes(blocks, size, work))
 
 
@@ -121,7 +132,21 @@ def _gram_bytes(block: BlockShape) -> int:
 
 def _activation_bytes(model: ModelShape, blocks: int, size: int, work: Workload) -> int:
     boundaries = blocks + 1 + (blocks if work.halves else 0)
-    return sum(samples * tokens for samples, tokens in work.texts) * boundaries * model.hidden * size
+    return _text_tokens(work) * boundaries * model.hidden * size
+
+
+def _text_tokens(work: Workload) -> int:
+    return sum(samples * tokens for samples, tokens in work.texts)
+
+
+def _largest_recovery(blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload) -> int:
+    """Of the most blocks in a row that are trained together, and of the largest matrix that is solved for."""
+    each = [_recovery_bytes(block, model, size, work) for block in blocks]
+    span = min(work.span, len(each))
+    trained = max(sum(each[first : first + span]) for first in range(len(each) - span + 1))
+    shapes = [shape for block in blocks for shape in block.linears.values()]
+    solved = max(8 * (inputs**2 + 6 * outputs * inputs) for outputs, inputs in shapes) * work.exact
+    return max(trained, solved)
 
 
 def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workload) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,10 @@ class OwnedGroup(ShardGroup, Protocol):
 
     def forget_trial(self, trial_id: str) -> None:
         """Cleans up after a trial whose process is gone: its claims and its weights."""
+        ...
+
+    def portable(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+        """Functions as they reach the shards, also where their modules cannot be imported."""
         ...
 
     def close(self) -> None: ...
@@ -59,14 +63,17 @@ def set_up(
     texts: Mapping[str, Ids],
     granularities: Sequence[str],
     model: ModelShape,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
 ) -> GroupInfo:
     """Passes the kept texts through the dense model and tells the group what its trials need to know.
 
-    texts: token ids (samples, tokens) by name: calibration, perhaps validation, and those of evaluation.
+    texts: token ids (samples, tokens) by name: calibration, perhaps validation, and those of evaluation
+    functions: users' own criteria, by the text that names them
     May be called again with another calibration set; weights are not read again.
     """
     keep_halves = "subblock" in granularities
     _all(group, "forget_texts", keep_halves)
+    _all(group, "set_functions", group.portable(functions or {}))
     group.forget_shared()
     infos = {name: _set_text(group, name, ids_ST) for name, ids_ST in texts.items()}
     for name in (CALIBRATION, VALIDATION):
@@ -120,7 +127,11 @@ def _describe(
     facts = _all(group, "describe", list(granularities))
     return GroupInfo(
         ranges=tuple(ranges),
-        units={name: tuple(tuple(shard["units"][name]) for shard in facts) for name in granularities},
+        units={
+            # a unit that reaches over several shards is named by each of them
+            name: tuple(dict.fromkeys(unit for shard in facts for unit in shard["units"][name]))
+            for name in granularities
+        },
         texts=dict(texts),
         device_name=facts[0]["device_name"],
         prunable={

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from raysweep.config.trial import MASK_FIELDS, Trial
 from raysweep.errors import NumericalError
 from raysweep.fingerprint import fingerprint
+from raysweep.shards.across import recover_across
+from raysweep.shards.calls import Calls
 from raysweep.shards.group_info import (
     CALIBRATION,
     EVALUATION_PREFIX,
     VALIDATION,
     GroupInfo,
-    Ref,
     ShardGroup,
     TextInfo,
+    UnitSpan,
 )
+from raysweep.shards.streams import Stream, kept_texts
 
 PHASES = ("statistics", "mask", "recovery", "evaluation")
-CALLS_AHEAD = (
-    2  # calls of one trial that wait at every shard: enough to keep it busy, few enough to interleave
-)
 
 
 @dataclass
@@ -42,13 +41,17 @@ class Quality:
         return errors[max(errors)] if errors else None
 
 
+Finished = list[dict[str, Any]]
+"""What every shard says of the work under a name."""
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """A model evaluated once for all trials that need it: rows of its linears, its quality, what its shards say."""
 
     linear_rows: list[dict[str, Any]]
     quality: Quality
-    finished: list[dict[str, Any]]
+    finished: Finished
 
 
 @dataclass
@@ -59,21 +62,48 @@ class Outcome:
     units: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Rung:
+    """How good a trial is while a part of the model is pruned and recovered, and the rest still dense.
+
+    number: of the rung, from 0;  fraction: of the model's blocks, above 0 and below 1
+    value: of the metric;  cost: columns of a row, up to here
+    """
+
+    number: int
+    fraction: float
+    value: float | None
+    cost: dict[str, Any]
+
+
 def run_trial(group: ShardGroup, trial: Trial, name: str, order: int) -> Outcome:
     """Runs one trial under a name that no other trial in flight has. `order`: lower goes first at every shard.
 
     Raises NumericalError when a mask, a unit or an evaluation gives numbers that are not finite.
     """
+    (outcome,) = run_in_rungs(group, trial, name, order, ())
+    if isinstance(outcome, Rung):
+        raise RuntimeError("a trial without rungs came to one")
+    return outcome
+
+
+def run_in_rungs(
+    group: ShardGroup, trial: Trial, name: str, order: int, rungs: Sequence[float], metric: str | None = None
+) -> Generator[Rung | Outcome]:
+    """The same with a halt at each of `rungs`, fractions of the blocks; the outcome comes last.
+
+    metric: the column to be measured at a rung. Closing the iterator between two of them ends the trial there.
+    """
     started = time.monotonic()
     run = _Run(group, name, order)
     if trial.is_dense:
         outcome = run.dense()
-    elif trial.recovery == "none":
+    elif trial.is_pruned_only:
         outcome = run.pruned_only(trial)
     else:
-        outcome = run.reconstructed(trial)
+        outcome = yield from run.reconstructed(trial, rungs, metric)
     outcome.columns["seconds_total"] = time.monotonic() - started
-    return outcome
+    yield outcome
 
 
 DENSE_KEY = "dense"
@@ -102,46 +132,91 @@ class _Run:
     def __init__(self, group: ShardGroup, name: str, order: int) -> None:
         self.group, self.name, self.order = group, name, order
         self.info: GroupInfo = group.info
-        self._open: set[Ref] = set()  # calls whose results have not been taken
+        self.calls = Calls(group, name, order)
 
     # The kinds of trial
 
     def dense(self) -> Outcome:
         dense, own = self._shared_dense()
         columns = self._quality_columns(dense.quality)
-        columns |= self._cost_columns(
-            dense.finished if own else _as_shared(dense.finished), recovery_units=[]
-        )
+        columns |= self._cost_columns(dense.finished if own else _as_shared(dense.finished))
         columns |= {"dense_perplexity": self._first(dense.quality), "output_error_calibration": 0.0}
         if VALIDATION in self.info.texts:
             columns["output_error_validation"] = 0.0
         return Outcome(columns, [])
 
     def pruned_only(self, trial: Trial) -> Outcome:
+        masks = self._shared_masks(trial)
         pruned, own = self._shared_pruned(trial)
         if isinstance(pruned, NumericalError):
             raise pruned
         columns = self._quality_columns(pruned.quality) | self._compared(pruned)
-        columns |= self._cost_columns(
-            pruned.finished if own else _as_shared(pruned.finished), recovery_units=[]
-        )
+        columns |= self._cost_columns([*masks, *(pruned.finished if own else _as_shared(pruned.finished))])
         return Outcome(columns, self._placed([*pruned.linear_rows, *_block_rows(pruned.quality)]))
 
-    def reconstructed(self, trial: Trial) -> Outcome:
+    def reconstructed(
+        self, trial: Trial, rungs: Sequence[float], metric: str | None
+    ) -> Generator[Rung, None, Outcome]:
+        masks = self._shared_masks(trial)
         try:
-            linear_rows = self._prune(self.name, trial)
-            units = self._recover(trial)
+            self.calls.everywhere("begin", self.name)
+            recovery = _Recovery(self.calls, trial)
+            yield from self._up_to_the_last(recovery, rungs, metric)
+            linear_rows = self._linear_rows()
             quality = self._evaluate(self.name, self.name, list(self.info.texts))
             finished = self._finish(self.name)
             quality.block_errors, quality.zeros = _errors(finished), _zeros(finished)
+            before = self._before_recovery() if trial.statistics_stream == "recovered" else None
         finally:
-            self._release(self.name)
-        pruned, _ = self._shared_pruned(trial)
+            self.calls.release(self.name)
+        pruned = before or self._shared_pruned(trial)[0]
+        units = recovery.rows
         columns = self._quality_columns(quality) | self._compared(pruned)
-        columns |= _unit_columns(units) | self._cost_columns(finished, units)
+        columns |= _unit_columns(units) | self._cost_columns([*masks, *finished], units, trial)
         return Outcome(columns, self._placed([*map(_unit_row, units), *linear_rows, *_block_rows(quality)]))
 
     # Their parts
+
+    def _up_to_the_last(
+        self, recovery: _Recovery, rungs: Sequence[float], metric: str | None
+    ) -> Iterator[Rung]:
+        """Recovers everything, with a halt at each rung that lies between two portions of the model."""
+        for number, fraction in enumerate(rungs):
+            if recovery.go_on(fraction) and recovery.remains:
+                value, finished = self._measured(str(metric))
+                yield Rung(number, recovery.done, value, self._cost_columns(finished))
+        recovery.go_on(1.0)
+
+    def _measured(self, metric: str) -> tuple[float | None, Finished]:
+        """The metric of the weights as they are, and what the shards say so far."""
+        text = CALIBRATION if metric == "output_error_calibration" else VALIDATION
+        quality = self._evaluate(self.name, self.name, [text])
+        finished = self._finish(self.name)
+        quality.block_errors = _errors(finished)
+        return self._quality_of_text(quality, text).get(metric), finished
+
+    def _shared_masks(self, trial: Trial) -> Finished:
+        """Masks behind pruned blocks are made by one pass along the chain, for all trials that share them.
+
+        Returns what the pass cost, for this trial's account.
+        """
+        if trial.statistics_stream != "pruned":
+            return []
+        name, made_here = f"{pruned_key(trial)}/masks@{self.name}", False
+
+        def make() -> Finished:
+            nonlocal made_here
+            made_here = True
+            try:
+                self.calls.everywhere("begin", name)
+                Stream.enter(self.calls, name, [CALIBRATION]).prune(name, trial, 0, self.info.blocks)
+                return self._finish(name)
+            finally:
+                self.calls.release(name)
+
+        finished = self.group.share(f"{pruned_key(trial)}/masks", self.name, make)
+        costs = [{**shard, "dense_seconds": 0.0, "errors": {}, "weight_zeros": 0} for shard in finished]
+        return costs if made_here else _as_shared(costs)
 
     def _shared_pruned(self, trial: Trial) -> tuple[Evaluated | NumericalError, bool]:
         """What every trial with this mask shares: its evaluation before recovery. And whether it was made here.
@@ -154,6 +229,7 @@ class _Run:
         def make() -> Evaluated | NumericalError:
             made_here.append(True)
             try:
+                self.calls.everywhere("begin", name)
                 linear_rows = self._prune(name, only_pruned)
                 quality = self._evaluate(name, name, list(self.info.texts))
                 finished = self._finish(name)
@@ -162,9 +238,18 @@ class _Run:
             except NumericalError as error:
                 return error
             finally:
-                self._release(name)
+                self.calls.release(name)
 
         return self.group.share(pruned_key(trial), self.name, make), bool(made_here)
+
+    def _before_recovery(self) -> Evaluated | NumericalError:
+        """The same of masks that no other trial has, as far as this one's row needs it."""
+        name = f"pruned@{self.name}"
+        self.calls.everywhere("copy_pruned", self.name, name)
+        try:
+            return Evaluated([], self._evaluate(name, name, [_first_text(self.info)]), [])
+        except NumericalError as error:
+            return error
 
     def _shared_dense(self) -> tuple[Evaluated, bool]:
         """The dense model's perplexities, for all trials."""
@@ -177,104 +262,33 @@ class _Run:
                 texts = [text for text in self.info.texts if text != CALIBRATION]
                 return Evaluated([], self._evaluate(None, name, texts), self._finish(name))
             finally:
-                self._release(name)
+                self.calls.release(name)
 
         return self.group.share(DENSE_KEY, self.name, make), bool(made_here)
 
     def _prune(self, name: str, trial: Trial) -> list[dict[str, Any]]:
-        calls = [
-            [("prune", (name, trial, index), f"prune {index}") for index in range(start, stop)]
-            for start, stop in self.info.ranges
-        ]
-        return [row for rows in self._interleaved(calls) for row in rows]
+        return prune_blocks(self.calls, name, trial, range(self.info.blocks))
 
-    def _recover(self, trial: Trial) -> list[dict[str, Any]]:
-        calls = [
-            [("recover", (self.name, trial, unit), f"reconstruct {unit}") for unit in units]
-            for units in self.info.units[str(trial.granularity)]
-        ]
-        return self._interleaved(calls)
-
-    def _interleaved(self, calls: list[list[tuple[str, tuple[Any, ...], str]]]) -> list[Any]:
-        """Makes every shard's calls, in order at each, at all shards at once; results by shard and call."""
-        waiting = [deque(enumerate(shard_calls)) for shard_calls in calls]
-        results: dict[tuple[int, int], Any] = {}
-        ahead: deque[tuple[int, int, Ref]] = deque()
-
-        def send(shard: int) -> None:
-            if waiting[shard]:
-                number, (method, arguments, label) = waiting[shard].popleft()
-                ahead.append((shard, number, self._submit(shard, method, *arguments, label=label)))
-
-        for _ in range(CALLS_AHEAD):
-            for shard in range(len(calls)):
-                send(shard)
-        while ahead:
-            shard, number, ref = self._next_done(ahead)
-            results[shard, number] = self._result(ref)
-            send(shard)
-        return [results[place] for place in sorted(results)]
-
-    def _next_done(self, ahead: deque[tuple[int, int, Ref]]) -> tuple[int, int, Ref]:
-        position = self.group.first_done([ref for _, _, ref in ahead])
-        shard, number, ref = ahead[position]
-        del ahead[position]
-        return shard, number, ref
+    def _linear_rows(self) -> list[dict[str, Any]]:
+        return [row for rows in self.calls.everywhere("pruned_rows", self.name) for row in rows]
 
     def _evaluate(self, weights: str | None, cost_name: str, texts: list[str]) -> Quality:
         """Passes the texts through the chain, several batches at once; every shard works on another one."""
-        losses: dict[str, list[float]] = {text: [] for text in texts}
-        ahead: deque[tuple[str, list[Ref]]] = deque()
-        limit = CALLS_AHEAD * self.info.shards
+        perplexities: dict[str, float] = {}
         for text in texts:
-            for start, stop in self.info.texts[text].batches:
-                chain: list[Ref] = [None]
-                for shard in range(self.info.shards):
-                    arguments = (weights, text, start, stop, chain[-1], cost_name)
-                    label = f"evaluate {text}[{start}:{stop}]"
-                    chain.append(self._submit(shard, "forward", *arguments, label=label))
-                ahead.append((text, chain[1:]))
-                if len(ahead) > limit:
-                    self._collect(ahead, losses)
-        while ahead:
-            self._collect(ahead, losses)
-        return Quality(
-            {text: _perplexity(losses[text], self.info.texts[text]) for text in texts if text != CALIBRATION}
-        )
+            info = self.info.texts[text]
+            batches = self.calls.along(info, "forward", weights, tail=(cost_name,))
+            losses = [loss for batch in batches for loss in batch or ()]
+            if text != CALIBRATION:
+                perplexities[text] = _perplexity(losses, info)
+        return Quality(perplexities)
 
-    def _collect(self, ahead: deque[tuple[str, list[Ref]]], losses: dict[str, list[float]]) -> None:
-        text, chain = ahead.popleft()
-        losses[text] += self._result(chain[-1]) or []
-        self._open.difference_update(chain)
-
-    def _finish(self, name: str) -> list[dict[str, Any]]:
-        refs = [self._submit(shard, "finish", name) for shard in range(self.info.shards)]
-        return [self._result(ref) for ref in refs]
-
-    def _release(self, name: str) -> None:
-        """Forgets the weights under `name` everywhere, after every call that could still bring some."""
-        self.group.settle(list(self._open))
-        self._open.clear()
-        refs = [self._submit(shard, "release", name) for shard in range(self.info.shards)]
-        self.group.settle(refs)
-        self._open.clear()
-
-    def _submit(self, shard: int, method: str, *arguments: Any, label: str = "") -> Ref:
-        label = f"{self.name}: {label or method}"
-        ref = self.group.submit(shard, self.order, method, *arguments, label=label)
-        self._open.add(ref)
-        return ref
-
-    def _result(self, ref: Ref) -> Any:
-        result = self.group.result(ref)
-        self._open.discard(ref)
-        return result
+    def _finish(self, name: str) -> Finished:
+        return self.calls.everywhere("finish", name)
 
     def _placed(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows with the shard that holds their block."""
-        ranges = enumerate(self.info.ranges)
-        shard_of = {index: shard for shard, (start, stop) in ranges for index in range(start, stop)}
-        return [row | {"shard": shard_of[row["block"]]} for row in rows]
+        """The rows with the shard that holds their (first) block."""
+        return [row | {"shard": self.info.shard_of(row["block"])} for row in rows]
 
     # Their columns
 
@@ -291,14 +305,19 @@ class _Run:
         for text, value in quality.perplexities.items():
             if text.startswith(EVALUATION_PREFIX):
                 columns[f"perplexity_{text.removeprefix(EVALUATION_PREFIX)}"] = value
-        columns["validation_perplexity"] = quality.perplexities.get(VALIDATION)
-        columns["output_error_calibration"] = quality.output_error(CALIBRATION)
-        columns["output_error_validation"] = quality.output_error(VALIDATION)
+        for text in (CALIBRATION, VALIDATION):
+            columns |= self._quality_of_text(quality, text)
         columns["realized_sparsity"] = quality.zeros / sum(self.info.prunable.values())
         return columns
 
+    def _quality_of_text(self, quality: Quality, text: str) -> dict[str, Any]:
+        columns: dict[str, Any] = {f"output_error_{text}": quality.output_error(text)}
+        if text == VALIDATION:
+            columns["validation_perplexity"] = quality.perplexities.get(VALIDATION)
+        return columns
+
     def _cost_columns(
-        self, finished: list[dict[str, Any]], recovery_units: list[dict[str, Any]]
+        self, finished: Finished, units: Sequence[dict[str, Any]] = (), trial: Trial | None = None
     ) -> dict[str, Any]:
         own, standalone = _phase_seconds(finished)
         used_statistics = bool(standalone["mask"])  # a dense trial prunes nothing and so needs no statistics
@@ -307,19 +326,135 @@ class _Run:
         columns["device_seconds"] = math.fsum(own.values())
         columns["device_seconds_standalone"] = math.fsum(standalone.values()) + dense_seconds
         columns["devices"] = self.info.shards
-        if recovery_units:
-            columns |= self._recovery_cost(recovery_units)
+        if units and trial is not None:
+            columns |= self._recovery_cost(units, trial)
         return columns
 
-    def _recovery_cost(self, units: list[dict[str, Any]]) -> dict[str, Any]:
+    def _recovery_cost(self, units: Sequence[dict[str, Any]], trial: Trial) -> dict[str, Any]:
         text = self.info.texts[CALIBRATION]
+        tokens = text.samples * text.tokens
         return {
             "training_flops": float(sum(unit["training_flops"] for unit in units)),
-            "optimizer_steps": max(unit["steps"] for unit in units),
-            "tokens_unique": text.samples * text.tokens,
+            "optimizer_steps": None if trial.epochs is None else max(unit["steps"] for unit in units),
+            "tokens_unique": tokens,
+            "tokens_trained": None if trial.epochs is None else tokens * trial.epochs,
             "trainable_parameters": sum(unit["trainable_parameters"] for unit in units),
             "peak_recovery_bytes": max(unit["peak_bytes"] for unit in units),
         }
+
+
+class _Recovery:
+    """The units of a trial, portion by portion: each is pruned, then recovered.
+
+    Units that do not depend on one another are recovered in all shards at once. Others go in the order of the model,
+    behind a stream that passes through what the units before have become.
+    """
+
+    def __init__(self, calls: Calls, trial: Trial) -> None:
+        self.calls, self.trial, self.info = calls, trial, calls.info
+        self.rows: list[dict[str, Any]] = []
+        self._portions = _portions(self.info.units[str(trial.granularity)])
+        if not trial.is_sequential:
+            self._portions = _spread(self._portions)
+        self._begun = 0
+        self._stream: Stream | None = None
+
+    @property
+    def done(self) -> float:
+        """The fraction of the blocks that are pruned and recovered."""
+        blocks = sum(portion[0].stop - portion[0].start for portion in self._portions[: self._begun])
+        return blocks / self.info.blocks
+
+    @property
+    def remains(self) -> bool:
+        return self._begun < len(self._portions)
+
+    def go_on(self, fraction: float) -> bool:
+        """Prunes and recovers up to that fraction of the portions; returns whether there was something to do."""
+        until = max(1, math.ceil(fraction * len(self._portions) - 1e-9))
+        portions, self._begun = self._portions[self._begun : until], max(until, self._begun)
+        if not portions:
+            return False
+        if self.trial.statistics_stream != "recovered":  # else each unit prunes its blocks itself
+            blocks = (index for portion in portions for index in range(portion[0].start, portion[0].stop))
+            prune_blocks(self.calls, self.calls.name, self.trial, sorted(blocks))
+        units = sorted((unit for portion in portions for unit in portion), key=lambda unit: unit.start)
+        self._in_order(units) if self.trial.is_sequential else self._at_once(units)
+        return True
+
+    def _at_once(self, units: Sequence[UnitSpan]) -> None:
+        calls: list[list[Any]] = [[] for _ in range(self.info.shards)]
+        across = [unit for unit in units if len(self.info.shards_of(unit)) > 1]
+        for unit in units:
+            if unit not in across:
+                arguments = (self.calls.name, self.trial, unit.name)
+                calls[self.info.shard_of(unit.start)].append(("recover", arguments, f"recover {unit.name}"))
+        rows = [
+            *self.calls.interleaved(calls),
+            *(recover_across(self.calls, self.trial, unit) for unit in across),
+        ]
+        self._take(rows)
+
+    def _in_order(self, units: Sequence[UnitSpan]) -> None:
+        stream = self._stream or Stream.enter(self.calls, self.calls.name, kept_texts(self.calls))
+        self._stream = stream
+        for unit in units:
+            stream.reach(self.info.shard_of(unit.start))
+            if len(self.info.shards_of(unit)) == 1:
+                arguments = (self.calls.name, self.trial, unit.name)
+                self._take(
+                    [self.calls.ask(stream.shard, "recover", *arguments, label=f"recover {unit.name}")]
+                )
+                continue
+            if self.trial.statistics_stream == "recovered":
+                ahead = stream.fork(f"ahead@{self.calls.name}")
+                ahead.prune(self.calls.name, self.trial, unit.start, unit.stop)
+                ahead.drop()
+            self._take([recover_across(self.calls, self.trial, unit)])
+            stream.has_moved(self.info.shard_of(unit.stop - 1))
+
+    def _take(self, rows: Iterable[dict[str, Any] | None]) -> None:
+        """Keeps rows in the order of the model."""
+        self.rows = sorted(
+            [*self.rows, *(row for row in rows if row is not None)], key=lambda row: row["block"]
+        )
+
+
+def prune_blocks(calls: Calls, name: str, trial: Trial, blocks: Iterable[int]) -> list[dict[str, Any]]:
+    """Prunes blocks under `name`, in all shards at once; returns the rows of their linears in order."""
+    by_shard: list[list[Any]] = [[] for _ in range(calls.info.shards)]
+    for index in blocks:
+        by_shard[calls.info.shard_of(index)].append(("prune", (name, trial, index), f"prune {index}"))
+    return [row for rows in calls.interleaved(by_shard) for row in rows]
+
+
+def _portions(units: Sequence[UnitSpan]) -> list[list[UnitSpan]]:
+    """Units that lie in the same blocks together, in the order of the model."""
+    portions: dict[tuple[int, int], list[UnitSpan]] = {}
+    for unit in units:
+        portions.setdefault((unit.start, unit.stop), []).append(unit)
+    return list(portions.values())
+
+
+def _spread(portions: list[list[UnitSpan]]) -> list[list[UnitSpan]]:
+    """So ordered that every beginning is spread over the model: the middle, the quarters, the eighths, and so on.
+
+    The middle comes first because the ends of a model are its least typical blocks.
+    """
+    order: dict[int, None] = {}
+    number = 0
+    while len(order) < len(portions):
+        number += 1
+        order.setdefault(int(_van_der_corput(number) * len(portions)))
+    return [portions[place] for place in order]
+
+
+def _van_der_corput(number: int) -> float:
+    """1/2, 1/4, 3/4, 1/8, 5/8, ...: the binary digits of the number mirrored at the point."""
+    value, digit = 0.0, 0.5
+    while number:
+        value, digit, number = value + digit * (number & 1), digit / 2, number >> 1
+    return value
 
 
 def _as_shared(finished: list[dict[str, Any]]) -> list[dict[str, Any]]:

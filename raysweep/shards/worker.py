@@ -9,6 +9,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,16 @@ from raysweep.config.trial import Trial
 from raysweep.model.evaluation import window_losses
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
+from raysweep.pruning.criteria import OwnFunction
+from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.knowledge import Stopwatch
-from raysweep.reconstruction.range import KEPT_TEXTS, BlockRange, MaskRecipe
-from raysweep.reconstruction.recovery import recover_unit, unit_names
-from raysweep.shards.group_info import ShardSpec
+from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, Cost
+from raysweep.reconstruction.optimizer import clip_factor
+from raysweep.reconstruction.part import UnitPart
+from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.recovery import recover_unit, units_in
+from raysweep.shards.group_info import ShardSpec, UnitSpan
 
 Seconds = tuple[float, float]
 """Busy seconds of a trial: its own, and standalone (with what it shares computed again)."""
@@ -35,8 +41,8 @@ class ShardWorker:
     """Knows no Ray. Hidden states come and go as arrays; everything else that moves is small.
 
     The constructor finds the shard's part of the model by its spec alone. `set_text` and `dense_pass` bring a
-    calibration set; a trial is then `prune`d, `recover`ed unit by unit, passed `forward` batch by batch, `finish`ed
-    and `release`d.
+    calibration set; a trial is then begun, `prune`d, `recover`ed unit by unit, passed `forward` batch by batch,
+    `finish`ed and `release`d.
     """
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -47,6 +53,8 @@ class ShardWorker:
         self.shard = ModelShard.load(source, spec.start, spec.stop, spec.dtype, spec.device)
         self.blocks = BlockRange(self.shard, spec.knowledge_bytes)
         self._ids: dict[str, Tensor] = {}
+        self._parts: dict[str, UnitPart] = {}
+        self._part_began: dict[str, float] = {}
         self._seconds: dict[str, dict[str, list[float]]] = defaultdict(
             lambda: defaultdict(lambda: [0.0, 0.0])
         )
@@ -60,8 +68,15 @@ class ShardWorker:
             "host": platform.node(),
             "device_name": _device_name(self.shard.device),
             "bytes_read": self.shard.bytes_read,
-            "units": {name: unit_names(self.blocks, name) for name in granularities},
+            "units": {
+                name: [UnitSpan(unit.name, unit.start, unit.stop) for unit in units_in(self.blocks, name)]
+                for name in granularities
+            },
         }
+
+    def set_functions(self, functions: dict[str, OwnFunction]) -> None:
+        """Users' own criteria, by the text that names them."""
+        self.blocks.functions = functions
 
     def set_text(self, name: str, ids_ST: np.ndarray[Any, Any] | None) -> None:
         """Token ids of a text; None where only its activations pass by."""
@@ -92,25 +107,149 @@ class ShardWorker:
 
     # What a trial asks
 
-    def prune(self, name: str, trial: Trial, index: int) -> list[dict[str, Any]]:
-        """Masks one block for the trial; returns the rows of its linears."""
-        with self._timed(name, "mask"):
-            recipe, block = MaskRecipe.of(trial), self.blocks.blocks[index]
-            self.blocks.prune(name, recipe, block)
-            rows = self.blocks.linear_rows(recipe, block)
-        return rows
+    def begin(self, name: str) -> None:
+        """From here on the worker knows the trial."""
+        self.blocks.begin(name)
 
-    def recover(self, name: str, trial: Trial, unit: str) -> dict[str, Any]:
-        """Reconstructs one unit of the trial; returns its row. Raises NumericalError when it diverges."""
+    def prune(self, name: str, trial: Trial, index: int) -> list[dict[str, Any]]:
+        """Prunes one block for the trial; returns the rows of its linears."""
+        with self._timed(name, "mask"):
+            block = self.blocks.blocks[index]
+            self.blocks.prune(name, MaskRecipe.of(trial), block)
+            return self.blocks.linear_rows(name, block)
+
+    def recover(self, name: str, trial: Trial, unit: str) -> dict[str, Any] | None:
+        """Recovers one unit of the trial that lies here as a whole; returns its row, None where nothing was pruned.
+
+        Raises NumericalError when it diverges.
+        """
         with self._timed(name, "recovery"):
             watch = Stopwatch(self.shard.device)
-            row = recover_unit(self.blocks, name, trial, unit).as_dict()
-            row["seconds"] = watch.seconds()
+            result = recover_unit(self.blocks, name, trial, unit)
+            if result is None:
+                return None
+            row = result.as_dict() | {"seconds": watch.seconds()}
             row["peak_device_bytes"] = row["peak_bytes"] if self.shard.device.type == "cuda" else None
         return row
 
-    def forward(self, name: str | None, text: str, start: int, stop: int, hidden: Any, cost_name: str) -> Any:
-        """Passes a batch through the blocks with the weights of `name` (None: dense).
+    def copy_pruned(self, name: str, copy: str) -> None:
+        """Puts the weights that the trial began its recovery with under another name."""
+        self.blocks.copy_pruned(name, copy)
+
+    def pruned_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of the linears that the trial has pruned so far; for masks that were made on a stream."""
+        return [row for block in self.blocks.blocks.values() for row in self.blocks.linear_rows(name, block)]
+
+    # Streams: activations on their way through the chain with a trial's weights
+
+    def enter_stream(self, stream: str, text: str, samples: int, start: int, stop: int, hidden: Any) -> None:
+        """Takes in a batch: of token ids at the first shard, else what `leave_stream` of the one before gave."""
+        rows = slice(start, stop)
+        self.blocks.enter_stream(stream, text, samples, rows, self._incoming(text, rows, hidden))
+
+    def leave_stream(self, stream: str, text: str, start: int, stop: int) -> Any:
+        """A batch of a stream that has passed all blocks, for the next shard."""
+        return to_wire(self.blocks.streams[stream][text][start:stop])
+
+    def fork_stream(self, stream: str, fork: str) -> None:
+        """A copy of the calibration set on its way, to be sent ahead."""
+        self.blocks.streams[fork] = {CALIBRATION: self.blocks.streams[stream][CALIBRATION].clone()}
+
+    def drop_stream(self, stream: str) -> None:
+        self.blocks.streams.pop(stream, None)
+
+    def prune_on_stream(self, name: str, stream: str, trial: Trial, index: int, and_pass: bool) -> None:
+        """Prunes one block with statistics of the stream that has arrived at it; and_pass: then moves it on."""
+        with self._timed(name, "mask"):
+            block = self.blocks.blocks[index]
+            self.blocks.prune_on_stream(name, stream, MaskRecipe.of(trial), block)
+            if and_pass:
+                self.blocks.advance_block(stream, name, block)
+
+    # Units that reach over several shards: each has a part
+
+    def open_part(self, name: str, trial: Trial, unit: str) -> None:
+        """Makes the part of a unit that lies here ready."""
+        self._part_began[name] = self._seconds[name]["recovery"][0]
+        with self._timed(name, "recovery"):
+            self._parts[name] = UnitPart(self.blocks, name, trial, unit)
+
+    def pass_dense(self, name: str, text: str, start: int, stop: int, hidden: Any) -> Any:
+        """Passes a batch of what flows into the unit through the dense part; the last one keeps what comes out."""
+        with self._timed(name, "recovery"):
+            part = self._parts[name]
+            output_BTH = part.pass_dense(text, slice(start, stop), self._received(hidden))
+            return None if part.unit.is_last else to_wire(output_BTH)
+
+    def pass_recovered(
+        self, name: str, text: str, start: int, stop: int, move_stream: bool, hidden: Any
+    ) -> Any:
+        """Passes a batch through the part with the trial's weights; the last one returns the batch's TextError.
+
+        move_stream: then what comes out is the trial's stream behind the unit
+        """
+        with self._timed(name, "recovery"):
+            part, rows = self._parts[name], slice(start, stop)
+            output_BTH = part.pass_recovered(text, rows, self._received(hidden))
+            if not part.unit.is_last:
+                return to_wire(output_BTH)
+            if move_stream:
+                samples = self.blocks.texts[text].activations.samples
+                self.blocks.enter_stream(name, text, samples, rows, output_BTH)
+            return part.error(text, rows, output_BTH)
+
+    def begin_training(self, name: str) -> int:
+        """Returns the number of steps."""
+        with self._timed(name, "recovery"):
+            return len(self._parts[name].stage.steps)
+
+    def step_forward(self, name: str, number: int, before: Any, hidden: Any) -> Any:
+        """One step's samples through the part. before: the result of what must be over first; only its being there
+        counts.
+
+        The last part goes on to the loss and back, and returns the gradient of its input.
+        """
+        with self._timed(name, "recovery"):
+            part = self._parts[name]
+            output_BTH = part.stage.forward(number, self._received(hidden))
+            return self._backward(part, number, None) if part.unit.is_last else to_wire(output_BTH)
+
+    def step_backward(self, name: str, number: int, gradient: Any) -> Any:
+        """Goes back through the part; returns the gradient of its input, None at the first one."""
+        with self._timed(name, "recovery"):
+            return self._backward(self._parts[name], number, self._received(gradient))
+
+    def gradient_squares(self, name: str, before: Any) -> list[float]:
+        """Of a step whose gradients are clipped. before: as in `step_forward`."""
+        return self._parts[name].stage.squares()
+
+    def step_clipped(self, name: str, number: int, *squares: list[float]) -> None:
+        """Takes the step that `step_backward` left to the moment when the squares of all parts are known."""
+        with self._timed(name, "recovery"):
+            stage = self._parts[name].stage
+            stage.step(number, clip_factor(chain.from_iterable(squares), stage.recipe.max_grad_norm))
+
+    def end_training(self, name: str) -> Cost:
+        """What it took. Raises NumericalError when weights are not finite."""
+        with self._timed(name, "recovery"):
+            return self._parts[name].close()
+
+    def close_part(self, name: str) -> float:
+        """Forgets the part; returns the busy seconds that it took."""
+        del self._parts[name]
+        return self._seconds[name]["recovery"][0] - self._part_began.pop(name)
+
+    def _backward(self, part: UnitPart, number: int, gradient_BTH: Tensor | None) -> Any:
+        """Steps at once unless gradients are clipped, for which those of all parts must be known."""
+        gradient_BTH = part.stage.backward(number, gradient_BTH)
+        if part.stage.recipe.max_grad_norm is None:
+            part.stage.step(number, 1.0)
+        return None if gradient_BTH is None else to_wire(gradient_BTH)
+
+    # Evaluation
+
+    def forward(self, name: str | None, text: str, start: int, stop: int, cost_name: str, hidden: Any) -> Any:
+        """Passes a batch through the blocks with the weights of `name` (None: dense), at the cost of `cost_name`.
 
         Returns hidden states for the next shard; the last shard returns the summed next-token losses of every window,
         or None for a text that is only compared with the dense model's activations.
@@ -144,10 +283,15 @@ class ShardWorker:
         known = {*self.blocks.weights, *self._seconds}
         for each in {name, *(other for other in known if other.endswith(f"@{name}"))}:
             self.blocks.release(each)
+            self._parts.pop(each, None)
+            self._part_began.pop(each, None)
             self.blocks.knowledge.close_account(each)
             self._seconds.pop(each, None)
 
     # Within
+
+    def _received(self, hidden: Any) -> Tensor | None:
+        return None if hidden is None else from_wire(hidden, self.shard.dtype)
 
     def _incoming(self, text: str, rows: slice, hidden: Any) -> Tensor:
         if self.shard.is_first:

@@ -8,16 +8,18 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cluster.nodes import this_node
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
+from raysweep.config.studies import Study
 from raysweep.errors import UsageError
 from raysweep.fingerprint import fingerprint
 from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
-from raysweep.results.reader import load_results, trial_states
+from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.state import SweepState
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.shards.group_info import GroupInfo
@@ -28,6 +30,7 @@ from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import Phase, PreparedModel, prepare
 from raysweep.sweep.progress import Progress, Silent
+from raysweep.sweep.proposals import Proposals, count_left
 from raysweep.sweep.rows import RowContext
 from raysweep.sweep.runners import InProcess, OnRay, Runner
 
@@ -35,35 +38,64 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+DONE = ("finished", "stopped")  # statuses of trials that are never run again
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A sweep as it will run. states: of the trials that have rows already, by trial_id."""
+    """A sweep as it will run. rows: that are there already, by trial_id."""
 
     space: SearchSpace
     folder: Path
     models: list[PreparedModel]
-    states: dict[str, str]
+    rows: dict[str, dict[str, Any]]
 
     @property
     def trials(self) -> list[SweepTrial]:
+        """Those that are known before; studies choose others as they go."""
         return [trial for model in self.models for trial in model.trials]
+
+    @cached_property
+    def states(self) -> dict[str, str]:
+        """Status of every row that is there, by trial_id."""
+        return {identity: row["status"] for identity, row in self.rows.items()}
+
+    @cached_property
+    def done_rows(self) -> dict[str, dict[str, Any]]:
+        """The rows of trials that will not run again."""
+        return {identity: row for identity, row in self.rows.items() if row["status"] in DONE}
+
+    @property
+    def planned(self) -> int:
+        """Trials of the sweep, those of studies as many as they may run."""
+        studies = sum(len(phase.studies) for model in self.models for phase in model.phases)
+        return len(self.trials) + studies * (self.space.search.num_samples or 0)
 
     def is_done(self, trial: SweepTrial) -> bool:
         """Finished trials are never run again; failed ones are."""
-        return self.states.get(trial.trial_id) in ("finished", "stopped")
+        return self.states.get(trial.trial_id) in DONE
 
     def remaining(self, phase: Phase) -> list[SweepTrial]:
         return [trial for trial in phase.trials if not self.is_done(trial)]
 
-    @property
+    def left_of(self, model: PreparedModel, phase: Phase) -> int:
+        """How many trials the studies of a phase will still run."""
+        return sum(self.left_of_study(model, study) for study in phase.studies)
+
+    def left_of_study(self, model: PreparedModel, study: Study) -> int:
+        """How many trials a study will still run."""
+        return count_left(study, self.space.search, model.identify, self.done_rows)
+
+    @cached_property
     def finished(self) -> int:
-        return sum(self.is_done(trial) for trial in self.trials)
+        left = sum(self.left_of(model, phase) for model in self.models for phase in model.phases)
+        return self.planned - left - sum(not self.is_done(trial) for trial in self.trials)
 
     @property
     def others(self) -> int:
         """Finished rows in the folder of trials that are not in this space, but of another grid, model or text."""
-        finished = {identity for identity, state in self.states.items() if state != "failed"}
-        return len(finished - {trial.trial_id for trial in self.trials})
+        known = self.finished
+        return max(0, len(self.done_rows) - known)
 
 
 def launch(
@@ -89,17 +121,26 @@ def launch(
     loaded = _loaded(space, name)
     folder = checked_folder(loaded, storage)
     if in_process:
-        _run(prepare_launch(loaded, folder, device_here()), InProcess(), progress)
+        _run(prepare_launch(loaded, folder, device_here(), in_process), InProcess(), progress)
     else:
         _launch_on_ray(loaded, folder, address, progress)
     return load_results(folder)
 
 
-def prepare_launch(space: SearchSpace, folder: Path, device: str) -> Launch:
+def prepare_launch(space: SearchSpace, folder: Path, device: str, in_process: bool = False) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
     _refuse_second_launch(folder)
-    states = trial_states(folder) if folder.exists() else {}
-    return Launch(space, folder, prepare(space, device), states)
+    _check_scheduler(space, in_process)
+    rows = trial_rows(folder) if folder.exists() else {}
+    return Launch(space, folder, prepare(space, device), rows)
+
+
+def _check_scheduler(space: SearchSpace, in_process: bool) -> None:
+    if in_process and space.search.scheduler != "none":
+        raise UsageError(
+            f"search.scheduler {space.search.scheduler!r} is one of Ray Tune's, and --in-process runs without Ray",
+            remedy="Leave one of them out.",
+        )
 
 
 def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Path:
@@ -132,8 +173,8 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
     progress.stage("Checking model and data")
     joined = running_address(address)
     prepared = prepare_launch(space, folder, device_here())
-    if prepared.finished == len(prepared.trials):
-        progress.begin(len(prepared.trials), prepared.finished, None, prepared.others)
+    if prepared.finished == prepared.planned:
+        progress.begin(prepared.planned, prepared.finished, None, prepared.others)
         progress.end()
         return
     if joined is None:
@@ -147,8 +188,7 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
 
 
 def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
-    total = len(prepared.trials)
-    if prepared.finished < total:
+    if prepared.finished < prepared.planned:
         plans = make_plans(prepared.models, prepared.space, runner.nodes())
         prepared.folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(prepared.folder)
@@ -172,23 +212,32 @@ def _run_model(
     prepared: Launch, model: PreparedModel, plan: ShardPlan, runner: Runner, recorder: _Recorder
 ) -> None:
     """The phases of one model, one after another on the same shards."""
-    phases = [phase for phase in model.phases if prepared.remaining(phase)]
+    phases = [phase for phase in model.phases if prepared.remaining(phase) or prepared.left_of(model, phase)]
     if not phases:
         return
-    granularities = sorted({t.trial.granularity for t in model.trials if t.trial.granularity})
+    granularities = sorted({trial.granularity for trial in model.possible if trial.granularity})
     specs = shard_specs(plan, model.source)
     recorder.progress.stage(f"Loading {model.config.path} into {plan.shards} shard{'s' * (plan.shards > 1)}")
     with runner.group(_group_name(prepared), specs, plan) as group:
         for phase in phases:
             recorder.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
             texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
-            info = set_up(group, plan.ranges, texts, granularities, model.shape)
+            info = set_up(group, plan.ranges, texts, granularities, model.shape, model.functions)
             for key, value in _known_results(prepared, model, phase, info).items():
                 group.share(key, "earlier launch", lambda value=value: value)
             columns = _phase_columns(prepared.space, model, phase, plan, info, runner)
             rows = RowContext(prepared.folder, tuple(model.evaluation), columns)
             recorder.begin(plan.concurrent_trials)
-            runner.run(group, prepared.remaining(phase), rows, plan, recorder.row)
+            search, first_number = prepared.space.search, max(trial.number for trial in model.trials) + 1
+            proposals = Proposals(
+                prepared.remaining(phase),
+                phase.studies,
+                search,
+                model.identify,
+                first_number,
+                prepared.done_rows,
+            )
+            runner.run(group, proposals, rows, plan, search, recorder.row)
 
 
 def _group_name(prepared: Launch) -> str:
@@ -278,7 +327,7 @@ def _recorded(prepared: Launch, runner: Runner, shards: int, progress: Progress)
     """The state file says `running` within the context, and afterwards how it ended."""
     state = SweepState(
         prepared.space.name,
-        planned=len(prepared.trials),
+        planned=prepared.planned,
         finished=prepared.finished,
         others=prepared.others,
         shards=shards,

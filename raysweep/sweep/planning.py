@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
-from raysweep.reconstruction.range import MaskRecipe
+from raysweep.config.trial import Trial, window_length
+from raysweep.pruning.recipe import MaskRecipe
+from raysweep.reconstruction.units import MODEL
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import ShardPlan, make_plan
 from raysweep.sweep.prepare import Phase, PreparedModel
@@ -31,7 +33,7 @@ def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Seque
 
 def workload(model: PreparedModel) -> Workload:
     """What the trials of a model ask of its shards, for the memory model: of every part the most that a phase asks."""
-    trials = [trial.trial for trial in model.trials]
+    trials = model.possible
     granularities = {trial.granularity for trial in trials}
     calibrations = [phase.tokens for phase in model.phases]
     largest = max(calibrations, key=lambda tokens: len(tokens) * tokens.sequence_length)
@@ -40,15 +42,27 @@ def workload(model: PreparedModel) -> Workload:
         texts=tuple((len(tokens), tokens.sequence_length) for tokens in texts),
         evaluation_tokens=max(tokens.sequence_length for tokens in model.evaluation.values()),
         batch_size=max((trial.batch_size or 1 for trial in trials), default=1),
-        masks=max(_masks(phase) for phase in model.phases),
+        masks=max(len(_recipes(phase)) for phase in model.phases),
+        updated=max(
+            sum(recipe.criterion == "sparsegpt" for recipe in _recipes(phase)) for phase in model.phases
+        ),
         halves="subblock" in granularities,
         matrices="matrix" in granularities,
         recovery=any(trial.recovery == "reconstruct" for trial in trials),
         concurrent_trials=1,
+        span=max((_span(trial, len(model.shape.blocks)) for trial in trials), default=1),
+        streams=any(trial.is_sequential or trial.statistics_stream == "pruned" for trial in trials),
+        exact=any(trial.optimizer == "exact" for trial in trials),
     )
 
 
-def _masks(phase: Phase) -> int:
-    """Distinct masks of a phase, whose shards keep them until the next calibration set comes."""
-    trials = (trial.trial for trial in phase.trials)
-    return len({MaskRecipe.of(trial) for trial in trials if not trial.is_dense})
+def _recipes(phase: Phase) -> set[MaskRecipe]:
+    """Of the masks of a phase, which its shards keep until the next calibration set comes."""
+    corners = (corner.trial for study in phase.studies for corner in study.corners())
+    trials = (*(trial.trial for trial in phase.trials), *corners)
+    return {MaskRecipe.of(trial) for trial in trials if not trial.is_dense}
+
+
+def _span(trial: Trial, blocks: int) -> int:
+    """How many blocks the trial trains together."""
+    return blocks if trial.granularity == MODEL else window_length(str(trial.granularity)) or 1

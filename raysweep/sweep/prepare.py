@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from raysweep.config.expansion import PlannedTrial
 from raysweep.config.sections import CalibrationConfig, ModelConfig, PerplexityConfig, ValidationConfig
 from raysweep.config.space import SearchSpace
+from raysweep.config.studies import Study
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
 from raysweep.fingerprint import recovery_id, trial_id
@@ -22,23 +24,32 @@ from raysweep.model.tokens import (
     evaluation_tokens,
     validation_tokens,
 )
-from raysweep.pruning.masks import check_n_of_m
+from raysweep.pruning.criteria import OwnFunction
 from raysweep.shards.group_info import CALIBRATION, EVALUATION_PREFIX, VALIDATION
+from raysweep.sweep.fitting import check_trial, own_criteria
 from raysweep.sweep.identified import SweepTrial
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Trials that share a calibration set: they run while the shards hold it."""
+    """Trials that share a calibration set: they run while the shards hold it.
+
+    trials: those that are known before;  studies: which choose others as they go
+    """
 
     calibration: CalibrationConfig
     tokens: TokenSet
     trials: tuple[SweepTrial, ...]
+    studies: tuple[Study, ...] = ()
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """One model of the sweep with its texts and trials, phase by phase. The first phase also holds the dense trial."""
+    """One model of the sweep with its texts and trials, phase by phase. The first phase also holds the dense trial.
+
+    identify: gives a trial of this model its identities, and the number that it is handed
+    functions: users' own criteria, by the text that names them
+    """
 
     config: ModelConfig
     source: ModelSource
@@ -48,10 +59,18 @@ class PreparedModel:
     validation: TokenSet | None
     evaluation: dict[str, TokenSet]
     phases: tuple[Phase, ...]
+    identify: Callable[[PlannedTrial, int], SweepTrial]
+    functions: dict[str, OwnFunction] = field(default_factory=dict)
 
     @property
     def trials(self) -> list[SweepTrial]:
         return [trial for phase in self.phases for trial in phase.trials]
+
+    @property
+    def possible(self) -> list[Trial]:
+        """The trials that are known, and those at the corners of studies: what shards must have room for."""
+        corners = (one.trial for phase in self.phases for study in phase.studies for one in study.corners())
+        return list(dict.fromkeys([*(trial.trial for trial in self.trials), *corners]))
 
     def texts(self, phase: Phase) -> dict[str, TokenSet]:
         """All texts of a phase by the name under which shards know them; the first evaluation entry comes first."""
@@ -66,12 +85,13 @@ def prepare(space: SearchSpace, device: str) -> list[PreparedModel]:
 
     device: cpu or cuda, which settles `dtype: auto`
     """
-    planned = space.expand()
+    planned, studies = space.expand(), space.studies()
     prepared, number = [], 0
     for config in space.models:
         mine = [trial for trial in planned if trial.model == config]
-        prepared.append(_Preparation(space, config, device).model(mine, number))
-        number += len(mine)
+        chosen = [study for study in studies if study.model == config]
+        prepared.append(_Preparation(space, config, device).model(mine, chosen, number))
+        number += len(mine) + len(chosen) * (space.search.num_samples or 0)
     return prepared
 
 
@@ -85,9 +105,14 @@ class _Preparation:
         self.dtype = self.shape.dtype_on_cpu if device == "cpu" else self.shape.dtype_on_device
         self.tokenizer = _Lazy(lambda: load_tokenizer(config.path, config.revision, config.trust_remote_code))
 
-    def model(self, planned: list[PlannedTrial], first_number: int) -> PreparedModel:
-        for trial in planned:
-            self._check_pattern(trial.trial)
+    def model(self, planned: list[PlannedTrial], studies: list[Study], first_number: int) -> PreparedModel:
+        corners = [corner for study in studies for corner in study.corners()]
+        possible = dict.fromkeys(one.trial for one in (*planned, *corners) if not one.trial.is_dense)
+        for trial in possible:
+            check_trial(trial, self.shape)
+        criteria = own_criteria(possible)
+        for criterion in criteria.values():
+            criterion.check(self.shape)
         calibrations = {config: self._calibration(config) for config in self.space.calibrations}
         _check_distinct(calibrations)
         evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
@@ -99,7 +124,9 @@ class _Preparation:
 
         def identified(trial: PlannedTrial, number: int) -> SweepTrial:
             calibration_hash = calibrations[trial.calibration].content_hash if trial.calibration else None
-            recovery = recovery_id(trial.trial, digest, self.dtype, calibration_hash)
+            own = criteria.get(str(trial.trial.criterion))
+            criterion_hash = own.content_hash if own else None
+            recovery = recovery_id(trial.trial, digest, self.dtype, calibration_hash, criterion_hash)
             return SweepTrial(
                 trial, recovery, trial_id(recovery, self.space.evaluation_protocol(), hashes), number
             )
@@ -113,23 +140,10 @@ class _Preparation:
             self.dtype,
             validation,
             evaluation,
-            _phases(trials, calibrations),
+            _phases(trials, studies, calibrations),
+            identified,
+            {name: own.function for name, own in criteria.items() if own.function is not None},
         )
-
-    def _check_pattern(self, trial: Trial) -> None:
-        if trial.group_size is None:
-            return
-        for block in self.shape.blocks:
-            for name, (_, inputs) in block.linears.items():
-                try:
-                    check_n_of_m(inputs, *trial.group_size)
-                except UsageError as error:
-                    raise UsageError(
-                        f"{name}: {error.what}",
-                        where="sweep: pattern",
-                        allowed=error.allowed,
-                        remedy=error.remedy,
-                    ) from None
 
     def _calibration(self, config: CalibrationConfig) -> TokenSet:
         return self._checked(
@@ -210,10 +224,17 @@ def _check_distinct(calibrations: dict[CalibrationConfig, TokenSet]) -> None:
             )
 
 
-def _phases(trials: list[SweepTrial], calibrations: dict[CalibrationConfig, TokenSet]) -> tuple[Phase, ...]:
+def _phases(
+    trials: list[SweepTrial], studies: list[Study], calibrations: dict[CalibrationConfig, TokenSet]
+) -> tuple[Phase, ...]:
     """One phase per calibration set; the dense trial, which has none, goes with the first."""
-    by_calibration: dict[CalibrationConfig, list[SweepTrial]] = {config: [] for config in calibrations}
     first = next(iter(calibrations))
-    for trial in trials:
-        by_calibration[trial.planned.calibration or first].append(trial)
-    return tuple(Phase(config, calibrations[config], tuple(mine)) for config, mine in by_calibration.items())
+    return tuple(
+        Phase(
+            config,
+            tokens,
+            tuple(trial for trial in trials if (trial.planned.calibration or first) == config),
+            tuple(study for study in studies if study.calibration == config),
+        )
+        for config, tokens in calibrations.items()
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from raysweep.errors import RaysweepError
 from raysweep.results.schema import planned_columns
 from raysweep.results.writer import now, write_rows
 from raysweep.shards.group_info import ShardGroup
-from raysweep.shards.trial import Outcome, run_trial
+from raysweep.shards.trial import Outcome, Rung, run_in_rungs
 from raysweep.sweep.identified import SweepTrial
 
 
@@ -30,15 +31,23 @@ class RowContext:
     def write(self, trial: SweepTrial, outcome: Outcome, started_at: datetime) -> dict[str, Any]:
         """Writes the rows of a finished trial; returns the trial's."""
         row = self._known(trial, started_at) | {"status": "finished"} | outcome.columns
-        if row.get("tokens_unique") is not None:
-            row["tokens_trained"] = row["tokens_unique"] * (trial.trial.epochs or 1)
         write_rows(self.folder, row, outcome.units, self.names)
         return row
 
     def write_failure(self, trial: SweepTrial, error: Exception, started_at: datetime) -> dict[str, Any]:
         """Writes the row of a failed trial, which says why."""
         reason = str(error) if isinstance(error, RaysweepError) else f"{type(error).__name__}: {error}"
-        row = self._known(trial, started_at) | {"status": "failed", "error": reason}
+        return self._without_units(trial, {"status": "failed", "error": reason}, started_at)
+
+    def write_stopped(self, trial: SweepTrial, rung: Rung, started_at: datetime) -> dict[str, Any]:
+        """Writes the row of a trial that the scheduler stopped: where, and what it had cost."""
+        columns = {"status": "stopped", "stopped_at": rung.fraction}
+        return self._without_units(trial, columns | rung.cost, started_at)
+
+    def _without_units(
+        self, trial: SweepTrial, columns: dict[str, Any], started_at: datetime
+    ) -> dict[str, Any]:
+        row = self._known(trial, started_at) | columns
         write_rows(self.folder, row, [], self.names)
         return row
 
@@ -56,15 +65,44 @@ class RowContext:
         }
 
 
+@dataclass(frozen=True)
+class Rungs:
+    """Where a scheduler looks at trials: fractions of the blocks, and the column that it looks at."""
+
+    fractions: tuple[float, ...]
+    metric: str
+
+
 def run_and_write(group: ShardGroup, trial: SweepTrial, rows: RowContext) -> dict[str, Any]:
     """Runs one trial and writes its row, also when it fails. Returns the row, with its label."""
-    started_at = now()
+    *_, row = run_in_steps(group, trial, rows, None)
+    if isinstance(row, Rung):
+        raise RuntimeError("a trial without rungs ended at one")
+    return row
+
+
+def run_in_steps(
+    group: ShardGroup, trial: SweepTrial, rows: RowContext, rungs: Rungs | None
+) -> Iterator[Rung | dict[str, Any]]:
+    """The same with a halt at every rung. Closing the iterator there stops the trial and writes that as its row."""
+    started_at, rung = now(), None
     try:
-        outcome = run_trial(group, trial.trial, trial.trial_id, trial.number)
-        row = rows.write(trial, outcome, started_at)
+        fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
+        arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
+        with closing(run_in_rungs(*arguments)) as steps:
+            for found in steps:
+                if isinstance(found, Rung):
+                    rung = found
+                    yield found
+                else:
+                    row = rows.write(trial, found, started_at)
+    except GeneratorExit:
+        if rung is not None:
+            rows.write_stopped(trial, rung, started_at)
+        raise
     except Exception as error:  # whatever it was, the row says so and the sweep goes on
         row = rows.write_failure(trial, error, started_at)
-    return row | {"label": trial.label}
+    yield row | {"label": trial.label}
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raysweep.cluster.nodes import Node, this_node
+from raysweep.config.sections import SearchConfig
 from raysweep.shards.group_info import ShardSpec
 from raysweep.shards.plan import ShardPlan
 from raysweep.shards.setup import OwnedGroup
-from raysweep.sweep.identified import SweepTrial
+from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext, run_and_write
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ class Runner(Protocol):
     def run(
         self,
         group: OwnedGroup,
-        trials: Sequence[SweepTrial],
+        proposals: Proposals,
         rows: RowContext,
         plan: ShardPlan,
+        search: SearchConfig,
         on_row: OnRow,
     ) -> None:
-        """Runs the trials to the end, the first ones first."""
+        """Runs what is proposed to the end, the first ones first."""
         ...
 
 
@@ -67,13 +69,16 @@ class InProcess:
     def run(
         self,
         group: OwnedGroup,
-        trials: Sequence[SweepTrial],
+        proposals: Proposals,
         rows: RowContext,
         plan: ShardPlan,
+        search: SearchConfig,
         on_row: OnRow,
     ) -> None:
-        for trial in trials:
-            on_row(run_and_write(group, trial, rows))
+        while (trial := proposals.next()) is not None:
+            row = run_and_write(group, trial, rows)
+            proposals.done(trial, row)
+            on_row(row)
 
 
 class OnRay:
@@ -100,19 +105,18 @@ class OnRay:
     def run(
         self,
         group: OwnedGroup,
-        trials: Sequence[SweepTrial],
+        proposals: Proposals,
         rows: RowContext,
         plan: ShardPlan,
+        search: SearchConfig,
         on_row: OnRow,
     ) -> None:
         from raysweep.sweep.tuning import PhaseContext, run_phase
 
         self._phases += 1
-        context = PhaseContext(
-            group.name, self._here, group.info, rows, {trial.number: trial for trial in trials}
-        )
+        context = PhaseContext(group.name, self._here, group.info, rows, search)
         folder, name = rows.folder / "tune", f"phase-{self._phases}"
-        run_phase(context, trials, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
+        run_phase(context, proposals, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
 
 
 def _import_tune() -> None:

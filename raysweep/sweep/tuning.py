@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search import Searcher
 
+from raysweep.config.sections import SearchConfig
 from raysweep.shards.group import RayGroup
 from raysweep.shards.group_info import TRIAL_CPUS, GroupInfo
+from raysweep.shards.trial import Rung
+from raysweep.sweep.halving import SIXTEENTHS, TIME, TRIAL, CellHalving, rungs_of
 from raysweep.sweep.identified import SweepTrial
-from raysweep.sweep.rows import RowContext, plain, run_and_write
-
-NUMBER = "trial"
+from raysweep.sweep.proposals import Proposals
+from raysweep.sweep.rows import RowContext, plain, run_in_steps
 
 
 @dataclass(frozen=True)
@@ -27,41 +30,85 @@ class PhaseContext:
     here: str
     info: GroupInfo
     rows: RowContext
-    trials: dict[int, SweepTrial]
+    search: SearchConfig
 
 
 class SweepTrainable(tune.Trainable):
-    """One trial of a sweep to Tune. Its process is used again for the next trial."""
+    """One trial of a sweep to Tune, a step for every rung and one for the end. Its process is used again."""
 
     def setup(self, config: dict[str, Any], context: PhaseContext) -> None:  # type: ignore[override]
         self._context = context
-        self._number: int = config[NUMBER]
+        self._trial: SweepTrial = config[TRIAL]
         self._group = RayGroup.join(context.group_name, context.info)
+        self._steps: Iterator[Rung | dict[str, Any]] | None = None
 
     def step(self) -> dict[str, Any]:
-        trial = self._context.trials[self._number]
-        row = run_and_write(self._group, trial, self._context.rows)
-        return plain(row) | {"done": True}
+        if self._steps is None:
+            rungs = rungs_of(self._context.search)
+            self._steps = run_in_steps(self._group, self._trial, self._context.rows, rungs)
+        found = next(self._steps)
+        if isinstance(found, Rung):
+            return {TIME: SIXTEENTHS[found.number], self._context.search.metric: found.value, "done": False}
+        self._steps = None
+        return plain(found) | {"done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._number = new_config[NUMBER]
+        self.cleanup()
+        self._trial = new_config[TRIAL]
         return True
+
+    def cleanup(self) -> None:
+        """Ends a trial that the scheduler stopped at a rung: its row says so, and the shards forget it."""
+        if self._steps is not None:
+            self._steps.close()  # type: ignore[attr-defined]
+            self._steps = None
+
+
+class _Suggestions(Searcher):
+    """Hands Tune the trials that are proposed, and the proposals what came of them."""
+
+    def __init__(self, proposals: Proposals, search: SearchConfig) -> None:
+        super().__init__(metric=search.metric, mode=search.mode)
+        self._proposals = proposals
+        self._open: dict[str, SweepTrial] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self._proposals.next()
+        if trial is None:
+            return Searcher.FINISHED
+        self._open[trial_id] = trial
+        return {TRIAL: trial}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        trial = self._open.pop(trial_id, None)
+        if trial is not None:
+            self._proposals.done(trial, None if error or result is None else {"status": "stopped"} | result)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: rows are the record."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
 
 
 def run_phase(
     context: PhaseContext,
-    trials: Sequence[SweepTrial],
+    proposals: Proposals,
     concurrent_trials: int,
     storage: Path,
     name: str,
     on_row: Callable[[dict[str, Any]], None],
     on_lost: Callable[[str], None],
 ) -> None:
-    """Runs `trials` to the end, oldest first; `on_row` hears of every one that is done, `on_lost` of the id of one
-    whose process is gone.
+    """Runs what is proposed to the end, oldest first; `on_row` hears of every trial that is done, `on_lost` of the id
+    of one whose process is gone.
 
     storage, name: Tune keeps its own state in storage/name.
     """
+    if not proposals.total:
+        return
     _quiet_tune()
     # Trials write their rows themselves, so their processes stay on the node that the storage was checked on.
     resources = {"CPU": TRIAL_CPUS, context.here: TRIAL_CPUS}
@@ -70,17 +117,19 @@ def run_phase(
     )
     tuner = tune.Tuner(
         trainable,
-        param_space={NUMBER: tune.grid_search([trial.number for trial in trials])},
         tune_config=tune.TuneConfig(
+            search_alg=_Suggestions(proposals, context.search),
+            scheduler=CellHalving(context.search) if context.search.scheduler == "asha" else None,
+            num_samples=proposals.total,
             max_concurrent_trials=concurrent_trials,
             reuse_actors=True,
-            trial_name_creator=lambda trial: _trial_name(context, trial),
-            trial_dirname_creator=lambda trial: context.trials[trial.config[NUMBER]].trial_id,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=lambda trial: trial.config[TRIAL].trial_id,
         ),
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(storage),
-            callbacks=[_Listener(on_row, lambda number: on_lost(context.trials[number].trial_id))],
+            callbacks=[_Listener(on_row, on_lost)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
@@ -88,29 +137,31 @@ def run_phase(
     tuner.fit()
 
 
-def _trial_name(context: PhaseContext, trial: Any) -> str:
-    planned = context.trials[trial.config[NUMBER]]
-    return f"{planned.label.replace(' ', '_').replace('/', '-')}_{planned.trial_id[:6]}"
+def _trial_name(trial: Any) -> str:
+    planned: SweepTrial = trial.config[TRIAL]
+    words = "".join(letter if letter.isalnum() or letter in "._=+-" else "_" for letter in planned.label)
+    return f"{words}_{planned.trial_id[:6]}"
 
 
 class _Listener(tune.Callback):
     """Hands finished trials to the display of the launching process."""
 
-    def __init__(self, on_row: Callable[[dict[str, Any]], None], on_lost: Callable[[int], None]) -> None:
+    def __init__(self, on_row: Callable[[dict[str, Any]], None], on_lost: Callable[[str], None]) -> None:
         self._on_row, self._on_lost = on_row, on_lost
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune stores its callbacks; a display cannot be stored, and a restored one would have nobody to tell."""
         return _Listener, (_nobody, _nobody)
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-    ) -> None:
-        self._on_row(result)
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A result without a status is that of a rung at which the scheduler stopped the trial."""
+        stopped = {"status": "stopped", "label": trial.config[TRIAL].label}
+        self._on_row(stopped | trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._on_lost(trial.config[NUMBER])
-        self._on_row({"status": "failed", "label": str(trial), "error": "the process of the trial ended"})
+        planned: SweepTrial = trial.config[TRIAL]
+        self._on_lost(planned.trial_id)
+        self._on_row({"status": "failed", "label": planned.label, "error": "the process of the trial ended"})
 
 
 def _nobody(_: Any) -> None:
@@ -122,6 +173,7 @@ def _quiet_tune() -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it looks for result files that rows replace
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # the row of a failed trial has no metric
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "30")

@@ -44,7 +44,7 @@ def test_a_minimal_space_has_the_defaults_of_the_contract():
         "validation_perplexity",
         "min",
     )
-    assert space.search.compare_within == ("model", "sparsity", "pattern", "recovery")
+    assert space.search.compare_within == ("model", "sparsity", "sparsity_by_name", "pattern", "recovery")
     assert (space.execution.shards, space.execution.threads_per_worker) == ("auto", 1)
     (entry,) = space.evaluation.perplexity
     assert (entry.name, entry.dataset, entry.split, entry.max_windows) == (
@@ -76,7 +76,7 @@ def test_a_minimal_space_has_the_defaults_of_the_contract():
         ("criterion: wanda", "criterion: wandda", "a.yaml:7: sweep[0].criterion", "did you mean 'wanda'"),
         (
             "[magnitude, wanda]",
-            "[magnitude, sparsegpt]",
+            "[magnitude, obd]",
             "a.yaml:10: sweep[1].criterion[1]",
             "magnitude | random",
         ),
@@ -84,7 +84,7 @@ def test_a_minimal_space_has_the_defaults_of_the_contract():
             "granularity: block",
             "granularity: layer",
             "a.yaml:12: sweep[1].granularity",
-            "matrix | subblock | block",
+            "matrix | subblock | block | window:K",
         ),
         ("sparsity: 0.5\n  - ", "sparsity: 1\n  - ", "a.yaml:8: sweep[0].sparsity", "from 0 to below 1"),
         ("sparsity: 0.5\n  - ", "sparsity: -0.1\n  - ", "a.yaml:8: sweep[0].sparsity", "-0.1"),
@@ -155,7 +155,7 @@ def test_mistakes_are_refused_with_their_place(old, new, where, said):
             "{name: x, dataset: z, sequence_length: 8}]",
             "used twice",
         ),
-        ("search.algorithm=optuna", "grid | random"),
+        ("search.algorithm=annealing", "grid | random"),
         ("search.algorithm=random", "num_samples"),
         ("search.num_samples=3", "does not apply"),
         ("search.metric=perplexity", "did you mean 'validation_perplexity'"),

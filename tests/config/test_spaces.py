@@ -14,9 +14,55 @@ def test_the_quickstart_has_two_pruned_and_six_reconstructed_trials():
     assert {trial.granularity for trial in trials[3:]} == {"matrix", "subblock", "block"}
 
 
-def test_every_space_that_ships_is_valid():
-    for name in builtin_names():
-        assert SearchSpace.from_yaml(builtin_space(name)).expand()
+CRITERIA = {"magnitude", "wanda", "ria", "sparsegpt"}
+SPACES = {  # trials, with the dense one, and the values of the axes that a space is about
+    "quickstart": (9, {"granularity": {"matrix", "subblock", "block"}}),
+    "criteria": (
+        1 + 5 * 4 + 4 + 5 * 4,
+        {"criterion": CRITERIA | {"random"}, "sparsity": {0.3, 0.5, 0.6, 0.7}},
+    ),
+    "nm": (
+        1 + 4 * (3 + 2) + 4 * 2 * (3 + 2),
+        {"pattern": {"unstructured", "2:4", "4:8", "1:4"}, "sparsity": {0.5, 0.75}, "criterion": CRITERIA},
+    ),
+    "streams": (
+        1 + 2 * 2 + 2 * 3 * 2 * 2 + 2 * 3 * 2,
+        {
+            "statistics_stream": {"dense", "pruned", "recovered"},
+            "input_stream": {"dense", "pruned"},
+            "target_stream": {"dense", "pruned"},
+        },
+    ),
+    "learning_rates": (
+        1 + 6 * 8,
+        {"granularity": {"matrix", "subblock", "block", "window:2", "window:4", "model"}},
+    ),
+    "paper": (
+        1 + 3 * (4 * (3 + 1) + 4 * (3 + 1) * 6 + 4 * 3),
+        {
+            "criterion": CRITERIA,
+            "sparsity": {0.5, 0.6, 0.7},
+            "pattern": {"unstructured", "2:4"},
+            "granularity": {"matrix", "subblock", "block", "window:2", "window:4", "model"},
+            "optimizer": {"adamw", "exact"},
+        },
+    ),
+}
+
+
+def test_the_spaces_that_ship_are_these():
+    assert set(builtin_names()) == set(SPACES)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_spaces_expand_to_what_they_promise(name):
+    trials, axes = SPACES[name]
+    space = SearchSpace.from_yaml(builtin_space(name))
+    planned = space.expand()
+    assert (space.name, len(planned)) == (name, trials)
+    for field, values in axes.items():
+        assert {getattr(one.trial, field) for one in planned} - {None} == values
+    assert SearchSpace.from_dict(space.to_dict()).expand() == planned
 
 
 def test_names_and_paths(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def test_trials_are_frozen_hashable_and_picklable():
 
 
 def test_a_settled_trial_settles_to_itself():
-    criteria = ("magnitude", "random", "wanda")
+    criteria = ("magnitude", "random", "wanda", "ria", "sparsegpt")
     for recovery, criterion, pattern in product(("none", "reconstruct"), criteria, ("unstructured", "1:4")):
         given = {"recovery": recovery, "criterion": criterion, "pattern": pattern, "sparsity": 0.75}
         trial = Trial(**{**RECONSTRUCT, **given})
@@ -131,3 +131,111 @@ def test_identity_leaves_constant_defaults_out():
 )
 def test_labels(fields, label):
     assert Trial(**{**RECONSTRUCT, **fields}).label() == label
+
+
+EXACT = {**RECONSTRUCT, "granularity": "matrix", "optimizer": "exact", "learning_rate": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "said"),
+    [
+        ({**EXACT, "loss": "cosine"}, "loss", "least squares problem of one matrix; loss is 'cosine'"),
+        ({**EXACT, "granularity": "block"}, "granularity", "granularity is 'block'"),
+        ({**EXACT, "trainable": "lora"}, "trainable", "trainable is 'lora'"),
+        ({**RECONSTRUCT, "target_stream": "pruned"}, "target_stream", "needs a pruned input"),
+        (
+            {"recovery": "none", **MASK, "statistics_stream": "recovered"},
+            "statistics_stream",
+            "needs a recovery",
+        ),
+        (
+            {**RECONSTRUCT, "criterion": "sparsegpt", "comparison_group": "matrix"},
+            "comparison_group",
+            "does not apply to sparsegpt",
+        ),
+        (
+            {"recovery": "none", "criterion": "sparsegpt", "pattern": "3:5"},
+            "column_block",
+            "128 cannot be cut into groups of 5",
+        ),
+        ({**RECONSTRUCT, "granularity": "window:0"}, "granularity", "no granularity"),
+        ({**RECONSTRUCT, "granularity": "windows:2"}, "granularity", "no granularity"),
+        ({**RECONSTRUCT, "criterion": "wnda"}, "criterion", "no criterion"),
+        ({**RECONSTRUCT, "criterion": "file:"}, "criterion", "no criterion"),
+        ({**RECONSTRUCT, "targets": ("re:(",)}, None, "no pattern of names"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_what_is_possible(fields, where, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        Trial(**fields)
+    assert caught.value.where == where
+    assert caught.value.allowed
+
+
+def test_an_exact_trial_has_no_steps():
+    trial = Trial(**EXACT, epochs=5, batch_size=9, shuffle=True)
+    assert trial == Trial(**EXACT)
+    steps = ("learning_rate", "epochs", "batch_size", "shuffle", "warmup_fraction", "max_grad_norm", "seed")
+    assert all(getattr(trial, name) is None for name in steps)
+    assert trial.label() == "wanda/row 0.6 matrix exact"
+
+
+@pytest.mark.parametrize(
+    ("fields", "applies"),
+    [
+        ({"criterion": "sparsegpt"}, {"dampening": 0.01, "column_block": 128, "statistics_stream": "dense"}),
+        ({"criterion": "ria"}, {"ria_power": 0.5, "statistics_stream": "dense", "comparison_group": "row"}),
+        ({"criterion": "my.module:score"}, {"statistics_stream": "dense", "comparison_group": "row"}),
+        ({"criterion": "magnitude"}, {"comparison_group": "row"}),
+        ({"trainable": "lora"}, {"lora_rank": 16, "lora_alpha": 32.0, "statistics_stream": "dense"}),
+    ],
+)
+def test_fields_are_null_where_they_do_not_apply(fields, applies):
+    trial = Trial(**{**RECONSTRUCT, **fields})
+    for name in (
+        "dampening",
+        "column_block",
+        "ria_power",
+        "statistics_stream",
+        "lora_rank",
+        "lora_alpha",
+    ):
+        assert getattr(trial, name) == applies.get(name)
+
+
+def test_masks_from_a_file_say_all_about_themselves():
+    trial = Trial(recovery="none", criterion="file:masks.safetensors", sparsity=0.5, pattern="2:4", seed=3)
+    assert trial == Trial(recovery="none", criterion="file:masks.safetensors")
+    assert trial.label() == "file:masks.safetensors"
+
+
+def test_sparsity_by_name_keeps_its_order():
+    given = {"re:.*mlp": 0.6, "q_proj": 0.3}
+    trial = Trial(recovery="none", criterion="wanda", sparsity=given)
+    assert trial.sparsity == (("re:.*mlp", 0.6), ("q_proj", 0.3))
+    assert trial != Trial(recovery="none", criterion="wanda", sparsity={"q_proj": 0.3, "re:.*mlp": 0.6})
+    assert trial.label() == "wanda/row re:.*mlp=0.6,q_proj=0.3"
+    assert trial.columns()["sparsity"] is None
+
+
+def test_one_block_at_a_time_is_a_block():
+    assert Trial(**{**RECONSTRUCT, "granularity": "window:1"}) == Trial(**RECONSTRUCT)
+    assert Trial(**{**RECONSTRUCT, "granularity": "window:02"}).granularity == "window:2"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        RECONSTRUCT,
+        EXACT,
+        {**RECONSTRUCT, "targets": ("up_proj", "re:.*a,b{1,2}"), "ignore": ("q_proj",)},
+        {**RECONSTRUCT, "sparsity": {"up_proj": 0.5, "re:.*": 0.25}},
+        {"recovery": "none", "criterion": "file:a.safetensors"},
+        {"recovery": "dense"},
+    ],
+)
+def test_a_trial_is_told_from_the_columns_of_its_row(fields):
+    trial = Trial(**fields)
+    columns = {name: value for name, value in trial.columns().items() if value is not None}
+    assert all(isinstance(value, str | float | int | bool) for value in columns.values())
+    assert Trial.from_columns(columns) == trial

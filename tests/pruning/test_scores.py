@@ -1,7 +1,6 @@
 """Scores, statistics and output errors against naive formulas in float64."""
 
 import itertools
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysweep.config.trial import CALIBRATED_CRITERIA, Trial
-from raysweep.pruning.criteria import CRITERIA, LayerView
+from raysweep.config.criterion import CALIBRATED_CRITERIA, CRITERIA
+from raysweep.config.trial import Trial
+from raysweep.pruning.criteria import SCORES, LayerView, prune_layer
+from raysweep.pruning.recipe import MaskRecipe
 from raysweep.pruning.scores import random_score
+from raysweep.pruning.sparsegpt import inverse_factor
 from raysweep.pruning.statistics import InputStatistics, merge, output_error
 
 OUTPUTS, INPUTS, ROWS = 6, 8, 50
@@ -33,24 +35,45 @@ def statistics_of(*parts: torch.Tensor) -> InputStatistics:
     return statistics
 
 
-def naive_score(criterion: str, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-    score = np.zeros_like(weight)
+def view_of(weight: torch.Tensor, statistics: InputStatistics) -> LayerView:
+    return LayerView("layer", weight, statistics, lambda dampening: inverse_factor(statistics, dampening))
+
+
+def recipe_of(**fields: object) -> MaskRecipe:
+    return MaskRecipe.of(Trial(**{"recovery": "none", "sparsity": 0.5} | fields))
+
+
+def naive_score(criterion: str, weight: np.ndarray, x: np.ndarray, power: float) -> np.ndarray:
+    score, size = np.zeros_like(weight), np.abs(weight)
     for o in range(weight.shape[0]):
         for i in range(weight.shape[1]):
-            size = abs(weight[o, i])
+            norm = sum(value**2 for value in x[:, i]) ** 0.5 / len(x) ** 0.5
             score[o, i] = {
-                "magnitude": size,
-                "wanda": size * sum(value**2 for value in x[:, i]) ** 0.5 / len(x) ** 0.5,
+                "magnitude": size[o, i],
+                "wanda": size[o, i] * norm,
+                "ria": (size[o, i] / sum(size[:, i]) + size[o, i] / sum(size[o])) * norm**power,
             }[criterion]
     return score
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
-def test_scores_equal_their_formula_in_float64(layer, criterion):
+@pytest.mark.parametrize(
+    ("criterion", "power"), [("magnitude", 0.5), ("wanda", 0.5), ("ria", 0.5), ("ria", 1.0), ("ria", 0.0)]
+)
+def test_scores_equal_their_formula_in_float64(layer, criterion, power):
     weight, x = layer
-    view = LayerView("layer", weight, statistics_of(x))
-    expected = naive_score(criterion, weight.double().numpy(), x.double().numpy())
-    np.testing.assert_allclose(CRITERIA[criterion].score(view).numpy(), expected, rtol=1e-6)
+    recipe = recipe_of(criterion=criterion, ria_power=power if criterion == "ria" else None)
+    expected = naive_score(criterion, weight.double().numpy(), x.double().numpy(), power)
+    score = SCORES[criterion](view_of(weight, statistics_of(x)), recipe)
+    np.testing.assert_allclose(score.numpy(), expected, rtol=1e-6)
+
+
+def test_relative_importance_in_a_row_or_column_of_zeros_is_zero(layer):
+    weight, x = layer
+    weight = weight.clone()
+    weight[2], weight[:, 5] = 0.0, 0.0
+    score = SCORES["ria"](view_of(weight, statistics_of(x)), recipe_of(criterion="ria"))
+    assert bool(torch.isfinite(score).all())
+    assert not bool(score[2].count_nonzero() + score[:, 5].count_nonzero())
 
 
 def test_random_scores_depend_on_seed_and_name_only():
@@ -92,17 +115,21 @@ def test_output_error_equals_the_error_of_every_row(layer, bias):
     assert error == pytest.approx((change**2).sum().item(), rel=1e-5)
 
 
-def test_search_spaces_know_the_criteria_and_which_of_them_read_activations():
-    choices, _none = get_args(Trial.model_fields["criterion"].annotation)
-    assert set(get_args(choices)) == set(CRITERIA)
-    assert set(CALIBRATED_CRITERIA) == {name for name, it in CRITERIA.items() if it.needs_statistics}
+def test_search_spaces_know_the_criteria():
+    assert set(CRITERIA) == {*SCORES, "sparsegpt"}
+    assert set(CALIBRATED_CRITERIA) < set(CRITERIA)
 
 
-def test_scores_do_not_change_the_layer(layer):
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_criteria_do_not_change_the_layer_and_read_activations_only_if_they_say_so(layer, criterion):
     weight, x = layer
-    view = LayerView("layer", weight.clone(), statistics_of(x))
-    gram = view.statistics.gram_II.clone()
-    for criterion in CRITERIA.values():
-        criterion.score(view)
+    statistics = statistics_of(x)
+    view, recipe = view_of(weight.clone(), statistics), recipe_of(criterion=criterion)
+    gram = statistics.gram_II.clone()
+    pruned = prune_layer(recipe, view)
     assert torch.equal(view.weight_OI, weight)
-    assert torch.equal(view.statistics.gram_II, gram)
+    assert torch.equal(statistics.gram_II, gram)
+    other = view_of(weight, statistics_of(x.flip(1) ** 2))
+    same = torch.equal(prune_layer(recipe, other).mask_OI, pruned.mask_OI)
+    assert same == (criterion not in CALIBRATED_CRITERIA)
+    assert pruned.dead_inputs == 1

@@ -12,9 +12,11 @@ import torch
 from raysweep.config.trial import Trial
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
+from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
-from raysweep.reconstruction.range import CALIBRATION, VALIDATION, BlockRange, MaskRecipe
-from raysweep.reconstruction.recovery import UnitResult, recover_unit, unit_names
+from raysweep.reconstruction.measures import CALIBRATION, VALIDATION, UnitResult
+from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.recovery import recover_unit, unit_names
 from tests.families import token_ids
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def reconstruct_trial(**fields: Any) -> Trial:
 
 
 def prune_all(blocks: BlockRange, name: str, trial: Trial) -> None:
+    blocks.begin(name)
     for block in blocks.blocks.values():
         blocks.prune(name, MaskRecipe.of(trial), block)
 
@@ -74,14 +77,23 @@ def prune_all(blocks: BlockRange, name: str, trial: Trial) -> None:
 def recover_all(blocks: BlockRange, name: str, trial: Trial) -> list[UnitResult]:
     """Prunes the blocks and recovers all units of a trial."""
     prune_all(blocks, name, trial)
-    return [recover_unit(blocks, name, trial, unit) for unit in unit_names(blocks, str(trial.granularity))]
+    results = [recover_unit(blocks, name, trial, unit) for unit in unit_names(blocks, str(trial.granularity))]
+    return [result for result in results if result is not None]
+
+
+def mask_of(blocks: BlockRange, recipe: MaskRecipe, linear_name: str) -> torch.Tensor:
+    """The mask (O, I) that a recipe gives one of the linears."""
+    block = next(block for block in blocks.blocks.values() if linear_name in block.linears)
+    layer = blocks.pruned_layer(recipe, block, block.linears[linear_name])
+    assert layer is not None
+    return layer.mask_OI
 
 
 def masks_of(blocks: BlockRange, trial: Trial) -> dict[str, torch.Tensor]:
     """By full parameter name, in the layout of the parameter."""
     recipe = MaskRecipe.of(trial)
     return {
-        f"{name}.weight": linear.as_stored(blocks.mask(recipe, block, linear))
+        f"{name}.weight": linear.as_stored(mask_of(blocks, recipe, name))
         for block in blocks.blocks.values()
         for name, linear in block.linears.items()
     }

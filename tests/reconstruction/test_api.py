@@ -11,9 +11,9 @@ import torch
 
 import raysweep
 from raysweep.errors import NumericalError, UsageError
-from raysweep.reconstruction.range import MaskRecipe
+from raysweep.pruning.recipe import MaskRecipe
 from tests.families import FAMILIES, make_model, token_ids
-from tests.reconstruction.ranges import range_of, reconstruct_trial, recover_all
+from tests.reconstruction.ranges import mask_of, range_of, reconstruct_trial, recover_all
 
 IDS = token_ids(7, 16)
 RECONSTRUCT = {"granularity": "subblock", "learning_rate": 0.01}
@@ -97,8 +97,8 @@ def test_both_are_what_a_range_of_blocks_computes(family):
     for name, weight in recovered.weights.items():
         assert torch.equal(weight, blocks.weights["trial"][name])
     for block in blocks.blocks.values():
-        for name, linear in block.linears.items():
-            assert torch.equal(pruned.masks[name], blocks.mask(MaskRecipe.of(trial), block, linear))
+        for name in block.linears:
+            assert torch.equal(pruned.masks[name], mask_of(blocks, MaskRecipe.of(trial), name))
     assert recovered.trial == trial
     assert len(pruned.linears) == len(pruned.masks)
     assert list(pruned.linears["unit"]) == list(pruned.masks)
@@ -203,7 +203,7 @@ def test_wrong_values_for_pruning_are_refused(fields, field, nearest):
         ({"epochs": 0}, "epochs", None),
         ({"epochs": 1.5}, "epochs", None),
         ({"batch_size": "2"}, "batch_size", None),
-        ({"trainable": "norms"}, "trainable", None),
+        ({"trainable": "norms"}, "trainable", "lora+norms"),
         ({"epoch": 3}, "unknown key 'epoch'", "epochs"),
     ],
 )

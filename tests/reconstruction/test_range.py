@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from raysweep.errors import NumericalError, UsageError
+from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
-from raysweep.reconstruction.range import CALIBRATION, VALIDATION, BlockRange, MaskRecipe
-from raysweep.reconstruction.recovery import UnitResult
+from raysweep.reconstruction.measures import CALIBRATION, VALIDATION, UnitResult
+from raysweep.reconstruction.range import BlockRange
 from tests.families import BLOCKS, FAMILIES, make_model
 from tests.reconstruction.ranges import (
     IDS,
@@ -20,6 +21,7 @@ from tests.reconstruction.ranges import (
     TOKENS,
     VALIDATION_IDS,
     load_ranges,
+    mask_of,
     pass_text,
     prune_all,
     range_of,
@@ -121,7 +123,7 @@ def test_pruned_weights_are_the_dense_ones_under_the_mask(family):
     prune_all(blocks, "trial", trial)
     for block in blocks.blocks.values():
         for name, linear in block.linears.items():
-            mask_OI = blocks.mask(WANDA, block, linear)
+            mask_OI = mask_of(blocks, WANDA, linear.name)
             outputs, inputs = mask_OI.shape
             assert bool((mask_OI.sum(1) == inputs - inputs // 2).all())
             dense = model.get_parameter(f"{name}.weight")
@@ -185,12 +187,13 @@ def test_rows_of_linears(family):
     model = make_model(family)
     blocks = range_of(model)
     taken = inputs_of(model, [name for block in blocks.blocks.values() for name in block.linears])
+    prune_all(blocks, "trial", reconstruct_trial())
     for block in blocks.blocks.values():
-        rows = blocks.linear_rows(WANDA, block)
+        rows = blocks.linear_rows("trial", block)
         assert [row["unit"] for row in rows] == list(block.linears)
         for row in rows:
             linear = block.linears[str(row["unit"])]
-            mask_OI, weight_OI = blocks.mask(WANDA, block, linear), linear.weight_OI.double()
+            mask_OI, weight_OI = mask_of(blocks, WANDA, linear.name), linear.weight_OI.double()
             x_NI = taken[linear.name].double()
             output_NO = x_NI @ weight_OI.T + (0 if linear.bias_O is None else linear.bias_O.double())
             change_NO = x_NI @ (weight_OI * ~mask_OI).T
@@ -259,7 +262,7 @@ def test_the_dense_model_has_no_errors():
     blocks = range_of(make_model("llama"))
     hidden = blocks.forward(None, CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
     assert torch.equal(hidden, blocks.texts[CALIBRATION].activations.inputs[BLOCKS])
-    blocks.weights["same"] = {}
+    blocks.begin("same")
     blocks.forward("same", CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
     assert blocks.block_errors("same", CALIBRATION) == dict.fromkeys(range(BLOCKS), 0.0)
 
@@ -291,7 +294,6 @@ def numbers_of(ranges: list[BlockRange], **fields: Any) -> dict[str, Any]:
             for blocks in ranges:
                 hidden = blocks.forward("trial", text, rows, hidden)
             outputs.append(ranges[-1].shard.logits(hidden))
-    recipe = MaskRecipe.of(trial)
     return {
         "units": units,
         "weights": {k: w for blocks in ranges for k, w in sorted(blocks.weights["trial"].items())},
@@ -299,7 +301,7 @@ def numbers_of(ranges: list[BlockRange], **fields: Any) -> dict[str, Any]:
             row
             for blocks in ranges
             for block in blocks.blocks.values()
-            for row in blocks.linear_rows(recipe, block)
+            for row in blocks.linear_rows("trial", block)
         ],
         "errors": [
             item

@@ -14,11 +14,10 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from raysweep.errors import NumericalError
+from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.objectives import objective_of
-from raysweep.reconstruction.optimizer import MaskedAdamW
-from raysweep.reconstruction.range import CALIBRATION
-from raysweep.reconstruction.recovery import recover_unit, unit_names
-from raysweep.reconstruction.units import units_of
+from raysweep.reconstruction.optimizer import MaskedOptimizer
+from raysweep.reconstruction.recovery import recover_unit, unit_names, units_in
 from tests.families import FAMILIES, in_family, make_model
 from tests.reconstruction.ranges import (
     IDS,
@@ -314,14 +313,14 @@ def test_validation_losses_are_those_of_the_validation_text(granularity):
     swapped.forget_texts()
     pass_text([swapped], CALIBRATION, VALIDATION_IDS)
     prune_all(swapped, "trial", trial)
-    units = [unit for block in swapped.blocks.values() for unit in units_of(block, granularity)]
+    units = units_in(swapped, granularity)
     for unit, result in zip(units, results, strict=True):
-        objective = objective_of(swapped, "trial", unit, 2)
-        assert objective.error(CALIBRATION).mean == pytest.approx(result.validation_loss_before, rel=1e-5)
+        objective = objective_of(swapped, "trial", trial, unit)
+        assert objective.error(CALIBRATION).loss == pytest.approx(result.validation_loss_before, rel=1e-5)
     swapped.weights["trial"] = blocks.weights["trial"]
     for unit, result in zip(units, results, strict=True):
-        objective = objective_of(swapped, "trial", unit, 2)
-        assert objective.error(CALIBRATION).mean == pytest.approx(result.validation_loss_after, rel=1e-5)
+        objective = objective_of(swapped, "trial", trial, unit)
+        assert objective.error(CALIBRATION).loss == pytest.approx(result.validation_loss_after, rel=1e-5)
         assert result.validation_loss_after != pytest.approx(result.loss_after, rel=0.01)
 
 
@@ -409,18 +408,18 @@ def test_trials_do_not_depend_on_those_before_them(family, granularity):
 def test_removed_weights_are_exactly_zero_after_every_step(monkeypatch, family, granularity, mask, dtype):
     blocks = range_of(make_model(family).to(dtype))
     trial = reconstruct_trial(granularity=granularity, **mask)
-    step, seen = MaskedAdamW.step, {"steps": 0, "masked": 0}
+    step, seen = MaskedOptimizer.step, {"steps": 0, "masked": 0}
 
-    def checked_step(self: MaskedAdamW, factor: float) -> None:
+    def checked_step(self: MaskedOptimizer, factor: float, clip: float) -> None:
         zero = [(tensor == 0) for tensor in (*self.parameters, *self.masters)]
-        step(self, factor)
+        step(self, factor, clip)
         for before, tensor in zip(zero, (*self.parameters, *self.masters), strict=True):
             assert not bool(tensor[before].count_nonzero())
             seen["masked"] += int(before.sum())
         assert all(master.dtype == torch.float32 for master in self.masters)
         seen["steps"] += 1
 
-    monkeypatch.setattr(MaskedAdamW, "step", checked_step)
+    monkeypatch.setattr(MaskedOptimizer, "step", checked_step)
     results = recover_all(blocks, "trial", trial)
     masks = masks_of(blocks, trial)
     removed = sum(int((~kept).sum()) for kept in masks.values())

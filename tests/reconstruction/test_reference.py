@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 import raysweep
 from raysweep.config.trial import Trial
 from raysweep.model.shard import ModelShard
-from raysweep.reconstruction.range import CALIBRATION, BlockRange, MaskRecipe, Weights
-from raysweep.reconstruction.recovery import UnitResult, recover_unit, unit_names
+from raysweep.reconstruction.api import Pruned
+from raysweep.reconstruction.measures import CALIBRATION, UnitResult
+from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.recovery import recover_unit, unit_names
 from tests.reconstruction.ranges import pass_text, prune_all
 
 SPARSITIES = ("0.5", "0.7")
@@ -74,42 +76,48 @@ def blocks(reference) -> BlockRange:
     return blocks
 
 
-def mask_fields(criterion: str, sparsity: str) -> dict[str, Any]:
-    name, group = {"magnitude-row": ("magnitude", "row"), "magnitude": ("magnitude", "matrix")}.get(
-        criterion, (criterion, "row")
-    )
+NAMES = {"magnitude-row": "magnitude", "ria-matrix": "ria"}
+
+
+def mask_fields(criterion: str, sparsity: str, stream: str = "none") -> dict[str, Any]:
+    fields: dict[str, Any] = {"criterion": NAMES.get(criterion, criterion)}
+    if stream != "none":
+        fields["statistics_stream"] = stream
     if ":" in sparsity:
-        return {"criterion": name, "pattern": sparsity}
-    return {"criterion": name, "sparsity": float(sparsity), "comparison_group": group}
+        return fields | {"pattern": sparsity}
+    group = "matrix" if criterion in ("magnitude", "ria-matrix") else "row"
+    return (
+        fields
+        | {"sparsity": float(sparsity)}
+        | ({} if criterion == "sparsegpt" else {"comparison_group": group})
+    )
 
 
-def prune(blocks: BlockRange, criterion: str, sparsity: str) -> tuple[dict[str, torch.Tensor], Weights]:
-    """Masks by linear, and pruned weights by name."""
-    trial = Trial(recovery="none", **mask_fields(criterion, sparsity))
-    blocks.release("pruned")
-    prune_all(blocks, "pruned", trial)
-    masks = {
-        name: blocks.mask(MaskRecipe.of(trial), block, linear)
-        for block in blocks.blocks.values()
-        for name, linear in block.linears.items()
-    }
-    return masks, blocks.weights["pruned"]
+def pruned(reference: Reference, criterion: str, sparsity: str, stream: str) -> Pruned:
+    return raysweep.prune(reference.model, reference.calibration, **mask_fields(criterion, sparsity, stream))
 
 
-EXACT = [("magnitude-row", sparsity, "none") for sparsity in SPARSITIES]
+def known_perplexity(reference: Reference, criterion: str, sparsity: str, stream: str) -> float:
+    return float(reference.numbers["criteria"][criterion][sparsity][stream]["perplexity"])
+
+
+EXACT = [("magnitude-row", sparsity, "none") for sparsity in (*SPARSITIES, "2:4")]
 EXACT += [("wanda", sparsity, "dense") for sparsity in (*SPARSITIES, "0.6", "2:4")]
+EXACT += [("ria", sparsity, "dense") for sparsity in (*SPARSITIES, "2:4")]
+EXACT += [(criterion, sparsity, "pruned") for criterion in ("wanda", "ria") for sparsity in ("0.5", "2:4")]
+EXACT += [("sparsegpt", "2:4", stream) for stream in ("dense", "pruned")]
 EXACT += [("magnitude", "2:4", "none")]
 
 
 @pytest.mark.parametrize(("criterion", "sparsity", "stream"), EXACT)
-def test_masks_and_perplexities_are_the_references(blocks, reference, criterion, sparsity, stream):
-    masks, weights = prune(blocks, criterion, sparsity)
-    for name, mask_OI in masks.items():
+def test_masks_and_perplexities_are_the_references(reference, criterion, sparsity, stream):
+    ours = pruned(reference, criterion, sparsity, stream)
+    for name, mask_OI in ours.masks.items():
         key = f"{criterion}/{sparsity}/{stream}/{name}"
         if key in reference.masks:
             assert torch.equal(mask_OI, reference.mask(key, tuple(mask_OI.shape))), name
-    expected = reference.numbers["criteria"][criterion][sparsity][stream]["perplexity"]
-    assert reference.perplexity(weights) == pytest.approx(expected, rel=1e-3)
+    expected = known_perplexity(reference, criterion, sparsity, stream)
+    assert reference.perplexity(ours.weights) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_reference_holds_the_masks_that_are_compared(reference):
@@ -121,15 +129,42 @@ def test_the_reference_holds_the_masks_that_are_compared(reference):
     assert sum(key.startswith("magnitude-row/0.5/none/") for key in reference.masks) == linears
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_magnitude_over_the_whole_matrix_removes_one_entry_less_than_the_public_code(
-    blocks, reference, sparsity
+ABOVE = [("magnitude", sparsity, "none") for sparsity in SPARSITIES]
+ABOVE += [("ria-matrix", sparsity, "dense") for sparsity in SPARSITIES]
+ABOVE += [("sparsegpt", sparsity, "dense") for sparsity in (*SPARSITIES, "0.6")] + [
+    ("sparsegpt", "0.5", "pruned")
+]
+
+
+@pytest.mark.parametrize(("criterion", "sparsity", "stream"), ABOVE)
+def test_where_the_public_code_removes_more_than_was_asked_ours_removes_exactly_that(
+    reference, criterion, sparsity, stream
 ):
-    masks, weights = prune(blocks, "magnitude", sparsity)
-    for mask_OI in masks.values():
-        assert int((~mask_OI).sum()) == int(mask_OI.numel() * float(sparsity))
-    expected = reference.numbers["criteria"]["magnitude"][sparsity]["none"]["perplexity"]
-    assert reference.perplexity(weights) == pytest.approx(expected, rel=0.02)
+    """It thresholds with <= over a matrix, or over a block of 128 columns: one entry or more above the request."""
+    ours = pruned(reference, criterion, sparsity, stream)
+    width = 128 if criterion == "sparsegpt" else 1 << 30
+    for name, mask_OI in ours.masks.items():
+        sizes = [block.numel() for block in mask_OI.split(width, dim=1)]
+        assert int((~mask_OI).sum()) == sum(int(size * float(sparsity)) for size in sizes)
+        theirs = reference.mask(f"{criterion}/{sparsity}/{stream}/{name}", tuple(mask_OI.shape))
+        assert int((~theirs).sum()) >= int((~mask_OI).sum()) + len(sizes)
+    expected = known_perplexity(reference, criterion, sparsity, stream)
+    assert reference.perplexity(ours.weights) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.gate_proj", "model.layers.4.mlp.down_proj"],
+)
+def test_the_exact_optimum_is_the_references(reference, name):
+    known = reference.numbers["per_matrix_optimum"][name]
+    ours = pruned(reference, "wanda", "0.6", "dense")
+    recovered = raysweep.reconstruct(
+        reference.model, ours, reference.calibration, granularity="matrix", optimizer="exact"
+    )
+    row = recovered.units.set_index("linears").loc[name]
+    assert row.error_after == pytest.approx(known["relative_optimum"], rel=1e-6)
+    assert row.steps < 40
 
 
 def test_wandas_statistics_are_the_references(blocks, reference):
@@ -144,19 +179,29 @@ def test_wandas_statistics_are_the_references(blocks, reference):
 
 SETTINGS = {"epochs": 5, "batch_size": 2, "shuffle": False}
 TRAINABLE = {"all": "weights and norms", "weights": "weights"}
+GRANULARITIES = {"window:2": "window of 2 blocks"}
+STREAMS = {
+    "dense inputs, dense targets f_d(x)": ("dense", "dense"),
+    "pruned inputs, local targets f_d(x')": ("pruned", "pruned"),
+    "pruned inputs, dense targets f_d(x)": ("pruned", "dense"),
+}
 
 
 def reference_rows(
-    reference: Reference, granularity: str, rate: float, trainable: str
+    reference: Reference,
+    granularity: str,
+    rate: float,
+    trainable: str,
+    streams: tuple[str, str] = ("dense", "dense"),
 ) -> list[dict[str, Any]]:
     """One or more processes of the public code with these settings; some recorded the losses of their units."""
     known = reference.numbers["reconstruction"]["wanda"]["0.6"]
-    wanted = (granularity, rate, TRAINABLE[trainable])
+    wanted = (GRANULARITIES.get(granularity, granularity), rate, TRAINABLE[trainable])
     rows = [
         row
         for row in known["runs"] + known["further_runs"]
         if (row["granularity"], row["learning_rate"], row["trainable"]) == wanted
-        and row["stream"].startswith("dense inputs")
+        and STREAMS[row["stream"]] == streams
     ]
     assert rows
     return rows
@@ -216,29 +261,52 @@ def test_a_matrix_starts_at_the_references_error_and_comes_near_its_optimum(bloc
     assert gain > 0.9
 
 
+DENSE, LOCAL, MIXED = STREAMS.values()
+RECONSTRUCTIONS = [
+    (granularity, rate, "all", DENSE)
+    for granularity in ("subblock", "block", "window:2", "model")
+    for rate in (1e-3, 1e-4)
+]
+RECONSTRUCTIONS += [
+    (granularity, 1e-3, "weights", DENSE) for granularity in ("subblock", "block", "window:2", "model")
+]
+RECONSTRUCTIONS += [
+    (granularity, rate, "all", LOCAL) for granularity in ("subblock", "block") for rate in (1e-3, 1e-4)
+]
+RECONSTRUCTIONS += [(granularity, 1e-3, "all", MIXED) for granularity in ("subblock", "block")]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("granularity", "rate", "trainable"),
-    [
-        ("subblock", 1e-3, "all"),
-        ("subblock", 1e-4, "all"),
-        ("subblock", 1e-3, "weights"),
-        ("block", 1e-3, "all"),
-        ("block", 1e-4, "all"),
-        ("block", 1e-3, "weights"),
-    ],
-)
-def test_perplexities_after_reconstruction_are_the_references(reference, granularity, rate, trainable):
-    pruned = raysweep.prune(reference.model, reference.calibration, **mask_fields("wanda", "0.6"))
+@pytest.mark.parametrize(("granularity", "rate", "trainable", "streams"), RECONSTRUCTIONS)
+def test_perplexities_after_reconstruction_are_the_references(
+    reference, granularity, rate, trainable, streams
+):
+    """To 2 % was asked for; the same arithmetic comes out the same."""
+    input_stream, target_stream = streams
     recovered = raysweep.reconstruct(
         reference.model,
-        pruned,
+        pruned(reference, "wanda", "0.6", "dense"),
         reference.calibration,
         granularity=granularity,
         learning_rate=rate,
         trainable=trainable,
+        input_stream=input_stream,
+        target_stream=target_stream,
         **SETTINGS,
     )
     perplexity = reference.perplexity(recovered.weights)
-    for row in reference_rows(reference, granularity, rate, trainable):
-        assert perplexity == pytest.approx(row["perplexity"], rel=0.02)
+    for row in reference_rows(reference, granularity, rate, trainable, streams):
+        assert perplexity == pytest.approx(row["perplexity"], rel=1e-5)
+
+
+@pytest.mark.long
+def test_the_optimum_is_below_fifty_epochs_of_adamw_on_every_linear(reference):
+    ours = pruned(reference, "wanda", "0.6", "dense")
+    arguments = {"granularity": "matrix", "trainable": "all"}
+    exact = raysweep.reconstruct(reference.model, ours, reference.calibration, **arguments, optimizer="exact")
+    steps = raysweep.reconstruct(
+        reference.model, ours, reference.calibration, **arguments, learning_rate=1e-3, epochs=50
+    )
+    pairs = exact.units.set_index("linears").loss_after / steps.units.set_index("linears").loss_after
+    assert len(pairs) == len(reference.numbers["linears"])
+    assert pairs.max() <= 1 + 1e-6

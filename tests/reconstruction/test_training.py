@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysweep.errors import NumericalError
 from raysweep.reconstruction.losses import squared_sums
-from raysweep.reconstruction.optimizer import MaskedAdamW
-from raysweep.reconstruction.training import TrainingRecipe, text_error, train
-from tests.reconstruction.ranges import reconstruct_trial
-
-CPU = torch.device("cpu")
+from raysweep.reconstruction.objectives import ModuleObjective
+from raysweep.reconstruction.recovery import find_unit
+from raysweep.reconstruction.stage import Stage
+from raysweep.reconstruction.training import TrainingRecipe
+from tests.families import make_model
+from tests.reconstruction.ranges import prune_all, range_of, reconstruct_trial
 
 
 def recipe(**fields: object) -> TrainingRecipe:
@@ -56,64 +56,21 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 def test_the_whole_recipe_comes_from_the_trial():
     fields = {"learning_rate": 0.3, "epochs": 4, "batch_size": 5, "shuffle": False, "warmup_fraction": 0.0}
     made = recipe(**fields, max_grad_norm=0.7, criterion="random", seed=6)
-    assert made == TrainingRecipe("mse", **fields, max_grad_norm=0.7, seed=6)
-    assert recipe(epochs=1) == TrainingRecipe("mse", 0.01, 1, 3, True, 0.1, None, 0)
+    assert made == TrainingRecipe("adamw", **fields, max_grad_norm=0.7, seed=6)
+    assert recipe(epochs=1) == TrainingRecipe("adamw", 0.01, 1, 3, True, 0.1, None, 0)
 
 
-def test_a_smaller_last_batch_is_used():
-    """A scalar that is fitted to one sample a time remembers the last one: it must be the odd one out."""
-    seen: list[int] = []
-    scale = torch.nn.Parameter(torch.zeros(1))
-
-    def run(x_BTH: torch.Tensor) -> torch.Tensor:
-        seen.append(x_BTH.shape[0])
-        return x_BTH * scale
-
-    inputs_STH = torch.ones(7, 2, 3)
-    optimizer = MaskedAdamW([scale], [None], learning_rate=0.1)
-    steps = train(run, optimizer, inputs_STH, inputs_STH, recipe(batch_size=3, epochs=2, shuffle=False), CPU)
-    assert (steps, seen) == (6, [3, 3, 1, 3, 3, 1])
-    assert scale.item() > 0.2
-
-
-def test_without_targets_the_output_goes_to_zero():
-    scale = torch.nn.Parameter(torch.ones(1))
-    inputs_STH = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
-    optimizer = MaskedAdamW([scale], [None], learning_rate=0.1)
-    train(lambda x: x * scale, optimizer, inputs_STH, None, recipe(epochs=20, batch_size=2), CPU)
-    assert abs(scale.item()) < 0.05
-
-
-def test_weights_that_diverge_are_an_error():
-    scale = torch.nn.Parameter(torch.ones(1))
-    inputs_STH = torch.full((6, 2, 3), 1e30)
-    optimizer = MaskedAdamW([scale], [None], learning_rate=0.125)
-    with pytest.raises(
-        NumericalError, match=r"weights are not finite after training at learning rate 0\.125"
-    ):
-        train(lambda x: x * scale, optimizer, inputs_STH, None, recipe(), CPU)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_error_over_a_text_is_summed_by_sample(dtype):
-    """In batches of 2048 tokens: three of them here, the last one smaller."""
-    generator = torch.Generator().manual_seed(0)
-    inputs_STH = torch.randn(40, 128, 6, generator=generator).to(dtype)
-    targets_STH = torch.randn(40, 128, 6, generator=generator).to(dtype)
-    sizes: list[int] = []
-
-    def run(x_BTH: torch.Tensor) -> torch.Tensor:
-        sizes.append(x_BTH.shape[0])
-        return x_BTH * 2
-
-    error = text_error(run, inputs_STH, targets_STH, CPU)
-    difference = (inputs_STH * 2).double() - targets_STH.double()
-    assert sizes == [16, 16, 8]
-    assert list(error.errors) == pytest.approx((difference**2).sum((1, 2)).tolist(), rel=1e-6)
-    assert list(error.targets) == pytest.approx((targets_STH.double() ** 2).sum((1, 2)).tolist(), rel=1e-6)
-    assert error.mean == pytest.approx(float((difference**2).mean()), rel=1e-6)
-    power = float((targets_STH.double() ** 2).sum())
-    assert error.relative == pytest.approx(float((difference**2).sum()) / power, rel=1e-6)
+def test_a_smaller_last_batch_is_used(monkeypatch):
+    blocks, trial = range_of(make_model("llama")), reconstruct_trial(granularity="block")
+    prune_all(blocks, "trial", trial)
+    unit = find_unit(blocks, "block", "1")
+    objective, seen = ModuleObjective(blocks, "trial", trial, unit), []
+    run = objective.run
+    monkeypatch.setattr(
+        objective, "run", lambda x_BTH, instead: seen.append(len(x_BTH)) or run(x_BTH, instead)
+    )
+    Stage(blocks, "trial", trial, unit, objective).train()
+    assert seen == [3, 3, 1, 3, 3, 1]
 
 
 @settings(max_examples=25, deadline=None)

@@ -96,11 +96,11 @@ def test_dense_pass_statistics_and_masks_are_made_once_for_all_trials(
     make_space, tmp_path, calls, monkeypatch
 ):
     made: list[str] = []
-    mask_of = block_range.mask_of
+    prune_layer = block_range.prune_layer
     monkeypatch.setattr(
         block_range,
-        "mask_of",
-        lambda criterion, view, rule: made.append(view.name) or mask_of(criterion, view, rule),
+        "prune_layer",
+        lambda recipe, view, functions: made.append(view.name) or prune_layer(recipe, view, functions),
     )
     launched(make_space(execution={"shards": 2}), tmp_path)
     batches = 2  # one of calibration and one of validation

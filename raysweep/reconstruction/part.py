@@ -1,0 +1,73 @@
+"""The part of a unit in one range of blocks, where the unit reaches over several ranges."""
+
+# B samples of a batch, T tokens of a sample, H hidden
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raysweep.config.trial import Trial
+from raysweep.reconstruction.activations import fetch, keep_rows
+from raysweep.reconstruction.losses import LOSSES, batch_error
+from raysweep.reconstruction.measures import Cost, TextError
+from raysweep.reconstruction.objectives import ModuleObjective
+from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.recovery import find_unit, stage_cost
+from raysweep.reconstruction.stage import Stage
+
+
+class UnitPart:
+    """Activations come batch by batch from the part before and go to the part after, by way of the caller.
+
+    The first part takes them from the unit's own inputs; the last one knows the targets.
+    """
+
+    def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit_name: str) -> None:
+        self.blocks, self.name, self.trial = blocks, name, trial
+        self.unit = find_unit(blocks, str(trial.granularity), unit_name)
+        self.objective = ModuleObjective(blocks, name, trial, self.unit)
+        self._loss = LOSSES[str(trial.loss)]
+        self._stage: Stage | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """Its training; made when it is first asked for, with the weights of that moment."""
+        if self._stage is None:
+            self._stage = Stage(self.blocks, self.name, self.trial, self.unit, self.objective)
+        return self._stage
+
+    @torch.no_grad()
+    def pass_dense(self, text: str, rows: slice, hidden_BTH: Tensor | None) -> Tensor:
+        """A batch through the dense blocks: where it ends it is what the unit should give (target_stream `pruned`)."""
+        output_BTH = self.objective.run(self._input(text, rows, hidden_BTH))
+        if self.unit.is_last:
+            keep_rows(self.objective.own_targets, text, self._samples(text), rows, output_BTH)
+        return output_BTH
+
+    @torch.no_grad()
+    def pass_recovered(self, text: str, rows: slice, hidden_BTH: Tensor | None) -> Tensor:
+        """A batch through the blocks with the trial's weights."""
+        input_BTH = self._input(text, rows, hidden_BTH)
+        with self.blocks.using_all(self.name, self.unit.blocks):
+            return self.objective.run(input_BTH)
+
+    def error(self, text: str, rows: slice, output_BTH: Tensor) -> TextError:
+        """Of a batch that has come out of the last part."""
+        target_BTH = fetch(self.objective.targets(text), rows, self.blocks.device)
+        return batch_error(self._loss, output_BTH, target_BTH)
+
+    def close(self) -> Cost:
+        """Ends the training. Raises NumericalError when weights are not finite."""
+        self.stage.finish()
+        cost = stage_cost(self.stage)
+        self._stage = None
+        return cost
+
+    def _input(self, text: str, rows: slice, hidden_BTH: Tensor | None) -> Tensor:
+        if hidden_BTH is None:
+            return fetch(self.objective.inputs(text), rows, self.blocks.device)
+        return hidden_BTH.to(self.blocks.device)
+
+    def _samples(self, text: str) -> int:
+        return self.blocks.texts[text].activations.samples

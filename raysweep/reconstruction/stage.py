@@ -1,0 +1,114 @@
+"""The training of a unit, or of the part of it in one range of blocks: forward, backward, step."""
+
+# B samples of a batch, T tokens of a sample, H hidden
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from raysweep.config.trial import Trial
+from raysweep.reconstruction.activations import fetch
+from raysweep.reconstruction.losses import LOSSES
+from raysweep.reconstruction.measures import CALIBRATION
+from raysweep.reconstruction.objectives import Objective
+from raysweep.reconstruction.optimizer import MaskedOptimizer, clip_factor
+from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.trainable import trainable_of
+from raysweep.reconstruction.training import TrainingRecipe
+from raysweep.reconstruction.units import Unit
+
+
+class Stage:
+    """Of a unit that reaches over several ranges each has one stage: activations go forward through them, the last
+    takes the loss, gradients come back, and every stage steps its own parameters. A unit within a range is one stage.
+
+    Made while the blocks are dense. Holds what it trains itself, so that other trials may run in between.
+    """
+
+    def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, objective: Objective) -> None:
+        self.blocks, self.unit, self.recipe = blocks, unit, TrainingRecipe.of(trial)
+        self.objective = objective
+        samples = blocks.texts[CALIBRATION].activations.samples
+        self.steps = list(self.recipe.steps(samples))
+        self._loss = LOSSES[str(trial.loss)]
+        self._inputs = self.objective.inputs(CALIBRATION) if unit.is_first else None
+        self._targets = self.objective.targets(CALIBRATION) if unit.is_last else None
+        self.trainable = trainable_of(blocks, name, trial, unit, self.objective.parameter_names())
+        self._optimizer = MaskedOptimizer(
+            self.recipe.optimizer, self.trainable.parameters, self.trainable.masks, self.recipe.learning_rate
+        )
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def train(self) -> None:
+        """All steps of a unit that lies here as a whole. Raises NumericalError when weights are not finite after."""
+        for number in range(len(self.steps)):
+            self.forward(number)
+            self.backward(number)
+            self.step(number, clip_factor(self.squares(), self.recipe.max_grad_norm))
+        self.finish()
+
+    def forward(self, number: int, hidden_BTH: Tensor | None = None) -> Tensor:
+        """The output (B, T, H) of a step's samples. hidden_BTH: from the stage before, where there is one."""
+        if hidden_BTH is None:
+            hidden_BTH = fetch(self._given_inputs, self.steps[number].rows, self.blocks.device)
+        else:
+            hidden_BTH = hidden_BTH.to(self.blocks.device).requires_grad_(True)
+        self._input = hidden_BTH
+        self._output = self.objective.run(hidden_BTH, self.trainable.instead())
+        return self._output.detach()
+
+    def backward(self, number: int, gradient_BTH: Tensor | None = None) -> Tensor | None:
+        """Gradients of a step, gathered for the optimizer; returns that of the stage's input, where one comes before.
+
+        gradient_BTH: of the output, from the stage after; without one the loss is taken here
+        """
+        output_BTH, input_BTH = self._output, self._input
+        self._output = self._input = None
+        if output_BTH is None or input_BTH is None:
+            raise RuntimeError("backward comes after forward")
+        if gradient_BTH is None:
+            self._loss.mean(output_BTH, self._target(number, output_BTH)).backward()
+        else:
+            output_BTH.backward(gradient_BTH.to(output_BTH))
+        self._optimizer.gather()
+        return input_BTH.grad
+
+    def squares(self) -> list[float]:
+        """Squared norms of the gathered gradients, where they are clipped; else nothing."""
+        return [] if self.recipe.max_grad_norm is None else self._optimizer.squares()
+
+    def step(self, number: int, clip: float) -> None:
+        """Steps on the gathered gradients times `clip`."""
+        self._optimizer.step(self.steps[number].factor, clip)
+
+    def finish(self) -> None:
+        """Puts what was trained into the trial's weights. Raises NumericalError when it is not finite."""
+        self._optimizer.check()
+        self.trainable.finish()
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.trainable.parameters)
+
+    @property
+    def nbytes(self) -> int:
+        """Counted: what is trained, the optimizer's state, and what a step holds."""
+        parameters = sum(parameter.nbytes for parameter in self.trainable.parameters)
+        return parameters + self._optimizer.nbytes + self.objective.step_bytes()
+
+    @property
+    def flops(self) -> int:
+        """Of the products of all steps."""
+        return self.objective.flops(sum(len(step.rows) for step in self.steps))
+
+    @property
+    def _given_inputs(self) -> Tensor:
+        if self._inputs is None:
+            raise RuntimeError("this stage gets its inputs from the one before")
+        return self._inputs
+
+    def _target(self, number: int, output_BTH: Tensor) -> Tensor:
+        if self._targets is None:
+            return output_BTH.new_zeros(output_BTH.shape)
+        return fetch(self._targets, self.steps[number].rows, self.blocks.device)

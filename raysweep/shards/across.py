@@ -1,0 +1,73 @@
+"""Recovers a unit that reaches over several shards: no block moves, activations and gradients do. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from raysweep.config.trial import Trial
+from raysweep.reconstruction.measures import Cost, Errors, TextError, UnitResult
+from raysweep.shards.calls import Calls
+from raysweep.shards.group_info import Ref, UnitSpan
+from raysweep.shards.streams import kept_texts
+
+STEPS_AHEAD = (
+    4  # that are asked for before the first of them is done, so that no shard waits for the trial's process
+)
+
+
+def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any]:
+    """The row of the unit. The trial's weights are pruned; a stream of its name, if it has one, is at the unit's door
+    and leaves behind it. Raises NumericalError when the weights or the errors of the unit are not finite."""
+    shards = calls.info.shards_of(unit)
+    calls.everywhere("open_part", calls.name, trial, unit.name, shards=shards)
+    if trial.target_stream == "pruned":
+        for text in kept_texts(calls):
+            deque(calls.along(calls.info.texts[text], "pass_dense", calls.name, shards=shards), maxlen=0)
+    before = _errors(calls, shards, move_stream=False)
+    steps = calls.everywhere("begin_training", calls.name, shards=shards)[0]
+    _train(calls, shards, steps, clipped=trial.max_grad_norm is not None)
+    costs: list[Cost] = calls.everywhere("end_training", calls.name, shards=shards)
+    after = _errors(calls, shards, move_stream=trial.is_sequential)
+    seconds = calls.everywhere("close_part", calls.name, shards=shards)
+    row = UnitResult.of(unit.name, unit.start, before, after, costs).as_dict()
+    return row | {"seconds": sum(seconds), "peak_device_bytes": None}
+
+
+def _errors(calls: Calls, shards: range, move_stream: bool) -> Errors:
+    errors: dict[str, TextError] = {}
+    for text in kept_texts(calls):
+        info = calls.info.texts[text]
+        batches = calls.along(info, "pass_recovered", calls.name, tail=(move_stream,), shards=shards)
+        errors[text] = sum(batches, TextError())
+    return errors
+
+
+def _train(calls: Calls, shards: range, steps: int, clipped: bool) -> None:
+    """Every step forward along the chain, back, and on. Calls overtake one another on their way to a shard, so each is
+    handed the result of what must be over before it."""
+    before: dict[int, Ref] = dict.fromkeys(shards)
+    ahead: deque[list[Ref]] = deque()
+    for number in range(steps):
+        refs: list[Ref] = [None]
+        for shard in shards:
+            refs.append(calls.submit(shard, "step_forward", calls.name, number, before[shard], refs[-1]))
+            before[shard] = refs[-1]
+        for shard in reversed(shards[:-1]):
+            refs.append(calls.submit(shard, "step_backward", calls.name, number, refs[-1]))
+            before[shard] = refs[-1]
+        if clipped:
+            refs += [
+                calls.submit(shard, "gradient_squares", calls.name, refs[len(shards) * 2 - 1])
+                for shard in shards
+            ]
+            squares = refs[-len(shards) :]
+            before = {
+                shard: calls.submit(shard, "step_clipped", calls.name, number, *squares) for shard in shards
+            }
+            refs += before.values()
+        ahead.append(refs[1:])
+        if len(ahead) > STEPS_AHEAD:
+            calls.done(ahead.popleft(), len(shards) if clipped else 1)
+    while ahead:
+        calls.done(ahead.popleft(), len(shards) if clipped else 1)

@@ -1,0 +1,193 @@
+"""Which trial comes next: those that are listed, in order, then those that studies choose as rows arrive. No torch."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raysweep.config.expansion import PlannedTrial, Sampled
+from raysweep.config.sections import SearchConfig
+from raysweep.config.studies import Study
+from raysweep.fingerprint import fingerprint
+from raysweep.sweep.identified import SweepTrial
+
+if TYPE_CHECKING:
+    import optuna
+
+Row = Mapping[str, Any]
+Identify = Callable[[PlannedTrial, int], SweepTrial]
+
+TRIES = 100  # for a proposal that has no row yet; a study of lists alone may run out of them
+
+
+class Proposals:
+    """The trials of one phase that are still to run. `rows`: of trials that are done, by trial_id.
+
+    total: how many there will be at most
+    """
+
+    def __init__(
+        self,
+        listed: Sequence[SweepTrial],
+        studies: Sequence[Study],
+        search: SearchConfig,
+        identify: Identify,
+        first_number: int,
+        rows: Mapping[str, Row],
+    ) -> None:
+        self._listed = list(listed)
+        if search.scheduler != "none":  # a ladder in its own order would always promote the next rung of it
+            random.Random(search.seed).shuffle(self._listed)
+        self._listed.reverse()
+        self._running = [RunningStudy(study, search, identify, rows) for study in studies]
+        self._number = first_number
+        self._of: dict[str, RunningStudy] = {}
+        self.total = len(self._listed) + sum(study.remaining for study in self._running)
+
+    def next(self) -> SweepTrial | None:
+        """The trial that is to run next; None when there is none left."""
+        if self._listed:
+            return self._listed.pop()
+        while open_studies := [study for study in self._running if study.remaining]:
+            study = max(open_studies, key=lambda one: one.remaining)  # so that all cells go on side by side
+            trial = study.propose(self._number)
+            if trial is not None:
+                self._number += 1
+                self._of[trial.trial_id] = study
+                return trial
+        return None
+
+    def done(self, trial: SweepTrial, row: Row | None) -> None:
+        """Tells the study that chose the trial what came of it; None where its process was lost."""
+        study = self._of.pop(trial.trial_id, None)
+        if study is not None:
+            study.tell(trial, row)
+
+
+class RunningStudy:
+    """A study with its optimizer, which has heard of all earlier rows that belong to it."""
+
+    def __init__(
+        self, study: Study, search: SearchConfig, identify: Identify, rows: Mapping[str, Row]
+    ) -> None:
+        self._study, self._search, self._identify = study, search, identify
+        self._distributions = {name: _distribution(values) for name, values in study.open.items()}
+        self._optimizer = _optimizer(search, study)
+        self._asked: dict[str, Any] = {}
+        known = _earlier(study, identify, rows)
+        for chosen, row in known.values():
+            self._optimizer.add_trial(self._frozen(chosen, row))
+        self._seen = set(known)
+        self.remaining = max(0, (search.num_samples or 0) - len(known))
+
+    def propose(self, number: int) -> SweepTrial | None:
+        """A trial that has no row and is not running; None when none could be found: then the study ends."""
+        for _ in range(TRIES):
+            asked = self._optimizer.ask(self._distributions)
+            values = self._values(asked.params)
+            trial = self._identify(self._study.planned(values), number)
+            if trial.trial_id not in self._seen:
+                self._seen.add(trial.trial_id)
+                self._asked[trial.trial_id] = asked
+                self.remaining -= 1
+                return trial
+            self._optimizer.tell(asked, state=_state("FAIL"))  # known already: ask for another
+        self.remaining = 0
+        return None
+
+    def tell(self, trial: SweepTrial, row: Row | None) -> None:
+        asked, value = self._asked.pop(trial.trial_id), (row or {}).get(self._search.metric)
+        if row is not None and row.get("status") == "finished" and value is not None:
+            self._optimizer.tell(asked, float(value))
+        else:
+            stopped = row is not None and row.get("status") == "stopped"
+            self._optimizer.tell(asked, state=_state("PRUNED" if stopped else "FAIL"))
+
+    def _values(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the open fields; choices are known to the optimizer by their place in the list."""
+        values: dict[str, Any] = {}
+        for name, values_of_field in self._study.open.items():
+            choices = _choices(values_of_field)
+            values[name] = params[name] if choices is None else choices[params[name]]
+        return values
+
+    def _frozen(self, chosen: Mapping[str, Any], row: Row) -> optuna.trial.FrozenTrial:
+        from optuna.trial import create_trial
+
+        params: dict[str, Any] = {}
+        for name, values_of_field in self._study.open.items():
+            choices = _choices(values_of_field)
+            params[name] = chosen[name] if choices is None else choices.index(chosen[name])
+        value = row.get(self._search.metric)
+        finished = row.get("status") == "finished" and value is not None
+        return create_trial(
+            params=params,
+            distributions=self._distributions,
+            value=float(str(value)) if finished else None,
+            state=_state("COMPLETE" if finished else "PRUNED" if row.get("status") == "stopped" else "FAIL"),
+        )
+
+
+def count_left(study: Study, search: SearchConfig, identify: Identify, rows: Mapping[str, Row]) -> int:
+    """How many trials a study will still run."""
+    return max(0, (search.num_samples or 0) - len(_earlier(study, identify, rows)))
+
+
+def _earlier(
+    study: Study, identify: Identify, rows: Mapping[str, Row]
+) -> dict[str, tuple[dict[str, Any], Row]]:
+    """The rows that belong to a study, with the values that it had chosen, by trial_id."""
+    from raysweep.config.trial import Trial
+
+    found: dict[str, tuple[dict[str, Any], Row]] = {}
+    for trial_id, row in rows.items():
+        try:
+            trial = Trial.from_columns(dict(row))
+        except ValueError:
+            continue
+        chosen = study.chosen(trial)
+        if chosen is not None and identify(study.planned(chosen), 0).trial_id == trial_id:
+            found[trial_id] = (chosen, row)
+    return found
+
+
+def _choices(values: tuple[Any, ...] | Sampled) -> tuple[Any, ...] | None:
+    """The listed values of a field; None where it is drawn from an interval."""
+    if not isinstance(values, Sampled):
+        return values
+    return values.values if values.kind == "choice" else None
+
+
+def _distribution(values: tuple[Any, ...] | Sampled) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    choices = _choices(values)
+    if choices is not None:
+        return CategoricalDistribution(range(len(choices)))
+    assert isinstance(values, Sampled)
+    low, high = values.values
+    return FloatDistribution(low, high, log=values.kind == "loguniform")
+
+
+def _optimizer(search: SearchConfig, study: Study) -> optuna.Study:
+    """TPE (arXiv 2304.11127), whose draws depend on the search's seed and the study's cell alone."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    cell = {name: str(value) for name, value in study.fixed.items()}
+    seed = int(
+        fingerprint({"seed": search.seed, "calibration": study.calibration.seed, "cell": cell})[:8], 16
+    )
+    return optuna.create_study(
+        direction="minimize" if search.mode == "min" else "maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+    )
+
+
+def _state(name: str) -> optuna.trial.TrialState:
+    from optuna.trial import TrialState
+
+    return TrialState[name]

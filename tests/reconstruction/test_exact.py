@@ -1,0 +1,187 @@
+"""The exact optimum of a matrix against float64 least squares on the tokens themselves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysweep.errors import NumericalError
+from raysweep.pruning.recipe import MaskRecipe
+from raysweep.reconstruction.exact import MAX_ITERATIONS, Quadratic, masked_least_squares
+from tests.families import make_model
+from tests.reconstruction.ranges import (
+    IDS,
+    mask_of,
+    masks_of,
+    range_of,
+    reconstruct_trial,
+    recover_all,
+)
+from tests.reconstruction.streams import linear_io, through
+
+
+def problem_of(x_NI: torch.Tensor, drift_NO: torch.Tensor | None = None) -> Quadratic:
+    """Of inputs X' and, where targets are not what the dense weight makes of them, the difference Y - X' W^T."""
+    x = x_NI.double()
+    if drift_NO is None:
+        return Quadratic(x.T @ x)
+    drift = drift_NO.double()
+    return Quadratic(x.T @ x, drift.T @ x, float((drift**2).sum()))
+
+
+def least_squares(
+    x: torch.Tensor, target: torch.Tensor, free: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
+    """Row by row over the free columns, by SVD, in float64; the change of smallest norm from the start."""
+    found = start.double().clone()
+    for row in range(free.shape[0]):
+        columns = free[row].nonzero().flatten()
+        if len(columns):
+            rest = target[:, row].double() - x.double() @ found[row]
+            found[row, columns] += torch.linalg.lstsq(x.double()[:, columns], rest, driver="gelsd").solution
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    outputs=st.integers(1, 6),
+    inputs=st.integers(1, 12),
+    rows=st.integers(1, 40),
+    density=st.floats(0, 1),
+    drift=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_loss_is_that_of_float64_least_squares_also_without_full_rank(
+    outputs, inputs, rows, density, drift, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator) * torch.logspace(-1, 1, inputs)
+    free = torch.rand(outputs, inputs, generator=generator) < density
+    start = torch.randn(outputs, inputs, generator=generator)
+    drift_NO = torch.randn(rows, outputs, generator=generator) if drift else None
+    problem = problem_of(x, drift_NO)
+    optimum = masked_least_squares(problem, free, start)
+    target = torch.zeros(rows, outputs) if drift_NO is None else drift_NO
+    exact = least_squares(x, target, free, start)
+    best = float(((x.double() @ exact.T - target.double()) ** 2).sum())
+    found = float(((x.double() @ optimum.change_OI.T - target.double()) ** 2).sum())
+    at_start = float(((x.double() @ start.double().T - target.double()) ** 2).sum())
+    assert optimum.converged
+    assert found == pytest.approx(best, rel=1e-6, abs=1e-9 * at_start)
+    assert problem.error(optimum.change_OI) == pytest.approx(found, rel=1e-6, abs=1e-9 * at_start)
+    assert torch.equal(optimum.change_OI[~free], start.double()[~free])
+
+
+def test_dead_and_duplicated_inputs_leave_weights_where_they_began_or_share_what_is_to_be_done():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator)
+    x[:, 2], x[:, 5] = 0.0, x[:, 4]
+    start = torch.randn(3, 6, generator=generator)
+    start[:, 0] = 2.0
+    free = torch.ones(3, 6, dtype=torch.bool)
+    free[:, 0] = False
+    optimum = masked_least_squares(problem_of(x), free, start)
+    assert torch.equal(optimum.change_OI[:, 2], start.double()[:, 2])
+    moved = optimum.change_OI - start.double()
+    torch.testing.assert_close(moved[:, 4], moved[:, 5])
+    assert optimum.iterations < 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_an_error(value):
+    gram = torch.eye(3, dtype=torch.float64)
+    gram[1, 1] = value
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        masked_least_squares(Quadratic(gram), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3))
+
+
+def test_iterations_are_bounded():
+    assert MAX_ITERATIONS < 10_000
+    hilbert = torch.tensor([[1.0 / (i + j + 1) for j in range(40)] for i in range(40)], dtype=torch.float64)
+    optimum = masked_least_squares(Quadratic(hilbert), torch.ones(1, 40, dtype=torch.bool), torch.ones(1, 40))
+    assert optimum.iterations <= MAX_ITERATIONS
+
+
+EXACT = {"granularity": "matrix", "optimizer": "exact", "learning_rate": None}
+
+
+@pytest.mark.parametrize("trainable", ["all", "weights"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_matrices_are_at_the_optimum_of_the_dense_models_tokens(family, trainable):
+    model = make_model(family)
+    blocks, trial = range_of(model, validation=True), reconstruct_trial(**EXACT, trainable=trainable)
+    results = {result.linears: result for result in recover_all(blocks, "trial", trial)}
+    recipe = MaskRecipe.of(trial)
+    for block in blocks.blocks.values():
+        for name, linear in block.linears.items():
+            x, y = linear_io(model, IDS, name)
+            mask, has_bias = mask_of(blocks, recipe, name), linear.bias_O is not None
+            free, ones = mask, torch.ones(len(x), 1)
+            weight = linear.from_stored(blocks.weights["trial"][f"{name}.weight"])
+            output = x.double() @ weight.double().T
+            if has_bias:
+                x = torch.cat([x, ones], 1)
+                free = torch.cat([mask, torch.full_like(mask[:, :1], trainable == "all")], 1)
+                bias = blocks.weights["trial"].get(f"{name}.bias", linear.bias_O)
+                output = output + bias.double()
+            start = (
+                torch.cat([linear.weight_OI * mask, linear.bias_O[:, None]], 1)
+                if has_bias
+                else linear.weight_OI * mask
+            )
+            best = least_squares(x, y, free, start)
+            expected = float(((x.double() @ best.T - y.double()) ** 2).sum())
+            found = float(((output - y.double()) ** 2).sum())
+            assert found == pytest.approx(expected, rel=1e-5), name
+            assert results[name].error_after == pytest.approx(
+                found / float((y.double() ** 2).sum()), rel=1e-4
+            )
+            assert not bool(weight[~mask].count_nonzero())
+            assert results[name].fallback is None
+    adamw = {
+        r.linears: r for r in recover_all(blocks, "steps", reconstruct_trial(granularity="matrix", epochs=50))
+    }
+    for name, result in results.items():
+        assert result.loss_before == pytest.approx(adamw[name].loss_before, rel=1e-6)
+        if trainable == "all":
+            assert result.loss_after <= adamw[name].loss_after * (1 + 1e-6)
+
+
+def test_the_optimum_starts_at_the_updated_weights_of_sparsegpt_and_is_below_them():
+    blocks, trial = range_of(make_model("llama")), reconstruct_trial(criterion="sparsegpt", **EXACT)
+    results = recover_all(blocks, "trial", trial)
+    assert all(result.loss_after < result.loss_before for result in results)
+    wanda = recover_all(blocks, "wanda", reconstruct_trial(criterion="wanda", **EXACT))
+    assert sum(r.loss_before for r in results) < sum(r.loss_before for r in wanda)
+    for name, mask in masks_of(blocks, trial).items():
+        assert not bool(blocks.weights["trial"][name][~mask].count_nonzero())
+
+
+@pytest.mark.parametrize("target", ["dense", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_on_pruned_inputs_the_optimum_is_that_of_the_inputs_that_arrive(family, target):
+    """Each matrix of the first two blocks, on the inputs behind all that was recovered before it."""
+    model = make_model(family)
+    blocks = range_of(model)
+    trial = reconstruct_trial(**EXACT, input_stream="pruned", target_stream=target)
+    seen = through(blocks, trial, units=2 * len(blocks.blocks[0].linears))
+    for name, stage in seen.items():
+        x = torch.cat([stage.inputs, torch.ones(len(stage.inputs), 1)], 1)
+        mask, linear = stage.mask, stage.linear
+        has_bias = linear.bias_O is not None
+        free = torch.cat([mask, torch.full_like(mask[:, :1], has_bias)], 1)
+        bias = torch.zeros(len(mask)) if linear.bias_O is None else linear.bias_O
+        start = torch.cat([linear.weight_OI * mask, bias[:, None]], 1)
+        _, dense_y = linear_io(model, IDS, name)
+        y = dense_y if target == "dense" else stage.inputs @ linear.weight_OI.T + bias
+        best = least_squares(x, y, free, start)
+        expected = float(((x.double() @ best.T - y.double()) ** 2).sum())
+        found = float(((stage.outputs.double() - y.double()) ** 2).sum())
+        assert found == pytest.approx(expected, rel=1e-4), name
+        power = float((dense_y.double() ** 2).sum())
+        assert stage.result.error_after == pytest.approx(found / power, rel=1e-3)
+        assert math.isfinite(stage.result.loss_before)
