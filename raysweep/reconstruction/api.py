@@ -136,6 +136,12 @@ def reconstruct(
     settings = {"recovery": "reconstruct", "granularity": granularity, "seed": 0}
     settings |= {name: _plain(value) for name, value in mask_fields.items() if value is not None} | fields
     trial = validated(Trial, settings)
+    if trial.statistics_stream == "recovered":
+        raise UsageError(
+            "statistics_stream 'recovered' would make other masks than those that are given",
+            where="statistics_stream",
+            allowed="that of `pruned`",
+        )
     with _blocks_of(model, calibration, keep_halves=granularity == "subblock") as (blocks, ids_ST):
         _check_same_linears(blocks, pruned.masks)
         blocks.begin(TRIAL)

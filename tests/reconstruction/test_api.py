@@ -239,3 +239,39 @@ def test_the_seed_orders_samples_and_draws_random_masks():
     ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("trainable", ["lora", "lora+norms"])
+def test_a_model_recovered_by_lora_gives_the_same_after_it_was_saved_and_loaded(tmp_path, trainable):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model("llama")
+    pruned = raysweep.prune(model, IDS, criterion="sparsegpt", sparsity=0.6)
+    recovered = raysweep.reconstruct(
+        model, pruned, IDS, granularity="block", learning_rate=0.01, trainable=trainable, lora_rank=4
+    )
+    recovered.apply(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    for name, mask_OI in pruned.masks.items():
+        assert torch.equal(loaded.get_parameter(f"{name}.weight") == 0, ~mask_OI)
+
+
+def test_streams_and_statistics_behind_pruned_blocks_are_choices_of_both_calls():
+    model = make_model("llama")
+    masks = {
+        stream: raysweep.prune(model, IDS, criterion="wanda", sparsity=0.5, statistics_stream=stream)
+        for stream in ("dense", "pruned")
+    }
+    assert any(
+        not torch.equal(masks["dense"].masks[name], mask) for name, mask in masks["pruned"].masks.items()
+    )
+    for target in ("dense", "pruned"):
+        recovered = raysweep.reconstruct(
+            model, masks["pruned"], IDS, **RECONSTRUCT, input_stream="pruned", target_stream=target
+        )
+        assert (recovered.units.loss_after < recovered.units.loss_before).mean() > 0.5
+    with pytest.raises(UsageError, match="statistics_stream"):
+        raysweep.reconstruct(model, masks["pruned"], IDS, **RECONSTRUCT, statistics_stream="recovered")
