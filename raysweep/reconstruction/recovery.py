@@ -57,7 +57,7 @@ def prune_unit_on_stream(blocks: BlockRange, name: str, trial: Trial, unit: Unit
     if len(unit.blocks) == 1:
         blocks.prune_on_stream(name, name, MaskRecipe.of(trial), unit.block)
         return
-    ahead = f"{name}/ahead"
+    ahead = f"ahead@{name}"  # whoever releases the trial also releases what ends in its name
     blocks.streams[ahead] = {CALIBRATION: blocks.streams[name][CALIBRATION].clone()}
     for block in unit.blocks:
         blocks.prune_on_stream(name, ahead, MaskRecipe.of(trial), block)

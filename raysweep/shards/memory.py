@@ -140,13 +140,17 @@ def _text_tokens(work: Workload) -> int:
 
 
 def _largest_recovery(blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload) -> int:
-    """Of the most blocks in a row that are trained together, and of the largest matrix that is solved for."""
+    """Of the most blocks in a row that are trained together, and of the largest matrix that is solved for.
+
+    One unit at a time; but where units reach over several shards, every trial in flight may have its part of one open.
+    """
     each = [_recovery_bytes(block, model, size, work) for block in blocks]
     span = min(work.span, len(each))
     trained = max(sum(each[first : first + span]) for first in range(len(each) - span + 1))
     shapes = [shape for block in blocks for shape in block.linears.values()]
     solved = max(8 * (inputs**2 + 6 * outputs * inputs) for outputs, inputs in shapes) * work.exact
-    return max(trained, solved)
+    open_at_once = work.concurrent_trials if work.span > 1 else 1
+    return max(trained * open_at_once, solved)
 
 
 def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workload) -> int:

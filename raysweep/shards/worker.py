@@ -280,7 +280,7 @@ class ShardWorker:
     def release(self, name: str) -> None:
         """Forgets the weights and figures under `name` and under names that end in `@name`, of models that the trial
         evaluated for others. Releasing twice does no harm."""
-        known = {*self.blocks.weights, *self._seconds}
+        known = {*self.blocks.weights, *self.blocks.streams, *self._seconds}
         for each in {name, *(other for other in known if other.endswith(f"@{name}"))}:
             self.blocks.release(each)
             self._parts.pop(each, None)
