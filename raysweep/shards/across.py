@@ -8,7 +8,7 @@ from typing import Any
 from raysweep.config.trial import Trial
 from raysweep.reconstruction.measures import Cost, Errors, TextError, UnitResult
 from raysweep.shards.calls import Calls
-from raysweep.shards.group_info import Ref, UnitSpan
+from raysweep.shards.group_info import Ref, TextInfo, UnitSpan
 from raysweep.shards.streams import kept_texts
 
 STEPS_AHEAD = (
@@ -22,8 +22,8 @@ def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any]
     shards = calls.info.shards_of(unit)
     calls.everywhere("open_part", calls.name, trial, unit.name, shards=shards)
     if trial.target_stream == "pruned":
-        for text in kept_texts(calls):
-            deque(calls.along(calls.info.texts[text], "pass_dense", calls.name, shards=shards), maxlen=0)
+        for _ in calls.along(_kept(calls), "pass_dense", calls.name, shards=shards):
+            pass  # what comes out stays in the last shard
     before = _errors(calls, shards, move_stream=False)
     steps = calls.everywhere("begin_training", calls.name, shards=shards)[0]
     _train(calls, shards, steps, clipped=trial.max_grad_norm is not None)
@@ -35,12 +35,16 @@ def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any]
 
 
 def _errors(calls: Calls, shards: range, move_stream: bool) -> Errors:
-    errors: dict[str, TextError] = {}
-    for text in kept_texts(calls):
-        info = calls.info.texts[text]
-        batches = calls.along(info, "pass_recovered", calls.name, tail=(move_stream,), shards=shards)
-        errors[text] = sum(batches, TextError())
+    errors = {text: TextError() for text in kept_texts(calls)}
+    for text, error in calls.along(
+        _kept(calls), "pass_recovered", calls.name, tail=(move_stream,), shards=shards
+    ):
+        errors[text] += error
     return errors
+
+
+def _kept(calls: Calls) -> list[TextInfo]:
+    return [calls.info.texts[text] for text in kept_texts(calls)]
 
 
 def _train(calls: Calls, shards: range, steps: int, clipped: bool) -> None:

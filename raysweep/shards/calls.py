@@ -71,26 +71,33 @@ class Calls:
         return [results[place] for place in sorted(results)]
 
     def along(
-        self, text: TextInfo, method: str, *lead: Any, tail: tuple[Any, ...] = (), shards: range | None = None
-    ) -> Iterator[Any]:
-        """Passes a text through shards that follow one another; yields what the last one says, batch by batch.
+        self,
+        texts: Iterable[TextInfo],
+        method: str,
+        *lead: Any,
+        tail: tuple[Any, ...] = (),
+        shards: range | None = None,
+    ) -> Iterator[tuple[str, Any]]:
+        """Passes texts through shards that follow one another; yields what the last one says, batch by batch, each with
+        the name of its text.
 
         Each call is `method(*lead, text, start, stop, *tail, hidden)`, with what the shard before gave. Several batches
         are on their way at once, so that every shard works on another one.
         """
         shards = range(self.info.shards) if shards is None else shards
-        ahead: deque[list[Ref]] = deque()
-        for start, stop in text.batches:
-            chain: list[Ref] = [None]
-            for shard in shards:
-                arguments = (*lead, text.name, start, stop, *tail, chain[-1])
-                label = f"{method.replace('_', ' ')} {text.name}[{start}:{stop}]"
-                chain.append(self.submit(shard, method, *arguments, label=label))
-            ahead.append(chain[1:])
-            if len(ahead) > CALLS_AHEAD * len(shards):
-                yield self._taken(ahead.popleft())
+        ahead: deque[tuple[str, list[Ref]]] = deque()
+        for text in texts:
+            for start, stop in text.batches:
+                refs: list[Ref] = [None]
+                for shard in shards:
+                    arguments = (*lead, text.name, start, stop, *tail, refs[-1])
+                    label = f"{method.replace('_', ' ')} {text.name}[{start}:{stop}]"
+                    refs.append(self.submit(shard, method, *arguments, label=label))
+                ahead.append((text.name, refs[1:]))
+                if len(ahead) > CALLS_AHEAD * len(shards):
+                    yield self._taken(*ahead.popleft())
         while ahead:
-            yield self._taken(ahead.popleft())
+            yield self._taken(*ahead.popleft())
 
     def done(self, refs: list[Ref], last: int = 1) -> None:
         """Waits for the `last` of `refs`, which come after all the others. Raises what any of them raised."""
@@ -110,7 +117,7 @@ class Calls:
             self.submit(shard, "release", name)
         self.settle()
 
-    def _taken(self, chain: list[Ref]) -> Any:
-        result = self.result(chain[-1])
-        self._open.difference_update(chain)
-        return result
+    def _taken(self, text: str, refs: list[Ref]) -> tuple[str, Any]:
+        result = self.result(refs[-1])
+        self._open.difference_update(refs)
+        return text, result
