@@ -59,7 +59,7 @@ def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     Raises UsageError for an unknown column.
     """
     column, _ = _sort_column(sort, rows.columns)
-    table = sorted_rows(_with_labels(rows[rows["status"] != "failed"]), sort)
+    table = sorted_rows(_with_labels(rows[rows["status"] == "finished"]), sort)
     labels = [name for name in LABELS if name in table and _varies(table, name)]
     measures = [*MEASURES[:1], *_other_perplexities(table), *MEASURES[1:]]
     shown = [*labels, *measures, *([column] if column else [])]

@@ -51,7 +51,8 @@ class Tally:
             self.failures.append((str(row.get("label")), str(row.get("error") or "its process ended")))
         else:
             self.finished += 1
-            self._note(row)
+            if row.get("status") != "stopped":  # whose metric is that of a model that is partly dense
+                self._note(row)
 
     @property
     def done(self) -> int:

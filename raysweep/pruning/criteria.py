@@ -7,7 +7,7 @@ keeps them equal. SparseGPT is none of them, because it chooses while it updates
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,15 @@ class PrunedLayer:
     fallback: str | None = None
 
     def masked(self, dense_OI: Tensor) -> Tensor:
-        """The weights (O, I) after pruning, in the dtype of the dense ones; removed ones are exactly zero."""
-        return dense_OI * self.mask_OI if self.weight_OI is None else self.weight_OI.to(dense_OI.dtype)
+        """The weights (O, I) after pruning, in the dtype of the dense ones; removed ones are exactly zero.
+
+        In storage of their own: trials train on them, and the layer is shared.
+        """
+        return (
+            dense_OI * self.mask_OI
+            if self.weight_OI is None
+            else self.weight_OI.to(dense_OI.dtype, copy=True)
+        )
 
 
 Score = Callable[[LayerView, MaskRecipe], Tensor]
@@ -68,9 +75,9 @@ SCORES: dict[str, Score] = {
 
 
 def prune_layer(
-    recipe: MaskRecipe, layer: LayerView, functions: dict[str, OwnFunction] | None = None
+    recipe: MaskRecipe, layer: LayerView, own_criteria: Mapping[str, Any] | None = None
 ) -> PrunedLayer:
-    """Prunes one layer on the layer's device. functions: users' criteria, by the text that names them.
+    """Prunes one layer on the layer's device. own_criteria: users' functions, by the text that names them.
 
     Raises NumericalError when a score is not finite or a Gram matrix cannot be factorized, UsageError when the rule
     does not fit the layer, RaysweepError when a user's function fails or returns no scores of the weight's shape.
@@ -83,15 +90,15 @@ def prune_layer(
         )
         weight_OI = weight_OI.to(layer.weight_OI.dtype)
         return PrunedLayer(mask_OI, weight_OI, dead_inputs, factor.dampening, factor.fallback)
-    score_OI = _score(recipe, layer, functions or {})
+    score_OI = _score(recipe, layer, own_criteria or {})
     return PrunedLayer(pruning_mask(score_OI.to(layer.weight_OI.device), rule), dead_inputs=dead_inputs)
 
 
-def _score(recipe: MaskRecipe, layer: LayerView, functions: dict[str, OwnFunction]) -> Tensor:
+def _score(recipe: MaskRecipe, layer: LayerView, own_criteria: Mapping[str, Any]) -> Tensor:
     if function_parts(recipe.criterion) is None:
         return SCORES[recipe.criterion](layer, recipe)
     try:
-        score_OI = functions[recipe.criterion](layer.weight_OI.clone(), layer.statistics)
+        score_OI = own_criteria[recipe.criterion](layer.weight_OI.clone(), layer.statistics)
     except Exception as error:  # the user's own code may raise anything
         raise RaysweepError(f"{recipe.criterion} failed: {type(error).__name__}: {error}") from error
     if not isinstance(score_OI, Tensor) or score_OI.shape != layer.weight_OI.shape:

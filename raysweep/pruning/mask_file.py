@@ -18,13 +18,13 @@ CONTENT += "weights, if any, as <linear>.weight"
 
 
 class MaskFile:
-    """`file:PATH` of a criterion. Tensors are read one by one, when they are asked for."""
+    """A file of masks. Tensors are read one by one, when they are asked for."""
 
-    def __init__(self, criterion: str) -> None:
+    def __init__(self, path: Path) -> None:
         """Raises UsageError when the file is not there or no safetensors file."""
         from safetensors import SafetensorError, safe_open
 
-        self.path = Path(criterion.removeprefix(FILE_PREFIX)).expanduser()
+        self.path = path
         try:
             with safe_open(str(self.path), framework="pt") as tensors:
                 self.names = frozenset(tensors.keys())
@@ -32,6 +32,11 @@ class MaskFile:
             raise UsageError(
                 f"masks {str(self.path)!r} cannot be read: {error}", where="criterion", allowed=CONTENT
             ) from error
+
+    @classmethod
+    def of(cls, criterion: str) -> MaskFile:
+        """The one that `file:PATH` names, by an absolute path, because shards work in other folders."""
+        return cls(Path(criterion.removeprefix(FILE_PREFIX)).expanduser().absolute())
 
     @property
     def content_hash(self) -> str:

@@ -95,12 +95,14 @@ def prune(
     recipe = MaskRecipe.of(trial)
     with _blocks_of(model, calibration, keep_halves=False) as (blocks, ids_ST):
         if function_parts(criterion) is not None:
-            blocks.functions[criterion] = load_function(criterion)
+            blocks.own_criteria[criterion] = load_function(criterion)
         if is_mask_file(criterion):
+            file = MaskFile.of(criterion)
+            blocks.own_criteria[criterion] = file.path
             linears = {
                 name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()
             }
-            MaskFile(criterion).check({name: one.stored_shape for name, one in linears.items()})
+            file.check({name: one.stored_shape for name, one in linears.items()})
         blocks.begin(TRIAL)
         on_stream = recipe.stream == "pruned"
         if on_stream:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class BlockRange:
     batch by batch, under a name of the caller's choice, until it is released.
 
     keep_halves: whether the dense pass keeps what flows between the halves of a block
-    functions: users' own criteria, by the text that names them
+    own_criteria: functions and paths of mask files that users bring along, by the text that names them
     weights, layers: by trial, its weights, and what pruning did to each linear (by full name)
     streams: by name and text, activations (S, T, H) on their way through the blocks with a trial's weights; where they
     have arrived is known to whoever moves them
@@ -74,7 +75,7 @@ class BlockRange:
         self.knowledge = Knowledge(self.device, knowledge_bytes)
         self.texts: dict[str, RangeText] = {}
         self.keep_halves = True
-        self.functions: dict[str, OwnFunction] = {}
+        self.own_criteria: dict[str, OwnFunction | Path] = {}
         self.dense_seconds = 0.0
         self.dense_batches = 0
         self.weights: dict[str, Weights] = {}
@@ -138,7 +139,8 @@ class BlockRange:
         Raises NumericalError when scores are not finite or a Gram matrix cannot be factorized.
         """
         if is_mask_file(recipe.criterion):
-            return self.knowledge.get(("layer", recipe, linear.name), lambda: _layer_of_file(recipe, linear))
+            make_from_file = partial(_layer_of_file, self.own_criteria[recipe.criterion], linear)
+            return self.knowledge.get(("layer", recipe, linear.name), make_from_file)
         if not recipe.prunes(linear.name):
             return None
         if recipe.stream == "pruned":
@@ -191,7 +193,7 @@ class BlockRange:
     ) -> PrunedLayer:
         view = LayerView(linear.name, linear.weight_OI, statistics, factor)
         try:
-            return prune_layer(recipe, view, self.functions)
+            return prune_layer(recipe, view, self.own_criteria)
         except NumericalError as error:
             raise NumericalError(f"{linear.name}: {error}") from error
 
@@ -349,9 +351,9 @@ class BlockRange:
             del self._errors[noted]
 
 
-def _layer_of_file(recipe: MaskRecipe, linear: Linear) -> PrunedLayer | None:
+def _layer_of_file(path: OwnFunction | Path, linear: Linear) -> PrunedLayer | None:
     """Only this linear's tensors are read."""
-    file = MaskFile(recipe.criterion)
+    file = MaskFile(Path(str(path)))
     mask, weight = file.mask(linear.name), file.weight(linear.name)
     if mask is None:
         return None

@@ -143,11 +143,12 @@ class RayGroup:
         for shard in range(self.shards):
             self.submit(shard, 0, "release", trial_id, label=f"{trial_id}: forget")
 
-    def portable(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-        """Sent as code, not as names of modules that other nodes may not have."""
-        for module in filter(None, map(inspect.getmodule, functions.values())):
-            ray.cloudpickle.register_pickle_by_value(module)
-        return dict(functions)
+    def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:
+        """Functions are sent as code, not as names of modules that other nodes may not have."""
+        for module in map(inspect.getmodule, filter(callable, own_criteria.values())):
+            if module is not None:
+                ray.cloudpickle.register_pickle_by_value(module)
+        return dict(own_criteria)
 
     def close(self) -> None:
         """Ends the actors. Closing twice does no harm."""

@@ -62,8 +62,8 @@ class LocalGroup:
         for shard in range(self.shards):
             self.submit(shard, 0, "release", trial_id)
 
-    def portable(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-        return dict(functions)
+    def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(own_criteria)
 
     def close(self) -> None:
         self.workers.clear()

@@ -103,11 +103,17 @@ def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Wor
         trials=2 * work.concurrent_trials * parameters * size,
         recovery=_largest_recovery(blocks, model, size, work) if work.recovery else 0,
         evaluation=_evaluation_bytes(model, size, work, last=stop == len(model.blocks)),
-        masks=(work.masks + size * work.updated)
-        * sum(_prunable(block) for block in blocks),  # one byte a weight
+        masks=_mask_bytes(blocks, size, work),
         inputs=0,
         streams=work.streams * work.concurrent_trials * 2 * _text_tokens(work) * model.hidden * size,
     ).keeping(0, input_bytes(blocks, size, work))
+
+
+def _mask_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
+    """A byte a weight for every mask, updated weights, and for these one block's factors of its Gram matrices."""
+    weights = sum(_prunable(block) for block in blocks)
+    factors = max(_gram_bytes(block) for block in blocks) if work.updated else 0
+    return (work.masks + size * work.updated) * weights + factors
 
 
 def input_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,8 +32,8 @@ class OwnedGroup(ShardGroup, Protocol):
         """Cleans up after a trial whose process is gone: its claims and its weights."""
         ...
 
-    def portable(self, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-        """Functions as they reach the shards, also where their modules cannot be imported."""
+    def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:
+        """Functions and paths as they reach the shards, also where modules cannot be imported."""
         ...
 
     def close(self) -> None: ...
@@ -63,17 +63,17 @@ def set_up(
     texts: Mapping[str, Ids],
     granularities: Sequence[str],
     model: ModelShape,
-    functions: Mapping[str, Callable[..., Any]] | None = None,
+    own_criteria: Mapping[str, Any] | None = None,
 ) -> GroupInfo:
     """Passes the kept texts through the dense model and tells the group what its trials need to know.
 
     texts: token ids (samples, tokens) by name: calibration, perhaps validation, and those of evaluation
-    functions: users' own criteria, by the text that names them
+    own_criteria: functions and paths of mask files that users bring along, by the text that names them
     May be called again with another calibration set; weights are not read again.
     """
     keep_halves = "subblock" in granularities
     _all(group, "forget_texts", keep_halves)
-    _all(group, "set_functions", group.portable(functions or {}))
+    _all(group, "set_own_criteria", group.portable(own_criteria or {}))
     group.forget_shared()
     infos = {name: _set_text(group, name, ids_ST) for name, ids_ST in texts.items()}
     for name in (CALIBRATION, VALIDATION):

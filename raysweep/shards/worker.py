@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,9 @@ class ShardWorker:
             },
         }
 
-    def set_functions(self, functions: dict[str, OwnFunction]) -> None:
-        """Users' own criteria, by the text that names them."""
-        self.blocks.functions = functions
+    def set_own_criteria(self, own_criteria: dict[str, OwnFunction | Path]) -> None:
+        """Functions and paths of mask files that users bring along, by the text that names them."""
+        self.blocks.own_criteria = own_criteria
 
     def set_text(self, name: str, ids_ST: np.ndarray[Any, Any] | None) -> None:
         """Token ids of a text; None where only its activations pass by."""

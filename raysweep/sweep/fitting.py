@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from raysweep.config.criterion import function_parts, is_mask_file
 from raysweep.config.names import matches
@@ -29,15 +30,23 @@ def check_trial(trial: Trial, model: ModelShape) -> None:
 
 @dataclass(frozen=True)
 class OwnCriterion:
-    """A criterion that a user brings along: a file of masks, or a function. content_hash: what stands for it."""
+    """A criterion that a user brings along. content_hash: what stands for it in identities
+
+    source: a function, or a file of masks
+    """
 
     content_hash: str
-    file: MaskFile | None = None
-    function: OwnFunction | None = None
+    source: OwnFunction | MaskFile
+
+    @property
+    def for_shards(self) -> OwnFunction | Path:
+        """What shards need of it: the function, or where the file is."""
+        return self.source.path if isinstance(self.source, MaskFile) else self.source
 
     def check(self, model: ModelShape) -> None:
-        if self.file is not None:
-            self.file.check(model.stored_shapes)
+        """Refuses a file that does not fit the model."""
+        if isinstance(self.source, MaskFile):
+            self.source.check(model.stored_shapes)
 
 
 def own_criteria(trials: Iterable[Trial]) -> dict[str, OwnCriterion]:
@@ -46,10 +55,10 @@ def own_criteria(trials: Iterable[Trial]) -> dict[str, OwnCriterion]:
     found: dict[str, OwnCriterion] = {}
     for text in named:
         if is_mask_file(text):
-            file = MaskFile(text)
-            found[text] = OwnCriterion(f"file:{file.content_hash}", file=file)
+            file = MaskFile.of(text)
+            found[text] = OwnCriterion(f"file:{file.content_hash}", file)
         elif function_parts(text) is not None:
-            found[text] = OwnCriterion(f"function:{function_hash(text)}", function=load_function(text))
+            found[text] = OwnCriterion(f"function:{function_hash(text)}", load_function(text))
     return found
 
 

@@ -222,7 +222,7 @@ def _run_model(
         for phase in phases:
             recorder.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
             texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
-            info = set_up(group, plan.ranges, texts, granularities, model.shape, model.functions)
+            info = set_up(group, plan.ranges, texts, granularities, model.shape, model.own_criteria)
             for key, value in _known_results(prepared, model, phase, info).items():
                 group.share(key, "earlier launch", lambda value=value: value)
             columns = _phase_columns(prepared.space, model, phase, plan, info, runner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from raysweep.config.expansion import PlannedTrial
@@ -48,7 +49,7 @@ class PreparedModel:
     """One model of the sweep with its texts and trials, phase by phase. The first phase also holds the dense trial.
 
     identify: gives a trial of this model its identities, and the number that it is handed
-    functions: users' own criteria, by the text that names them
+    own_criteria: functions and paths of mask files that users bring along, by the text that names them
     """
 
     config: ModelConfig
@@ -60,7 +61,7 @@ class PreparedModel:
     evaluation: dict[str, TokenSet]
     phases: tuple[Phase, ...]
     identify: Callable[[PlannedTrial, int], SweepTrial]
-    functions: dict[str, OwnFunction] = field(default_factory=dict)
+    own_criteria: dict[str, OwnFunction | Path] = field(default_factory=dict)
 
     @property
     def trials(self) -> list[SweepTrial]:
@@ -142,7 +143,7 @@ class _Preparation:
             evaluation,
             _phases(trials, studies, calibrations),
             identified,
-            {name: own.function for name, own in criteria.items() if own.function is not None},
+            {name: own.for_shards for name, own in criteria.items()},
         )
 
     def _calibration(self, config: CalibrationConfig) -> TokenSet:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raysweep.config.expansion import PlannedTrial, Sampled
 from raysweep.config.sections import SearchConfig
 from raysweep.config.studies import Study
+from raysweep.errors import UsageError
 from raysweep.fingerprint import fingerprint
 from raysweep.sweep.identified import SweepTrial
 
@@ -145,7 +146,7 @@ def _earlier(
     for trial_id, row in rows.items():
         try:
             trial = Trial.from_columns(dict(row))
-        except ValueError:
+        except (UsageError, ValueError):  # of another version, perhaps
             continue
         chosen = study.chosen(trial)
         if chosen is not None and identify(study.planned(chosen), 0).trial_id == trial_id:

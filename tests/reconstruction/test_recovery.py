@@ -379,10 +379,11 @@ def test_a_norm_that_both_halves_read_is_trained_with_the_block_only(family):
 @pytest.mark.parametrize(
     ("family", "granularity"), [("llama", "matrix"), ("phi", "subblock"), ("opt", "block")]
 )
-def test_trials_do_not_depend_on_those_before_them(family, granularity):
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_trials_do_not_depend_on_those_before_them(family, granularity, criterion):
     """What trials share, whichever made it, is what each would have made alone."""
-    first = reconstruct_trial(granularity=granularity, learning_rate=0.03)
-    second = reconstruct_trial(granularity=granularity, learning_rate=0.01)
+    first = reconstruct_trial(granularity=granularity, learning_rate=0.03, criterion=criterion)
+    second = reconstruct_trial(granularity=granularity, learning_rate=0.01, criterion=criterion)
     together = range_of(make_model(family))
     recover_all(together, "first", first)
     results = recover_all(together, "second", second)

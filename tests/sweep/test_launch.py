@@ -100,7 +100,7 @@ def test_dense_pass_statistics_and_masks_are_made_once_for_all_trials(
     monkeypatch.setattr(
         block_range,
         "prune_layer",
-        lambda recipe, view, functions: made.append(view.name) or prune_layer(recipe, view, functions),
+        lambda recipe, view, own: made.append(view.name) or prune_layer(recipe, view, own),
     )
     launched(make_space(execution={"shards": 2}), tmp_path)
     batches = 2  # one of calibration and one of validation

@@ -29,6 +29,13 @@ STUDY: list[dict[str, Any]] = [
     {"recovery": "none", "criterion": ["wanda", "sparsegpt"], "pattern": "2:4"},
     {
         "recovery": "reconstruct",
+        "criterion": "sparsegpt",
+        "sparsity": 0.5,
+        "granularity": ["block", "model"],
+        "learning_rate": [0.01, 0.02],
+    },
+    {
+        "recovery": "reconstruct",
         "criterion": "wanda",
         "sparsity": 0.5,
         "granularity": ["window:2", "window:3", "model"],
@@ -112,7 +119,9 @@ def study_space(tiny_llama: Path, tiny_text: Path, shards: int, sweep: Any = Non
 def test_every_trial_of_the_study_finishes(study_folder):
     rows = load_results(study_folder(1))
     assert (rows.status == "finished").all(), rows.error.dropna().tolist()
-    assert len(rows) == 1 + 5 + 2 + 6 + 12 + 2 + 8 + 2  # random reads no statistics: one row for both streams
+    assert (
+        len(rows) == 1 + 5 + 2 + 4 + 6 + 12 + 2 + 8 + 2
+    )  # random reads no statistics: one row for both streams
     assert rows.pruned_perplexity[rows.recovery != "dense"].notna().all()
     assert rows.output_error_validation.notna().all()
     recovered = rows[rows.recovery == "reconstruct"]
