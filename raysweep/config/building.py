@@ -10,6 +10,7 @@ from raysweep.config.document import Document, KeyPath
 from raysweep.config.expansion import (
     MAX_TRIALS,
     Axes,
+    Sampled,
     count_group_points,
     count_points,
     group_points,
@@ -65,6 +66,7 @@ def build_space(document: Document) -> SearchSpace:
         execution=_section(ExecutionConfig, document, root, "execution"),
     )
     _check_metric(space, document)
+    _check_cells(space, document)
     _check_size(space, document)
     _check_combinations(space, document)
     return space
@@ -150,8 +152,23 @@ def _check_metric(space: SearchSpace, document: Document) -> None:
         )
 
 
+def _check_cells(space: SearchSpace, document: Document) -> None:
+    """What is drawn cannot tell cells apart: a study would compare what may not be, a bracket would hold one trial."""
+    if space.search.algorithm != "optuna" and space.search.scheduler == "none":
+        return
+    for index, group in enumerate(space.groups):
+        for name, values in group.items():
+            if isinstance(values, Sampled) and name in space.search.compare_within:
+                raise UsageError(
+                    f"{name} is drawn, and trials are compared only where it is equal (search.compare_within)",
+                    where=document.where(("sweep", index, name)),
+                    allowed="a value or a list",
+                    remedy=f"or take {name} out of search.compare_within",
+                )
+
+
 def _check_size(space: SearchSpace, document: Document) -> None:
-    draws = space.search.num_samples or 1
+    draws = (space.search.num_samples or 1) if space.search.algorithm == "random" else 1
     per_set = sum(count_group_points(group, draws) for group in space.groups)
     total = count_points(space.model_axes) * (1 + count_points(space.calibration_axes) * per_set)
     if total > MAX_TRIALS:

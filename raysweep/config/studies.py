@@ -41,7 +41,7 @@ class Study:
 
     def chosen(self, trial: Trial) -> dict[str, Any] | None:
         """The values of the open fields that give this trial; None where it is not one of the study's."""
-        values = {name: getattr(trial, name) for name in self.open}
+        values = {name: _or_first(values, getattr(trial, name)) for name, values in self.open.items()}
         if not all(_holds(self.open[name], value) for name, value in values.items()):
             return None
         try:
@@ -82,6 +82,11 @@ def open_fields(group: Group, compare_within: tuple[str, ...]) -> dict[str, Open
         for name, values in group.items()
         if isinstance(values, Sampled) or (len(values) > 1 and name not in compare_within)
     }
+
+
+def _or_first(values: Open, value: Any) -> Any:
+    """A field that does not matter to a trial is null there, whatever was chosen: its first value stands for all."""
+    return _ends(values)[0] if value is None else value
 
 
 def _holds(values: Open, value: Any) -> bool:

@@ -128,7 +128,7 @@ def _names(value: object) -> object:
 
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 NamePattern = Annotated[str, AfterValidator(check_name_pattern)]
-SparsityByName = tuple[tuple[NamePattern, Fraction], ...]
+SparsityByName = Annotated[tuple[tuple[NamePattern, Fraction], ...], Field(min_length=1)]
 Names = Annotated[tuple[NamePattern, ...], BeforeValidator(_names), Field(min_length=1)]
 
 

@@ -47,9 +47,12 @@ class MaskFile:
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuses a file that does not fit. shapes: by linear, of its weight as the model stores it. UsageError."""
         linears = {name for name in self.names if name not in {f"{known}{WEIGHT_SUFFIX}" for known in shapes}}
-        unknown = sorted(linears - shapes.keys())
+        weights = {name.removesuffix(WEIGHT_SUFFIX) for name in self.names - linears}
+        unknown = sorted(linears - shapes.keys() or weights - linears)
         if unknown or not linears:
-            what = f"holds {unknown[0]!r}, which is no linear of the model" if unknown else "holds no mask"
+            what = "holds no mask"
+            if linears:
+                what = f"holds {unknown[0]!r}, which is no linear of the model, or a weight without its mask"
             raise UsageError(f"masks {str(self.path)!r}: it {what}", where="criterion", allowed=CONTENT)
         for name in sorted(linears):
             for tensor in (self.mask(name), self.weight(name)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import NumericalError
-from raysweep.pruning.masks import MaskRule, keep_all_but_lowest, keep_n_of_m
+from raysweep.pruning.masks import MaskRule, check_n_of_m, keep_all_but_lowest, keep_n_of_m
 from raysweep.pruning.statistics import InputStatistics
 from raysweep.pruning.threads import one_thread
 
@@ -82,6 +82,8 @@ def sparsegpt(
 
     Raises NumericalError when a score is not finite, UsageError when N:M does not divide the inputs.
     """
+    if rule.n_of_m is not None:
+        check_n_of_m(weight_OI.shape[1], *rule.n_of_m)
     upper_II, updated_OI = factor.upper_II.double(), weight_OI.double().clone()
     mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     for start in range(0, weight_OI.shape[1], column_block):

@@ -116,6 +116,11 @@ def prune(
                 blocks.prune(TRIAL, recipe, block)
             rows += blocks.linear_rows(TRIAL, block)
         masks = {name: layer.mask_OI for name, layer in blocks.layers[TRIAL].items()}
+        if not masks:
+            names = ", ".join(next(iter(blocks.blocks.values())).linears)
+            raise UsageError(
+                "no linear of the model is pruned", where="targets", allowed=f"such as {linears}"
+            )
         return Pruned(masks, blocks.weights[TRIAL], pd.DataFrame(rows), trial)
 
 

@@ -47,8 +47,17 @@ class UnitPart:
 
     @torch.no_grad()
     def pass_recovered(self, text: str, rows: slice, hidden_BTH: Tensor | None) -> Tensor:
-        """A batch through the blocks with the trial's weights."""
-        input_BTH = self._input(text, rows, hidden_BTH)
+        """A batch of the unit's inputs through the blocks with the trial's weights."""
+        return self._with_trials_weights(self._input(text, rows, hidden_BTH))
+
+    @torch.no_grad()
+    def pass_stream(self, text: str, rows: slice, hidden_BTH: Tensor | None) -> Tensor:
+        """A batch of the trial's stream through the blocks with the trial's weights."""
+        if hidden_BTH is None:
+            hidden_BTH = fetch(self.blocks.streams[self.name][text], rows, self.blocks.device)
+        return self._with_trials_weights(hidden_BTH.to(self.blocks.device))
+
+    def _with_trials_weights(self, input_BTH: Tensor) -> Tensor:
         with self.blocks.using_all(self.name, self.unit.blocks):
             return self.objective.run(input_BTH)
 

@@ -63,7 +63,7 @@ class Solver:
     def error(self, text: str) -> TextError:
         """Of the trial's weights over a text, from its Gram matrices."""
         total = self.problem(text).error(self._change())
-        power = self.blocks.output_power(text, self.block, self.linear)
+        power = self._power(text)
         rows = self.blocks.statistics(text, self.linear, self.block).rows
         return TextError((total,), (power,), (total,), rows * self.linear.weight_OI.shape[0])
 
@@ -72,6 +72,15 @@ class Solver:
         if text not in self._problems:
             self._problems[text] = self._dense_problem(text) if self._is_dense else self._stream_problem(text)
         return self._problems[text]
+
+    def _power(self, text: str) -> float:
+        """Of what the matrix should give: dense outputs, or with local targets those for the inputs that arrive."""
+        if self.trial.target_stream == "dense":
+            return self.blocks.output_power(text, self.block, self.linear)
+        weight_OI = self.linear.weight_OI.double()
+        if self._has_bias:
+            weight_OI = torch.cat([weight_OI, self._dense_bias().double()[:, None]], 1)
+        return float(((weight_OI @ self.problem(text).gram_II) * weight_OI).sum())
 
     @property
     def _is_dense(self) -> bool:

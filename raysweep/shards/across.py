@@ -24,21 +24,22 @@ def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any]
     if trial.target_stream == "pruned":
         for _ in calls.along(_kept(calls), "pass_dense", calls.name, shards=shards):
             pass  # what comes out stays in the last shard
-    before = _errors(calls, shards, move_stream=False)
+    before = _errors(calls, shards)
     steps = calls.everywhere("begin_training", calls.name, shards=shards)[0]
     _train(calls, shards, steps, clipped=trial.max_grad_norm is not None)
     costs: list[Cost] = calls.everywhere("end_training", calls.name, shards=shards)
-    after = _errors(calls, shards, move_stream=trial.is_sequential)
+    after = _errors(calls, shards)
+    if trial.is_sequential:
+        for _ in calls.along(_kept(calls), "pass_stream", calls.name, shards=shards):
+            pass  # it waits in the last shard
     seconds = calls.everywhere("close_part", calls.name, shards=shards)
     row = UnitResult.of(unit.name, unit.start, before, after, costs).as_dict()
     return row | {"seconds": sum(seconds), "peak_device_bytes": None}
 
 
-def _errors(calls: Calls, shards: range, move_stream: bool) -> Errors:
+def _errors(calls: Calls, shards: range) -> Errors:
     errors = {text: TextError() for text in kept_texts(calls)}
-    for text, error in calls.along(
-        _kept(calls), "pass_recovered", calls.name, tail=(move_stream,), shards=shards
-    ):
+    for text, error in calls.along(_kept(calls), "pass_recovered", calls.name, shards=shards):
         errors[text] += error
     return errors
 

@@ -151,6 +151,7 @@ class _Run:
             raise pruned
         columns = self._quality_columns(pruned.quality) | self._compared(pruned)
         columns |= self._cost_columns([*masks, *(pruned.finished if own else _as_shared(pruned.finished))])
+        columns["fallbacks"] = _fallbacks(pruned.linear_rows)
         return Outcome(columns, self._placed([*pruned.linear_rows, *_block_rows(pruned.quality)]))
 
     def reconstructed(
@@ -172,6 +173,7 @@ class _Run:
         units = recovery.rows
         columns = self._quality_columns(quality) | self._compared(pruned)
         columns |= _unit_columns(units) | self._cost_columns([*masks, *finished], units, trial)
+        columns["fallbacks"] = _fallbacks([*linear_rows, *units])
         return Outcome(columns, self._placed([*map(_unit_row, units), *linear_rows, *_block_rows(quality)]))
 
     # Their parts
@@ -379,6 +381,10 @@ def _perplexity(losses: list[float], text: TextInfo) -> float:
             f"the mean next-token loss on {text.name} is {mean}: the model gives no probabilities"
         )
     return math.exp(mean)
+
+
+def _fallbacks(rows: Iterable[Mapping[str, Any]]) -> int:
+    return sum(row.get("fallback") is not None for row in rows)
 
 
 def _unit_columns(units: list[dict[str, Any]]) -> dict[str, Any]:

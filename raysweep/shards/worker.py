@@ -182,22 +182,25 @@ class ShardWorker:
             output_BTH = part.pass_dense(text, slice(start, stop), self._received(hidden))
             return None if part.unit.is_last else to_wire(output_BTH)
 
-    def pass_recovered(
-        self, name: str, text: str, start: int, stop: int, move_stream: bool, hidden: Any
-    ) -> Any:
-        """Passes a batch through the part with the trial's weights; the last one returns the batch's TextError.
-
-        move_stream: then what comes out is the trial's stream behind the unit
-        """
+    def pass_recovered(self, name: str, text: str, start: int, stop: int, hidden: Any) -> Any:
+        """Passes a batch of the unit's inputs through the part with the trial's weights; the last one returns the
+        batch's TextError."""
         with self._timed(name, "recovery"):
             part, rows = self._parts[name], slice(start, stop)
             output_BTH = part.pass_recovered(text, rows, self._received(hidden))
+            return part.error(text, rows, output_BTH) if part.unit.is_last else to_wire(output_BTH)
+
+    def pass_stream(self, name: str, text: str, start: int, stop: int, hidden: Any) -> Any:
+        """Passes a batch of the trial's stream, which is no input of the unit where these are dense, through the part
+        with the trial's weights; what comes out of the last one is the stream behind the unit."""
+        with self._timed(name, "recovery"):
+            part, rows = self._parts[name], slice(start, stop)
+            output_BTH = part.pass_stream(text, rows, self._received(hidden))
             if not part.unit.is_last:
                 return to_wire(output_BTH)
-            if move_stream:
-                samples = self.blocks.texts[text].activations.samples
-                self.blocks.enter_stream(name, text, samples, rows, output_BTH)
-            return part.error(text, rows, output_BTH)
+            samples = self.blocks.texts[text].activations.samples
+            self.blocks.enter_stream(name, text, samples, rows, output_BTH)
+            return None
 
     def begin_training(self, name: str) -> int:
         """Returns the number of steps."""
@@ -261,9 +264,7 @@ class ShardWorker:
             if not self.shard.is_last:
                 return to_wire(hidden_BTH)
             return (
-                None
-                if text == KEPT_TEXTS[0]
-                else window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+                None if text == CALIBRATION else window_losses(self.shard, hidden_BTH, self._ids[text][rows])
             )
 
     def finish(self, name: str) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Proposals:
         if search.scheduler != "none":  # a ladder in its own order would always promote the next rung of it
             random.Random(search.seed).shuffle(self._listed)
         self._listed.reverse()
-        self._running = [RunningStudy(study, search, identify, rows) for study in studies]
+        seen = {trial.trial_id for trial in self._listed} | set(rows)
+        self._running = [RunningStudy(study, search, identify, rows, seen) for study in studies]
         self._number = first_number
         self._of: dict[str, RunningStudy] = {}
         self.total = len(self._listed) + sum(study.remaining for study in self._running)
@@ -68,10 +69,18 @@ class Proposals:
 
 
 class RunningStudy:
-    """A study with its optimizer, which has heard of all earlier rows that belong to it."""
+    """A study with its optimizer, which has heard of all earlier rows that belong to it.
+
+    seen: identities of trials that have rows or are to run, shared by all studies, so that none runs twice
+    """
 
     def __init__(
-        self, study: Study, search: SearchConfig, identify: Identify, rows: Mapping[str, Row]
+        self,
+        study: Study,
+        search: SearchConfig,
+        identify: Identify,
+        rows: Mapping[str, Row],
+        seen: set[str],
     ) -> None:
         self._study, self._search, self._identify = study, search, identify
         self._distributions = {name: _distribution(values) for name, values in study.open.items()}
@@ -80,7 +89,7 @@ class RunningStudy:
         known = _earlier(study, identify, rows)
         for chosen, row in known.values():
             self._optimizer.add_trial(self._frozen(chosen, row))
-        self._seen = set(known)
+        self._seen = seen
         self.remaining = max(0, (search.num_samples or 0) - len(known))
 
     def propose(self, number: int) -> SweepTrial | None:

@@ -182,6 +182,6 @@ def test_on_pruned_inputs_the_optimum_is_that_of_the_inputs_that_arrive(family, 
         expected = float(((x.double() @ best.T - y.double()) ** 2).sum())
         found = float(((stage.outputs.double() - y.double()) ** 2).sum())
         assert found == pytest.approx(expected, rel=1e-4), name
-        power = float((dense_y.double() ** 2).sum())
+        power = float((y.double() ** 2).sum())
         assert stage.result.error_after == pytest.approx(found / power, rel=1e-3)
         assert math.isfinite(stage.result.loss_before)

@@ -12,6 +12,7 @@ from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
 from raysweep.results.reader import load_results
 from raysweep.sweep.launch import launch, prepare_launch
+from raysweep.sweep.progress import Silent
 
 OPTUNA = {"algorithm": "optuna", "num_samples": 4}
 DRAWN = [
@@ -59,6 +60,33 @@ def test_a_study_of_lists_ends_when_it_has_run_out_of_them(make_space, tmp_path)
     )
     assert len(rows) == 1 + 4
     assert not chosen(rows)[["criterion", "learning_rate"]].duplicated().any()
+
+
+def test_a_field_that_does_not_matter_to_a_trial_does_not_hide_its_row(make_space, tmp_path):
+    """The learning rate of an exact trial is null, whatever was drawn."""
+    group = DRAWN[1] | {"granularity": "matrix", "optimizer": ["adamw", "exact"], "sparsity": 0.5}
+    space = make_space(sweep=[group], search=OPTUNA | {"num_samples": 5})
+    first = launch(space, storage=tmp_path, in_process=True)
+    assert "exact" in set(first.optimizer)
+    again = launch(space, storage=tmp_path, in_process=True)
+    assert list(again.started_at) == list(first.started_at)
+
+
+def test_a_listed_trial_is_not_chosen_again(make_space, tmp_path):
+    listed = DRAWN[1] | {"criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
+    groups = [listed, listed | {"learning_rate": [0.01, 0.02]}]
+    heard: list[str] = []
+    progress = Silent()
+    progress.row = lambda row: heard.append(row["trial_id"])
+    launch(make_space(sweep=groups, search=OPTUNA), storage=tmp_path, in_process=True, progress=progress)
+    assert len(heard) == len(set(heard)) == 3
+
+
+@pytest.mark.parametrize("search", [OPTUNA, {"algorithm": "random", "num_samples": 2, "scheduler": "asha"}])
+def test_what_is_drawn_makes_no_cells(make_space, search):
+    group = DRAWN[1] | {"sparsity": {"uniform": [0.3, 0.7]}}
+    with pytest.raises(UsageError, match=r"sparsity is drawn.*compare_within"):
+        make_space(sweep=[group], search=search)
 
 
 def test_the_optimizer_hears_of_the_rows(make_space, tmp_path):

@@ -144,6 +144,38 @@ def test_the_number_of_shards_changes_no_number_of_the_study(study_folder, shard
     assert_same_numbers(study_folder(1), study_folder(shards))
 
 
+@pytest.fixture(scope="module")
+def six_blocks(tiny_llama, tmp_path_factory) -> Path:
+    """The tiny Llama with six blocks, of which the third and fourth lie in two of two shards."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("six_blocks")
+    config = AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=6)
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
+def test_a_window_over_two_shards_in_the_middle_hands_on_the_right_stream(six_blocks, tiny_text, tmp_path):
+    group = {
+        "recovery": "reconstruct",
+        "criterion": "wanda",
+        "sparsity": 0.5,
+        "granularity": "window:2",
+        "statistics_stream": "recovered",
+        "input_stream": ["dense", "pruned"],
+        "learning_rate": 0.01,
+    }
+    for shards in (1, 2):
+        launch(
+            study_space(six_blocks, tiny_text, shards, [group]),
+            storage=tmp_path / str(shards),
+            in_process=True,
+        )
+    assert_same_numbers(tmp_path / "1" / "study", tmp_path / "2" / "study")
+
+
 def test_units_of_the_study(study_folder):
     rows, units = load_results(study_folder(3)), load_units(study_folder(3))
     trial = rows[(rows.granularity == "window:3") & (rows.input_stream == "dense")].iloc[0]
@@ -208,7 +240,6 @@ def test_a_function_of_the_users_own_is_a_criterion_and_its_source_an_identity(
     assert rows.perplexity["own_criteria:wanda"] == rows.perplexity["wanda"]
     assert rows.trial_id["own_criteria:wanda"] != rows.trial_id["wanda"]
     own_module.write_text(OWN.replace("weight.abs()", "-weight.abs()"))
-    sys.modules.pop("own_criteria")
     changed = launch(space, storage=own_module.parent, in_process=True)
     assert len(changed) == 4
     assert changed[changed.criterion == "own_criteria:wanda"].perplexity.nunique() == 2
@@ -264,6 +295,13 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(
         ({"model.layers.0.mlp.up_proj": torch.ones(3, 3)}, "has shape"),
         ({"model.layers.0.mlp.up_proj": torch.full((48, 32), 2)}, "other numbers than 0 and 1"),
         ({"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}, "holds no mask"),
+        (
+            {
+                "model.layers.0.mlp.up_proj": torch.ones(48, 32),
+                "model.layers.1.mlp.up_proj.weight": torch.ones(48, 32),
+            },
+            "a weight without its mask",
+        ),
     ],
 )
 def test_a_file_of_masks_that_does_not_fit_is_refused(tiny_llama, tiny_text, tmp_path, tensors, said):
