@@ -118,9 +118,7 @@ def prune(
         masks = {name: layer.mask_OI for name, layer in blocks.layers[TRIAL].items()}
         if not masks:
             names = ", ".join(next(iter(blocks.blocks.values())).linears)
-            raise UsageError(
-                "no linear of the model is pruned", where="targets", allowed=f"such as {linears}"
-            )
+            raise UsageError("no linear of the model is pruned", where="targets", allowed=f"such as {names}")
         return Pruned(masks, blocks.weights[TRIAL], pd.DataFrame(rows), trial)
 
 

@@ -275,3 +275,9 @@ def test_streams_and_statistics_behind_pruned_blocks_are_choices_of_both_calls()
         assert (recovered.units.loss_after < recovered.units.loss_before).mean() > 0.5
     with pytest.raises(UsageError, match="statistics_stream"):
         raysweep.reconstruct(model, masks["pruned"], IDS, **RECONSTRUCT, statistics_stream="recovered")
+
+
+def test_targets_that_name_no_linear_are_refused():
+    with pytest.raises(UsageError, match="no linear of the model is pruned") as caught:
+        raysweep.prune(make_model("llama"), IDS, criterion="wanda", sparsity=0.5, targets=["up_prj"])
+    assert "up_proj" in str(caught.value.allowed)
