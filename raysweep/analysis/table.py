@@ -9,7 +9,15 @@ from typing import Any
 import pandas as pd
 
 from raysweep.config.sections import CALIBRATION_COLUMNS
-from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, UNSTRUCTURED, Trial
+from raysweep.config.trial import (
+    LORA,
+    MASK_FIELDS,
+    RECOVERY_FIELDS,
+    STEP_FIELDS,
+    UNSTRUCTURED,
+    Trial,
+    window_length,
+)
 from raysweep.errors import UsageError, nearest_name
 from raysweep.results.schema import PERPLEXITY_PREFIX
 
@@ -45,6 +53,7 @@ MEASURES = (
 )
 RECOVERIES = ("dense", "none", "reconstruct")
 GRANULARITIES = ("matrix", "subblock", "block")
+MOST_BLOCKS = 10_000  # more than a window may have
 _ORDERS = {"recovery": RECOVERIES, "granularity": GRANULARITIES}  # others follow, by name
 
 
@@ -176,8 +185,17 @@ def _varies(table: pd.DataFrame, name: str) -> bool:
     if name == "sparsity" and _values(table, "pattern") and UNSTRUCTURED not in _values(table, "pattern"):
         return False  # N:M says it
     if name in RECOVERY_FIELDS:
-        return table.loc[table["recovery"].eq("reconstruct"), name].nunique(dropna=False) > 1
+        return bool(table.loc[_applies(table, name), name].nunique(dropna=False) > 1)
     return len(_values(table, name)) > 1
+
+
+def _applies(table: pd.DataFrame, name: str) -> pd.Series:
+    """The rows to which a field of recovery applies, so that a null among them is a value."""
+    if name in STEP_FIELDS:
+        return table["learning_rate"].notna()
+    if name in ("lora_rank", "lora_alpha"):
+        return table["trainable"].isin(LORA)
+    return table["recovery"].eq("reconstruct")
 
 
 def _follows_calibration_seed(table: pd.DataFrame) -> bool:
@@ -210,6 +228,8 @@ def _sort_key(name: str, value: Any) -> tuple[int, float, str]:
     order = _ORDERS.get(name, ())
     if value in order:
         return (1, float(order.index(value)), "")
+    if name == "granularity":  # windows by their length, then the model
+        return (2, float(window_length(str(value)) or MOST_BLOCKS), "")
     if name == "pattern":
         return (1, float(value != UNSTRUCTURED), str(value))
     return (2, float(value), "") if isinstance(value, int | float) else (2, 0.0, str(value))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raysweep.cli.numbers import MIB, decimals_for, fixed
+from raysweep.cli.numbers import MIB, count, decimals_for, fixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ class ColumnText:
 def print_summary(
     console: Console, rows: pd.DataFrame, sort: str | None = None, best: Collection[str] = ()
 ) -> None:
-    """The table of `rows`, what all of them have in common, and the trials that failed.
+    """The table of `rows`, what all of them have in common, and the trials that were stopped or failed.
 
     best: identities of the trials whose validation perplexity is marked
     """
@@ -66,6 +66,11 @@ def print_summary(
         shown, dropped = fitting(columns, console.width)
         console.print(_rich_table(table, shown, best, grouped=sort is None))
         _print_caption(console, fixed_columns(rows), rows, dropped, marked=bool(best))
+    stopped = int((rows["status"] == "stopped").sum())
+    if stopped:
+        from rich.text import Text
+
+        console.print(Text(f"Stopped by the scheduler: {count(stopped, 'trial')}, not shown", style="dim"))
     failed = failures(rows)
     if failed:
         _print_failures(console, failed)

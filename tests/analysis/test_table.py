@@ -225,3 +225,26 @@ def test_the_best_of_a_cell_is_what_a_plain_loop_finds(tmp_path):
                 expected.add(better(cell, key=lambda one: one["validation_perplexity"])["trial_id"])
         cell_columns = ("model", "sparsity", "pattern", "recovery")
         assert best_rows(rows, "validation_perplexity", mode, cell_columns) == expected
+
+
+def test_steps_do_not_vary_because_exact_trials_have_none(tmp_path):
+    rows = [row(0, granularity="matrix"), row(1, granularity="matrix", optimizer="exact", learning_rate=None)]
+    shown = labels(summary_table(frame(tmp_path, rows)))
+    assert "optimizer" in shown
+    assert not {"epochs", "batch_size", "shuffle", "warmup_fraction", "learning_rate"} & set(shown)
+    rows.append(row(2, granularity="matrix", trainable="lora"))
+    shown = labels(summary_table(frame(tmp_path, rows)))
+    assert "trainable" in shown
+    assert not {"lora_rank", "lora_alpha"} & set(shown)
+
+
+def test_windows_come_by_their_length_and_the_model_last(tmp_path):
+    order = ["matrix", "subblock", "block", "window:2", "window:10", "model"]
+    rows = [row(number, granularity=order[place]) for number, place in enumerate((5, 4, 2, 3, 0, 1))]
+    assert list(summary_table(frame(tmp_path, rows)).granularity) == order
+
+
+def test_stopped_trials_have_no_numbers_to_show(tmp_path):
+    stopped = row(1, learning_rate=1e-2, status="stopped", stopped_at=0.25, perplexity=None)
+    table = summary_table(frame(tmp_path, [row(0), stopped | {"validation_perplexity": None}]))
+    assert list(table.index) == [f"{0:016x}"]

@@ -144,3 +144,13 @@ def test_the_start_of_processes_is_no_pace(clock):
     tally.row(labeled(row(0, "dense", seconds_total=1.0)))
     tally.row(labeled(row(1, "none", sparsity=0.5, seconds_total=2.0)))
     assert tally.time_left.seconds() == pytest.approx(2 * 2)
+
+
+def test_a_stopped_trial_is_not_the_best_of_its_cell():
+    """Its metric is that of a model that is dense for the most part."""
+    tally = Tally.of(space())
+    tally.begin(9, 0)
+    tally.row(labeled(row(1, sparsity=0.5, validation_perplexity=6.0)))
+    tally.row(labeled(row(2, sparsity=0.5, learning_rate=1e-2, validation_perplexity=5.0, status="stopped")))
+    assert tally.best[(0.5, "reconstruct")]["trial_id"] == f"{1:016x}"
+    assert tally.done == 2
