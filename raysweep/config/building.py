@@ -168,8 +168,10 @@ def _check_cells(space: SearchSpace, document: Document) -> None:
 
 
 def _check_size(space: SearchSpace, document: Document) -> None:
-    draws = (space.search.num_samples or 1) if space.search.algorithm == "random" else 1
+    searched = space.search.algorithm == "optuna"
+    draws = 1 if searched else space.search.num_samples or 1
     per_set = sum(count_group_points(group, draws) for group in space.groups)
+    per_set = max(per_set, (space.search.num_samples or 0) * searched)
     total = count_points(space.model_axes) * (1 + count_points(space.calibration_axes) * per_set)
     if total > MAX_TRIALS:
         raise UsageError(

@@ -106,7 +106,8 @@ def _sampled(
 
 
 def _check_interval(kind: str, bounds: tuple[Any, ...], given: int, where: str | None) -> None:
-    ordered = given == len(bounds) == 2 and None not in bounds and bounds[0] < bounds[1]
+    numbers = given == len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
+    ordered = numbers and bounds[0] < bounds[1]
     if not ordered or (kind == "loguniform" and bounds[0] <= 0):
         above = " and above 0" if kind == "loguniform" else ""
         allowed = f"[low, high] with low below high{above}"

@@ -86,7 +86,7 @@ def open_fields(group: Group, compare_within: tuple[str, ...]) -> dict[str, Open
 
 def _or_first(values: Open, value: Any) -> Any:
     """A field that does not matter to a trial is null there, whatever was chosen: its first value stands for all."""
-    return _ends(values)[0] if value is None else value
+    return _ends(values)[0] if value is None and None not in _ends(values) else value
 
 
 def _holds(values: Open, value: Any) -> bool:

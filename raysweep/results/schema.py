@@ -105,6 +105,12 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         "provenance",
         "fraction of the blocks that were pruned and recovered when the scheduler stopped the trial",
     ),
+    Column(
+        "rungs",
+        TEXT,
+        "provenance",
+        "the search's metric at the rungs of the scheduler, by their number, as JSON: of a model that is partly dense",
+    ),
     *_trial_columns(),
     *_calibration_columns(),
     Column("dtype", TEXT, "identity", "number format of the weights, resolved"),

@@ -64,9 +64,9 @@ class Stream:
             for start, stop in text.batches:
                 hidden = hidden_of(text.name, start, stop)
                 arguments = (self.name, text.name, text.samples, start, stop, hidden)
-                refs.append(self.calls.submit(shard, "enter_stream", *arguments))
-        for ref in refs:
-            self.calls.result(ref)
+                refs.append([hidden, self.calls.submit(shard, "enter_stream", *arguments)])
+        for pair in refs:
+            self.calls.done(pair)  # also lets go of the hidden states, which would stay in the object store
 
 
 def kept_texts(calls: Calls) -> list[str]:

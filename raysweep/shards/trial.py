@@ -161,7 +161,7 @@ class _Run:
         try:
             self.calls.everywhere("begin", self.name)
             recovery = Recovery(self.calls, trial)
-            yield from self._up_to_the_last(recovery, rungs, metric)
+            yield from self._up_to_the_last(recovery, rungs, metric, masks)
             linear_rows = self._linear_rows()
             quality = self._evaluate(self.name, self.name, list(self.info.texts))
             finished = self._finish(self.name)
@@ -179,13 +179,13 @@ class _Run:
     # Their parts
 
     def _up_to_the_last(
-        self, recovery: Recovery, rungs: Sequence[float], metric: str | None
+        self, recovery: Recovery, rungs: Sequence[float], metric: str | None, masks: Finished
     ) -> Iterator[Rung]:
         """Recovers everything, with a halt at each rung that lies between two portions of the model."""
         for number, fraction in enumerate(rungs):
             if recovery.go_on(fraction) and recovery.remains:
                 value, finished = self._measured(str(metric))
-                yield Rung(number, recovery.done, value, self._cost_columns(finished))
+                yield Rung(number, recovery.done, value, self._cost_columns([*masks, *finished]))
         recovery.go_on(1.0)
 
     def _measured(self, metric: str) -> tuple[float | None, Finished]:
@@ -194,7 +194,10 @@ class _Run:
         quality = self._evaluate(self.name, self.name, [text])
         finished = self._finish(self.name)
         quality.block_errors = _errors(finished)
-        return self._quality_of_text(quality, text).get(metric), finished
+        value = self._quality_of_text(quality, text).get(metric)
+        if value is not None and not math.isfinite(value):
+            raise NumericalError(f"{metric} is {value} with a part of the model recovered")
+        return value, finished
 
     def _shared_masks(self, trial: Trial) -> Finished:
         """Masks behind pruned blocks are made by one pass along the chain, for all trials that share them.

@@ -38,6 +38,7 @@ class Proposals:
         first_number: int,
         rows: Mapping[str, Row],
     ) -> None:
+        self.rows = rows
         self._listed = list(listed)
         if search.scheduler != "none":  # a ladder in its own order would always promote the next rung of it
             random.Random(search.seed).shuffle(self._listed)

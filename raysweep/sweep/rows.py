@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,9 +29,11 @@ class RowContext:
     names: tuple[str, ...]
     columns: Mapping[str, Any]
 
-    def write(self, trial: SweepTrial, outcome: Outcome, started_at: datetime) -> dict[str, Any]:
+    def write(
+        self, trial: SweepTrial, outcome: Outcome, rungs: Sequence[Rung], started_at: datetime
+    ) -> dict[str, Any]:
         """Writes the rows of a finished trial; returns the trial's."""
-        row = self._known(trial, started_at) | {"status": "finished"} | outcome.columns
+        row = self._known(trial, started_at) | {"status": "finished"} | outcome.columns | _values(rungs)
         write_rows(self.folder, row, outcome.units, self.names)
         return row
 
@@ -39,10 +42,10 @@ class RowContext:
         reason = str(error) if isinstance(error, RaysweepError) else f"{type(error).__name__}: {error}"
         return self._without_units(trial, {"status": "failed", "error": reason}, started_at)
 
-    def write_stopped(self, trial: SweepTrial, rung: Rung, started_at: datetime) -> dict[str, Any]:
-        """Writes the row of a trial that the scheduler stopped: where, and what it had cost."""
-        columns = {"status": "stopped", "stopped_at": rung.fraction}
-        return self._without_units(trial, columns | rung.cost, started_at)
+    def write_stopped(self, trial: SweepTrial, rungs: Sequence[Rung], started_at: datetime) -> dict[str, Any]:
+        """Writes the row of a trial that the scheduler stopped at the last of `rungs`: where, and what it had cost."""
+        columns = {"status": "stopped", "stopped_at": rungs[-1].fraction}
+        return self._without_units(trial, columns | rungs[-1].cost | _values(rungs), started_at)
 
     def _without_units(
         self, trial: SweepTrial, columns: dict[str, Any], started_at: datetime
@@ -73,6 +76,11 @@ class Rungs:
     metric: str
 
 
+def _values(rungs: Sequence[Rung]) -> dict[str, Any]:
+    """What schedulers of later launches are told of a trial's rungs."""
+    return {"rungs": json.dumps({str(rung.number): rung.value for rung in rungs})} if rungs else {}
+
+
 def run_and_write(group: ShardGroup, trial: SweepTrial, rows: RowContext) -> dict[str, Any]:
     """Runs one trial and writes its row, also when it fails. Returns the row, with its label."""
     *_, row = run_in_steps(group, trial, rows, None)
@@ -85,20 +93,20 @@ def run_in_steps(
     group: ShardGroup, trial: SweepTrial, rows: RowContext, rungs: Rungs | None
 ) -> Iterator[Rung | dict[str, Any]]:
     """The same with a halt at every rung. Closing the iterator there stops the trial and writes that as its row."""
-    started_at, rung = now(), None
+    started_at, passed = now(), list[Rung]()
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
         with closing(run_in_rungs(*arguments)) as steps:
             for found in steps:
                 if isinstance(found, Rung):
-                    rung = found
+                    passed.append(found)
                     yield found
                 else:
-                    row = rows.write(trial, found, started_at)
+                    row = rows.write(trial, found, passed, started_at)
     except GeneratorExit:
-        if rung is not None:
-            rows.write_stopped(trial, rung, started_at)
+        if passed:
+            rows.write_stopped(trial, passed, started_at)
         raise
     except Exception as error:  # whatever it was, the row says so and the sweep goes on
         row = rows.write_failure(trial, error, started_at)

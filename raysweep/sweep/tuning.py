@@ -119,7 +119,9 @@ def run_phase(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=_Suggestions(proposals, context.search),
-            scheduler=CellHalving(context.search) if context.search.scheduler == "asha" else None,
+            scheduler=CellHalving(context.search, proposals.rows)
+            if context.search.scheduler == "asha"
+            else None,
             num_samples=proposals.total,
             max_concurrent_trials=concurrent_trials,
             reuse_actors=True,

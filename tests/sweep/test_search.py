@@ -164,6 +164,10 @@ def test_successive_halving_stops_trials_and_changes_no_number_of_the_others(
     assert recovered.groupby("granularity").status.nunique().eq(2).all()
     again = launch(space, storage=tmp_path, address="local")
     assert list(again.trial_id) == list(rows.trial_id)
+    worse = [LADDER[0] | {"learning_rate": [*LADDER[0]["learning_rate"], 1e-7]}]
+    search = {"scheduler": "asha", "compare_within": ["granularity"]}
+    more = launch(make_space(sweep=worse, search=search), storage=tmp_path, address="local")
+    assert list(more[more.learning_rate == 1e-7].status) == ["stopped"] * 2  # told of the rungs of the others
     alone = launch(make_space(sweep=LADDER), storage=tmp_path / "grid", in_process=True)
     finished = recovered[recovered.status == "finished"].set_index("trial_id")
     same = alone.set_index("trial_id").loc[finished.index]
