@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import RaysweepError
+from raysweep.errors import RaysweepError, ShardLostError
 from raysweep.results.schema import planned_columns
 from raysweep.results.writer import now, write_rows
 from raysweep.shards.group_info import ShardGroup
@@ -107,6 +107,10 @@ def run_in_steps(
     except GeneratorExit:
         if passed:
             rows.write_stopped(trial, passed, started_at)
+        raise
+    except (
+        ShardLostError
+    ):  # a sweep that ends, or a node that did: nothing is known of the trial, so it has no row
         raise
     except Exception as error:  # whatever it was, the row says so and the sweep goes on
         row = rows.write_failure(trial, error, started_at)
