@@ -8,16 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from raysweep.config.labels import label_of
 from raysweep.config.sections import CALIBRATION_COLUMNS
-from raysweep.config.trial import (
-    LORA,
-    MASK_FIELDS,
-    RECOVERY_FIELDS,
-    STEP_FIELDS,
-    UNSTRUCTURED,
-    Trial,
-    window_length,
-)
+from raysweep.config.spellings import UNSTRUCTURED, window_length
+from raysweep.config.trial import LORA, MASK_FIELDS, RECOVERY_FIELDS, STEP_FIELDS, Trial
 from raysweep.errors import UsageError, nearest_name
 from raysweep.results.schema import PERPLEXITY_PREFIX
 
@@ -109,7 +103,7 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 def trial_label(row: Mapping[str, Any]) -> str:
     """The trial's short name, as progress lines show it; its identity where the fields make no trial."""
     try:
-        label = Trial.from_columns(dict(row)).label()
+        label = label_of(Trial.from_columns(dict(row)))
     except (UsageError, ValueError):
         return str(row["trial_id"])
     seed = row.get("calibration_seed")

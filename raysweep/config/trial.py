@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
@@ -20,11 +19,16 @@ from raysweep.config.fields import (
     setting,
 )
 from raysweep.config.names import PATTERN_WORDS, check_name_pattern
-from raysweep.errors import UsageError, nearest_name
+from raysweep.config.spellings import (
+    GRANULARITY_VALUES,
+    PATTERN_VALUES,
+    UNSTRUCTURED,
+    canonical_granularity,
+    canonical_pattern,
+    parse_pattern,
+)
+from raysweep.errors import UsageError
 
-UNSTRUCTURED = "unstructured"
-PATTERN_VALUES = "unstructured, or N:M with 1 <= N < M (N kept of M consecutive inputs), such as 2:4"
-GRANULARITY_VALUES = "matrix | subblock | block | window:K (K blocks at a time) | model"
 SPARSITY_VALUES = "a number from 0 to below 1, or a mapping from names of linears to such numbers"
 MASK_FIELDS = (
     "criterion",
@@ -57,61 +61,10 @@ RECOVERY_FIELDS = (
     "optimizer",
     *STEP_FIELDS,
 )
-SHOWN_FIELDS = {  # that a label begins with
-    "recovery",
-    "criterion",
-    "sparsity",
-    "pattern",
-    "comparison_group",
-    "granularity",
-    "learning_rate",
-    "seed",
-}
 LORA = ("lora", "lora+norms")
 NAME_FIELDS = ("targets", "ignore")  # whose value is a list of names
 
-_PATTERN = re.compile(r"^([0-9]{1,4}):([0-9]{1,4})$")
-_WINDOW = re.compile(r"^window:([0-9]{1,4})$")
 _SPARSITY_TOLERANCE = 1e-9  # 0.33333333333 is meant to be 1 - 2/3
-
-
-def parse_pattern(text: str) -> tuple[int, int] | None:
-    """(N, M) of an N:M pattern, None for unstructured. Anything else is a UsageError."""
-    if text == UNSTRUCTURED:
-        return None
-    match = _PATTERN.match(text)
-    if match is None:
-        raise UsageError(f"{text!r} is no pattern", where="pattern", allowed=PATTERN_VALUES)
-    kept, group = int(match[1]), int(match[2])
-    if not 1 <= kept < group:
-        problem = f"pattern {text!r} keeps {kept} of {group} weights"
-        raise UsageError(problem, where="pattern", allowed=PATTERN_VALUES)
-    return kept, group
-
-
-def canonical_pattern(text: str) -> str:
-    """The one spelling of a pattern ("02:4" is 2:4)."""
-    parsed = parse_pattern(text)
-    return UNSTRUCTURED if parsed is None else f"{parsed[0]}:{parsed[1]}"
-
-
-def window_length(granularity: str) -> int | None:
-    """K of `window:K`, None for other granularities."""
-    match = _WINDOW.match(granularity)
-    return int(match[1]) if match else None
-
-
-def canonical_granularity(text: str) -> str:
-    """The one spelling of a granularity: a window of one block is `block`. Raises UsageError."""
-    length = window_length(text)
-    if text not in ("matrix", "subblock", "block", "model") and not length:
-        raise UsageError(
-            f"{text!r} is no granularity",
-            where="granularity",
-            allowed=GRANULARITY_VALUES,
-            nearest=nearest_name(text, ["matrix", "subblock", "block", "window:2", "model"]),
-        )
-    return text if length is None else "block" if length == 1 else f"window:{length}"
 
 
 def _pairs(value: object) -> object:
@@ -435,42 +388,3 @@ class Trial(BaseModel):
         if columns.get("sparsity_by_name") is not None:
             fields["sparsity"] = json.loads(columns["sparsity_by_name"])
         return cls.model_validate(fields)
-
-    def label(self) -> str:
-        """A short name for people, such as `wanda/row 0.6 subblock lr=0.001` or `magnitude 2:4`."""
-        if self.is_dense:
-            return "dense"
-        words = [self._mask_words()]
-        if self.recovery == "reconstruct":
-            words.append(str(self.granularity))
-            words.append("exact" if self.optimizer == "exact" else f"lr={self.learning_rate:g}")
-        return " ".join(words + self._remarkable())
-
-    def _mask_words(self) -> str:
-        criterion = (
-            self.criterion if self.comparison_group is None else f"{self.criterion}/{self.comparison_group}"
-        )
-        if self.pattern is None:
-            return str(criterion)
-        if self.pattern != UNSTRUCTURED:
-            return f"{criterion} {self.pattern}"
-        if isinstance(self.sparsity, tuple):
-            return f"{criterion} " + ",".join(f"{name}={value:g}" for name, value in self.sparsity)
-        return f"{criterion} {self.sparsity:g}"
-
-    def _remarkable(self) -> list[str]:
-        """What differs from the usual, for the label."""
-        told = {*SHOWN_FIELDS, "optimizer"} if self.optimizer == "exact" else SHOWN_FIELDS
-        short = {"statistics_stream": "statistics", "input_stream": "input", "target_stream": "target"}
-        words = [
-            f"{short.get(name, name)}={_plain(value)}"
-            for name, value in self.identity().items()
-            if name not in told
-        ]
-        return words + ([f"seed={self.seed}"] if self.seed else [])
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()

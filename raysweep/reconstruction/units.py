@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from raysweep.config.trial import window_length
+from raysweep.config.spellings import window_length
 from raysweep.model.linears import Linear
 from raysweep.model.structure import Block
 

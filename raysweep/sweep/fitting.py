@@ -8,7 +8,8 @@ from pathlib import Path
 
 from raysweep.config.criterion import function_parts, is_mask_file
 from raysweep.config.names import matches
-from raysweep.config.trial import LORA, Trial, window_length
+from raysweep.config.spellings import window_length
+from raysweep.config.trial import LORA, Trial
 from raysweep.errors import UsageError, nearest_name
 from raysweep.model.shape import ModelShape
 from raysweep.pruning.criteria import OwnFunction

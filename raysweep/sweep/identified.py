@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raysweep.config.expansion import PlannedTrial
+from raysweep.config.labels import label_of
 from raysweep.config.trial import Trial
 
 
@@ -28,4 +29,4 @@ class SweepTrial:
         varied = (
             f" calibration.seed={calibration.seed}" if calibration is not None and calibration.seed else ""
         )
-        return self.trial.label() + varied
+        return label_of(self.trial) + varied

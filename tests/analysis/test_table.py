@@ -18,6 +18,7 @@ from raysweep.analysis.table import (
     summary_table,
     trial_label,
 )
+from raysweep.config.labels import label_of
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
 from tests.analysis.rows import failed, frame, quickstart_rows, row
@@ -188,7 +189,7 @@ def test_labels_of_rows_are_those_of_their_trials(tmp_path):
         row(3, calibration_seed=2, seed=2),
     ]
     expected = [
-        Trial.dense().label(),
+        label_of(Trial.dense()),
         "magnitude 2:4",
         "wanda/row 0.6 subblock lr=0.001 epochs=3 shuffle=false max_grad_norm=0.5",
         "wanda/row 0.6 subblock lr=0.001 seed=2 calibration.seed=2",

@@ -6,7 +6,9 @@ from itertools import product
 import pytest
 from pydantic import ValidationError
 
-from raysweep.config.trial import RECOVERY_FIELDS, Trial, parse_pattern
+from raysweep.config.labels import label_of
+from raysweep.config.spellings import parse_pattern
+from raysweep.config.trial import RECOVERY_FIELDS, Trial
 from raysweep.errors import UsageError
 
 MASK = {"criterion": "wanda", "sparsity": 0.6}
@@ -130,7 +132,7 @@ def test_identity_leaves_constant_defaults_out():
     ],
 )
 def test_labels(fields, label):
-    assert Trial(**{**RECONSTRUCT, **fields}).label() == label
+    assert label_of(Trial(**{**RECONSTRUCT, **fields})) == label
 
 
 EXACT = {**RECONSTRUCT, "granularity": "matrix", "optimizer": "exact", "learning_rate": None}
@@ -177,7 +179,7 @@ def test_an_exact_trial_has_no_steps():
     assert trial == Trial(**EXACT)
     steps = ("learning_rate", "epochs", "batch_size", "shuffle", "warmup_fraction", "max_grad_norm", "seed")
     assert all(getattr(trial, name) is None for name in steps)
-    assert trial.label() == "wanda/row 0.6 matrix exact"
+    assert label_of(trial) == "wanda/row 0.6 matrix exact"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_fields_are_null_where_they_do_not_apply(fields, applies):
 def test_masks_from_a_file_say_all_about_themselves():
     trial = Trial(recovery="none", criterion="file:masks.safetensors", sparsity=0.5, pattern="2:4", seed=3)
     assert trial == Trial(recovery="none", criterion="file:masks.safetensors")
-    assert trial.label() == "file:masks.safetensors"
+    assert label_of(trial) == "file:masks.safetensors"
 
 
 def test_sparsity_by_name_keeps_its_order():
@@ -214,7 +216,7 @@ def test_sparsity_by_name_keeps_its_order():
     trial = Trial(recovery="none", criterion="wanda", sparsity=given)
     assert trial.sparsity == (("re:.*mlp", 0.6), ("q_proj", 0.3))
     assert trial != Trial(recovery="none", criterion="wanda", sparsity={"q_proj": 0.3, "re:.*mlp": 0.6})
-    assert trial.label() == "wanda/row re:.*mlp=0.6,q_proj=0.3"
+    assert label_of(trial) == "wanda/row re:.*mlp=0.6,q_proj=0.3"
     assert trial.columns()["sparsity"] is None
 
 
