@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 
 class RaysweepError(Exception):
@@ -42,6 +42,10 @@ class UsageError(RaysweepError):
     ) -> None:
         self.what, self.where, self.allowed, self.nearest, self.remedy = what, where, allowed, nearest, remedy
         super().__init__(self._render())
+
+    def inside(self, prefix: str) -> Self:
+        """The same error, of something that lies inside of `prefix`."""
+        return type(self)(self.what, **(self._fields() | {"where": f"{prefix}{self.where or ''}"}))
 
     def _render(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what

@@ -33,7 +33,7 @@ DEVICE_PARTS = {
 }
 HOST_PARTS = {
     "activations": "activations at block boundaries",
-    "inputs": "inputs of linears that are kept",
+    "kept": "inputs and factors that are kept",
     "streams": "activations of trials in flight",
 }
 
@@ -139,8 +139,8 @@ def kinds(prepared: Launch, model: PreparedModel) -> dict[tuple[str, str | None]
         for study in phase.studies:
             example = next(study.corners()).trial
             kind = (example.recovery, example.granularity)
-            planned[kind] += prepared.space.search.num_samples or 0
-            to_run[kind] += prepared.left_of_study(model, study)
+            planned[kind] += study.samples
+            to_run[kind] += prepared.left_of_study(study)
     return {kind: (number, to_run[kind]) for kind, number in planned.items()}
 
 

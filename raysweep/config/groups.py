@@ -26,10 +26,19 @@ def axis_values(
     )
     if one_list or not isinstance(data, list):
         return (checked_value(cls, name, data, document, path),)
+    return _listed_values(cls, name, data, document, path)
+
+
+def _listed_values(
+    cls: type[BaseModel], name: str, data: list[Any], document: Document, path: KeyPath
+) -> tuple[Any, ...]:
+    """Each item is a value, null the default where there is one; equal ones count once."""
     if not data:
         raise UsageError(f"{name} is an empty list", where=document.where(path), allowed="at least one value")
     checked = (checked_value(cls, name, item, document, (*path, i)) for i, item in enumerate(data))
-    return tuple(dict.fromkeys(checked))
+    info = cls.model_fields[name]
+    default = default_of(info) if has_settled_default(info) else None
+    return tuple(dict.fromkeys(default if value is None else value for value in checked))
 
 
 def read_groups(document: Document, data: Any, search: SearchConfig) -> tuple[Group, ...]:
@@ -99,7 +108,7 @@ def _sampled(
         raise UsageError(
             f"{kind} cannot be {shown(values)}", where=document.where((*path, kind)), allowed=shape
         )
-    checked = axis_values(Trial, name, values, document, (*path, kind))
+    checked = _listed_values(Trial, name, values, document, (*path, kind))
     if kind != "choice":
         _check_interval(kind, checked, len(values), document.where((*path, kind)))
     return Sampled(kind, checked)

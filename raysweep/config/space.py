@@ -94,13 +94,13 @@ class SearchSpace:
         return list(self._planned)
 
     def studies(self) -> list[Study]:
-        """The studies of the space, each with `search.num_samples` trials; none unless the algorithm is optuna."""
+        """The studies of the space; none unless the algorithm is optuna."""
         return studies_of(self)
 
     def typical(self) -> list[PlannedTrial]:
         """As many trials as the sweep has, those of studies as they may come out."""
-        examples = [next(study.corners()) for study in self.studies()]
-        return self.expand() + examples * (self.search.num_samples or 0)
+        examples = [corner for study in self.studies() for corner in [next(study.corners())] * study.samples]
+        return self.expand() + examples
 
     @cached_property
     def _planned(self) -> tuple[PlannedTrial, ...]:

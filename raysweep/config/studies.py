@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,17 @@ class Study:
     """fixed: the fields of the group whose values are the cell's;  open: those that the search chooses
 
     number: its place in the sweep, from 0
+    samples: most trials that it runs; fewer than asked for where its lists have no more
+    excluded: trials that its lists also give and that it may not choose, since they are others' already
     """
 
     number: int
+    samples: int
     model: ModelConfig
     calibration: CalibrationConfig
     fixed: Mapping[str, Any]
     open: Mapping[str, Open]
+    excluded: frozenset[PlannedTrial] = frozenset()
 
     def planned(self, chosen: Mapping[str, Any]) -> PlannedTrial:
         """The trial with these values of the open fields. Raises UsageError for an impossible combination."""
@@ -49,29 +53,47 @@ class Study:
         except UsageError:
             return None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether nothing is drawn from an interval, so that the corners are all its trials."""
+        return not any(
+            isinstance(values, Sampled) and values.kind != "choice" for values in self.open.values()
+        )
+
     def corners(self) -> Iterator[PlannedTrial]:
         """A trial for every combination of listed values, at the first end of what is drawn from an interval."""
+        for chosen in self.corner_values():
+            yield self.planned(chosen)
+
+    def corner_values(self) -> Iterator[dict[str, Any]]:
+        """The values of the open fields at the corners."""
         choices = {name: _ends(values) for name, values in self.open.items()}
         for values in product(*choices.values()):
-            yield self.planned(dict(zip(choices, values, strict=True)))
+            yield dict(zip(choices, values, strict=True))
 
 
 def studies_of(space: SearchSpace) -> list[Study]:
-    """Every study of a space, model by model and calibration set by calibration set; none unless it is searched."""
+    """Every study of a space, model by model and calibration set by calibration set; none unless it is searched.
+
+    A trial that is listed as well, or that an earlier study may choose, is none of a later one's samples.
+    """
     if space.search.algorithm != "optuna":
         return []
     found: list[Study] = []
+    taken = set(space.expand())
     for model, calibration in product(space.models, space.calibrations):
         for group in space.groups:
             is_open = open_fields(group, space.search.compare_within)
             cell = {name: _ends(values) for name, values in group.items() if name not in is_open}
-            if is_open:
-                found += [
-                    Study(
-                        len(found) + place, model, calibration, dict(zip(cell, point, strict=True)), is_open
-                    )
-                    for place, point in enumerate(product(*cell.values()))
-                ]
+            for point in product(*cell.values()) if is_open else ():
+                fixed = dict(zip(cell, point, strict=True))
+                study = Study(len(found), space.search.num_samples or 0, model, calibration, fixed, is_open)
+                if study.is_finite:
+                    corners = frozenset(study.corners())
+                    samples = min(study.samples, len(corners - taken))
+                    study = replace(study, samples=samples, excluded=corners & taken)
+                    taken |= corners
+                found.append(study)
     return found
 
 

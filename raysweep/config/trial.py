@@ -322,6 +322,8 @@ class Trial(BaseModel):
             self._required("learning_rate", "recovery 'reconstruct'")
         if fields["trainable"] not in LORA:
             fields |= {"lora_rank": None, "lora_alpha": None}
+        if fields["granularity"] == "matrix" and fields["trainable"] == "lora+norms":
+            fields["trainable"] = "lora"  # there is no norm in a matrix
         return fields
 
     def _check_recovery(self, fields: dict[str, Any]) -> None:

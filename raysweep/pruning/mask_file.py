@@ -13,8 +13,10 @@ from raysweep.config.criterion import FILE_PREFIX
 from raysweep.errors import UsageError
 
 WEIGHT_SUFFIX = ".weight"
-CONTENT = "safetensors with a uint8 tensor of 0 and 1 per linear, under its name, in the layout of its weight; updated "
-CONTENT += "weights, if any, as <linear>.weight"
+CONTENT = (
+    "safetensors with a uint8 tensor of 0 and 1 per linear, under its name, in the layout of its weight; "
+    "updated weights, if any, as <linear>.weight"
+)
 
 
 class MaskFile:

@@ -50,7 +50,8 @@ class MaskRecipe:
         """Whether the linear of that full name is one of those that are pruned."""
         targeted = self.targets is None or any(matches(pattern, name) for pattern in self.targets)
         ignored = self.ignore is not None and any(matches(pattern, name) for pattern in self.ignore)
-        return targeted and not ignored
+        left_dense = isinstance(self.sparsity, tuple) and self.rule(name).sparsity == 0.0
+        return targeted and not ignored and not left_dense
 
     def rule(self, name: str) -> MaskRule:
         """How much goes of the linear of that name. Of a mapping the first pattern that matches counts, else 0."""

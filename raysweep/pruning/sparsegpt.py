@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class InverseFactor:
     dead_I: Tensor
     dampening: float
     fallback: str | None
+
+    def to(self, device: torch.device | str) -> InverseFactor:
+        """The same on a device."""
+        return replace(self, upper_II=self.upper_II.to(device), dead_I=self.dead_I.to(device))
 
 
 def inverse_factor(statistics: InputStatistics, dampening: float) -> InverseFactor:

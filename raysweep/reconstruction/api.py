@@ -24,6 +24,7 @@ from raysweep.pruning.mask_file import MaskFile
 from raysweep.pruning.own import load_function
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
+from raysweep.reconstruction.fitting import check_trial
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.range import BlockRange, Weights
 from raysweep.reconstruction.recovery import recover_unit, unit_names
@@ -94,6 +95,7 @@ def prune(
     trial = validated(Trial, given)
     recipe = MaskRecipe.of(trial)
     with _blocks_of(model, calibration, keep_halves=False) as (blocks, ids_ST):
+        _check_fit(trial, blocks)
         if function_parts(criterion) is not None:
             blocks.own_criteria[criterion] = load_function(criterion)
         if is_mask_file(criterion):
@@ -116,9 +118,6 @@ def prune(
                 blocks.prune(TRIAL, recipe, block)
             rows += blocks.linear_rows(TRIAL, block)
         masks = {name: layer.mask_OI for name, layer in blocks.layers[TRIAL].items()}
-        if not masks:
-            names = ", ".join(next(iter(blocks.blocks.values())).linears)
-            raise UsageError("no linear of the model is pruned", where="targets", allowed=f"such as {names}")
         return Pruned(masks, blocks.weights[TRIAL], pd.DataFrame(rows), trial)
 
 
@@ -149,6 +148,7 @@ def reconstruct(
         )
     with _blocks_of(model, calibration, keep_halves=granularity == "subblock") as (blocks, ids_ST):
         _check_same_linears(blocks, pruned.masks)
+        _check_fit(trial, blocks)
         blocks.begin(TRIAL)
         blocks.layers[TRIAL] = {name: PrunedLayer(mask_OI) for name, mask_OI in pruned.masks.items()}
         blocks.weights[TRIAL] = {name: tensor.clone() for name, tensor in pruned.weights.items()}
@@ -203,6 +203,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         for parameter, wanted, gradient in parameters:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
+
+
+def _check_fit(trial: Trial, blocks: BlockRange) -> None:
+    linears = {name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()}
+    shapes = {name: (one.weight_OI.shape[0], one.weight_OI.shape[1]) for name, one in linears.items()}
+    check_trial(trial, shapes, len(blocks.blocks))
 
 
 def _check_same_linears(blocks: BlockRange, masks: dict[str, Tensor]) -> None:

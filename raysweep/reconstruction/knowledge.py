@@ -70,7 +70,9 @@ class Knowledge:
 
     def keep(self, key: Hashable, value: Any) -> None:
         """Holds on to a value that cannot be made again from what is here, until `clear`."""
+        self.nbytes += _nbytes(value) - _nbytes(self._kept.get(key))
         self._kept[key] = value
+        self._forget_oldest()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of `key`, made now if it is not known."""

@@ -148,12 +148,16 @@ class BlockRange:
         leader = block.leader_of(linear.name)
 
         def factor(dampening: float) -> InverseFactor:
-            make = partial(inverse_factor, self.texts[CALIBRATION].statistics[leader], dampening)
-            return self.knowledge.get(("factor", leader, dampening), make)
+            make = partial(self._factor_on_host, leader, dampening)
+            return self.knowledge.get(("factor", leader, dampening), make).to(self.device)
 
         statistics = self.texts[CALIBRATION].statistics[leader]
         make = partial(self._pruned, recipe, linear, statistics, factor)
         return self.knowledge.get(("layer", recipe, linear.name), make)
+
+    def _factor_on_host(self, leader: str, dampening: float) -> InverseFactor:
+        """Kept where memory is plenty: copying it costs little beside making it again."""
+        return inverse_factor(self.texts[CALIBRATION].statistics[leader], dampening).to("cpu")
 
     def prune(self, name: str, recipe: MaskRecipe, block: Block) -> None:
         """Puts the pruned weights of one block under the trial `name`."""

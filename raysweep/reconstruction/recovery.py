@@ -34,7 +34,7 @@ def find_unit(blocks: BlockRange, granularity: str, unit_name: str) -> Unit:
 
 
 def recover_unit(blocks: BlockRange, name: str, trial: Trial, unit_name: str) -> UnitResult | None:
-    """Recovers a unit of the trial `name` in the place of its pruned weights; None for a matrix that is not pruned.
+    """Recovers a unit of the trial `name` in the place of its pruned weights; None where nothing in it is pruned.
 
     A trial whose units depend on one another has a stream of its name that has arrived at the unit: it is pruned on it
     if need be, and the stream is moved on through what the unit becomes.
@@ -43,11 +43,15 @@ def recover_unit(blocks: BlockRange, name: str, trial: Trial, unit_name: str) ->
     unit = find_unit(blocks, str(trial.granularity), unit_name)
     if trial.statistics_stream == "recovered":
         prune_unit_on_stream(blocks, name, trial, unit)
-    is_dense = unit.linear is not None and unit.linear.name not in blocks.layers[name]
-    result = None if is_dense else _recovered(blocks, name, trial, unit)
+    result = _recovered(blocks, name, trial, unit) if is_pruned(blocks, name, unit) else None
     if trial.is_sequential:
         advance_past(blocks, name, unit)
     return result
+
+
+def is_pruned(blocks: BlockRange, name: str, unit: Unit) -> bool:
+    """Whether the trial prunes a linear in this part of the unit."""
+    return not unit.linears.keys().isdisjoint(blocks.layers[name])
 
 
 def prune_unit_on_stream(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> None:

@@ -16,11 +16,25 @@ STEPS_AHEAD = (
 )
 
 
-def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any]:
-    """The row of the unit. The trial's weights are pruned; a stream of its name, if it has one, is at the unit's door
-    and leaves behind it. Raises NumericalError when the weights or the errors of the unit are not finite."""
+def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any] | None:
+    """The row of the unit, None where nothing in it is pruned. The trial's weights are pruned; a stream of its name, if
+    it has one, is at the unit's door and leaves behind it. Raises NumericalError when the weights or the errors of the
+    unit are not finite."""
     shards = calls.info.shards_of(unit)
-    calls.everywhere("open_part", calls.name, trial, unit.name, shards=shards)
+    is_pruned = any(calls.everywhere("open_part", calls.name, trial, unit.name, shards=shards))
+    found = _trained(calls, trial, shards) if is_pruned else None
+    if trial.is_sequential:
+        for _ in calls.along(_kept(calls), "pass_stream", calls.name, shards=shards):
+            pass  # it waits in the last shard
+    seconds = calls.everywhere("close_part", calls.name, shards=shards)
+    if found is None:
+        return None
+    row = UnitResult.of(unit.name, unit.start, *found).as_dict()
+    return row | {"seconds": sum(seconds), "peak_device_bytes": None}
+
+
+def _trained(calls: Calls, trial: Trial, shards: range) -> tuple[Errors, Errors, list[Cost]]:
+    """Errors before and after the training of a unit, and what each of its parts took."""
     if trial.target_stream == "pruned":
         for _ in calls.along(_kept(calls), "pass_dense", calls.name, shards=shards):
             pass  # what comes out stays in the last shard
@@ -28,13 +42,7 @@ def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any]
     steps = calls.everywhere("begin_training", calls.name, shards=shards)[0]
     _train(calls, shards, steps, clipped=trial.max_grad_norm is not None)
     costs: list[Cost] = calls.everywhere("end_training", calls.name, shards=shards)
-    after = _errors(calls, shards)
-    if trial.is_sequential:
-        for _ in calls.along(_kept(calls), "pass_stream", calls.name, shards=shards):
-            pass  # it waits in the last shard
-    seconds = calls.everywhere("close_part", calls.name, shards=shards)
-    row = UnitResult.of(unit.name, unit.start, before, after, costs).as_dict()
-    return row | {"seconds": sum(seconds), "peak_device_bytes": None}
+    return before, _errors(calls, shards), costs
 
 
 def _errors(calls: Calls, shards: range) -> Errors:

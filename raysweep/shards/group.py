@@ -137,11 +137,11 @@ class RayGroup:
     def forget_shared(self) -> None:
         self.result(self.actors[0].forget_shared.remote())
 
-    def forget_trial(self, trial_id: str) -> None:
+    def forget_trial(self, trial_id: str, order: int) -> None:
         """Asks only, and waits for nothing: a shard may be gone as well."""
         self.actors[0].abandon.remote(trial_id)
         for shard in range(self.shards):
-            self.submit(shard, 0, "release", trial_id, label=f"{trial_id}: forget")
+            self.submit(shard, order, "release", trial_id, label=f"{trial_id}: forget")
 
     def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:
         """Functions are sent as code, not as names of modules that other nodes may not have."""

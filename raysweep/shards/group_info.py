@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-CALIBRATION, VALIDATION = "calibration", "validation"
 EVALUATION_PREFIX = "evaluation/"
 TRIAL_CPUS = 0.01  # that a trial's process reserves: it waits for the shards nearly all of its time
 

@@ -57,10 +57,10 @@ class LocalGroup:
     def forget_shared(self) -> None:
         self.shared.clear()
 
-    def forget_trial(self, trial_id: str) -> None:
+    def forget_trial(self, trial_id: str, order: int) -> None:
         self.shared.abandon(trial_id)
         for shard in range(self.shards):
-            self.submit(shard, 0, "release", trial_id)
+            self.submit(shard, order, "release", trial_id)
 
     def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:
         return dict(own_criteria)

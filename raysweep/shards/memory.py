@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from raysweep.model.shape import BlockShape, ModelShape
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PROCESS_BYTES = (
-    768 << 20
-)  # measured: 436 MiB once loaded; the rest is what calls side by side leave in the heap
-SAVED_PER_LINEAR_OUTPUT = (
-    2.5  # numbers kept for backward, per output of every linear and token; measured, Llama block
-)
+# measured: 436 MiB once loaded; the rest is what calls side by side leave in the heap
+PROCESS_BYTES = 768 << 20
+# per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
+FACTORING_BYTES = 36
+# numbers kept for backward, per output of every linear and token; measured, Llama block
+SAVED_PER_LINEAR_OUTPUT = 2.5
 STATISTICS_SIZE = 4  # Gram matrices are float32
 
 
@@ -33,9 +33,11 @@ class Workload:
     texts: (samples, tokens) of every kept text (calibration, validation)
     evaluation_tokens: tokens of one window
     masks, updated: distinct masks kept at once, and those of them that come with updated weights (sparsegpt)
+    factors: distinct factors of every Gram matrix, one for each dampening (sparsegpt)
     halves: whether boundaries within blocks are kept;  matrices: whether inputs of linears are
     span: most blocks that are trained together;  streams: whether trials carry activations of their own
     exact: whether matrices are solved for
+    outputs: whether matrices are trained towards outputs, on other inputs than dense ones or with another loss than mse
     """
 
     texts: tuple[tuple[int, int], ...]
@@ -47,17 +49,21 @@ class Workload:
     recovery: bool
     concurrent_trials: int
     updated: int = 0
+    factors: int = 0
     span: int = 1
     streams: bool = False
     exact: bool = False
+    outputs: bool = False
 
 
 @dataclass(frozen=True)
 class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
 
-    inputs: of linears, which `matrix` trains on; what is kept for later trials and what is being made
-    streams: activations of trials in flight whose units wait for one another, and what their units should give
+    kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
+    and what is being made
+    streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
+    what their units should give
     """
 
     weights: int
@@ -67,7 +73,7 @@ class ShardMemory:
     recovery: int
     evaluation: int
     masks: int
-    inputs: int
+    kept: int
     streams: int
 
     @property
@@ -76,23 +82,23 @@ class ShardMemory:
 
     @property
     def host(self) -> int:
-        return PROCESS_BYTES + self.activations + self.inputs + self.streams
+        return PROCESS_BYTES + self.activations + self.kept + self.streams
 
     @property
     def total(self) -> int:
         return self.device + self.host
 
-    def keeping(self, limit: int, inputs: Sequence[int]) -> ShardMemory:
-        """The same when inputs of linears are kept up to `limit` bytes, at least one block's, of `inputs` by block.
+    def keeping(self, limit: int, by_block: Sequence[int]) -> ShardMemory:
+        """The same when of what can be kept, `by_block`, `limit` bytes are, at least one block's.
 
-        A block's inputs are made before the oldest ones go: for a moment they come on top.
+        A block's are made before the oldest ones go: for a moment they come on top.
         """
-        largest = max(inputs, default=0)
-        return replace(self, inputs=min(sum(inputs), max(limit, largest) + largest))
+        largest = max(by_block, default=0)
+        return replace(self, kept=min(sum(by_block), max(limit, largest) + largest))
 
 
 def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Workload) -> ShardMemory:
-    """The least that the shard with blocks `start` to `stop` works with, keeping one block's inputs of linears."""
+    """The least that the shard with blocks `start` to `stop` works with, keeping one block's inputs and factors."""
     blocks, size = model.blocks[start:stop], SIZES[dtype]
     ends = (start == 0) + (stop == len(model.blocks))
     parameters = sum(block.parameters for block in blocks)
@@ -104,22 +110,36 @@ def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Wor
         recovery=_largest_recovery(blocks, model, size, work) if work.recovery else 0,
         evaluation=_evaluation_bytes(model, size, work, last=stop == len(model.blocks)),
         masks=_mask_bytes(blocks, size, work),
-        inputs=0,
-        streams=work.streams * work.concurrent_trials * 2 * _text_tokens(work) * model.hidden * size,
-    ).keeping(0, input_bytes(blocks, size, work))
+        kept=0,
+        streams=_stream_bytes(blocks, model, size, work),
+    ).keeping(0, keepable_bytes(blocks, size, work))
 
 
 def _mask_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
-    """A byte a weight for every mask, updated weights, and for these one block's factors of its Gram matrices."""
+    """A byte a weight for every mask, updated weights, and for these the factoring of the largest Gram matrix."""
     weights = sum(_prunable(block) for block in blocks)
-    factors = max(_gram_bytes(block) for block in blocks) if work.updated else 0
-    return (work.masks + size * work.updated) * weights + factors
+    factoring = FACTORING_BYTES * max(map(_widest_input, blocks)) ** 2 if work.updated else 0
+    return (work.masks + size * work.updated) * weights + factoring
 
 
-def input_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[int]:
-    """Block by block, the calibration inputs of its linears; nothing where no matrix is trained alone."""
+def keepable_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[int]:
+    """Block by block what later trials can find: the calibration inputs of its linears where matrices are trained
+    alone, and the factors of their Gram matrices."""
     samples, tokens = work.texts[0] if work.texts else (0, 0)
-    return [samples * tokens * size * _input_widths(block) * work.matrices for block in blocks]
+    inputs = samples * tokens * size * work.matrices
+    return [inputs * _input_widths(block) + work.factors * _gram_bytes(block) for block in blocks]
+
+
+def _stream_bytes(blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload) -> int:
+    """Of every trial in flight; targets of a matrix of the one whose turn it is."""
+    inputs = max(map(_widest_input, blocks)) * work.matrices
+    outputs = max(outputs for block in blocks for outputs, _ in block.linears.values()) * work.outputs
+    streams = work.streams * work.concurrent_trials * (2 * model.hidden + inputs)
+    return _text_tokens(work) * size * (streams + outputs)
+
+
+def _widest_input(block: BlockShape) -> int:
+    return max(inputs for _, inputs in block.linears.values())
 
 
 def _prunable(block: BlockShape) -> int:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError
 from raysweep.model.shape import ModelShape
-from raysweep.shards.memory import SIZES, ShardMemory, Workload, input_bytes, shard_memory
+from raysweep.shards.memory import SIZES, ShardMemory, Workload, keepable_bytes, shard_memory
 
 TRIALS_IN_FLIGHT = 3  # one trains, another is evaluated, a third begins; each is a process of its own
 CPUS_FOR_TRIALS = 0.1  # of every node, that no shard reserves: room for the processes of trials
@@ -147,15 +147,17 @@ def _with_memory(
 
 
 def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload) -> ShardPlan:
-    """Lets shards keep more inputs of linears than one block's where memory is left."""
-    inputs = [input_bytes(model.blocks[start:stop], SIZES[plan.dtype], work) for start, stop in plan.ranges]
-    everything, least = max(map(sum, inputs)), max(map(max, inputs))
+    """Lets shards keep more inputs and factors than one block's where memory is left."""
+    keepable = [
+        keepable_bytes(model.blocks[start:stop], SIZES[plan.dtype], work) for start, stop in plan.ranges
+    ]
+    everything, least = max(map(sum, keepable)), max(map(max, keepable))
     there = sum(node.memory_bytes for node in nodes)
     spare = max(0, there - host_bytes(plan)) if there else everything * plan.shards
     kept = min(everything, least + int(SPARE_SHARE * spare / plan.shards))
     return replace(
         plan,
-        memory=tuple(memory.keeping(kept, mine) for memory, mine in zip(plan.memory, inputs, strict=True)),
+        memory=tuple(memory.keeping(kept, mine) for memory, mine in zip(plan.memory, keepable, strict=True)),
         knowledge_bytes=max(memory.masks for memory in plan.memory) + kept + KNOWLEDGE_MARGIN,
     )
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape
-from raysweep.shards.group_info import CALIBRATION, VALIDATION, GroupInfo, ShardGroup, ShardSpec, TextInfo
+from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
+from raysweep.shards.group_info import GroupInfo, ShardGroup, ShardSpec, TextInfo
 from raysweep.shards.plan import ShardPlan
 
 Ids = npt.NDArray[np.int64]
@@ -28,8 +29,11 @@ class OwnedGroup(ShardGroup, Protocol):
 
     def forget_shared(self) -> None: ...
 
-    def forget_trial(self, trial_id: str) -> None:
-        """Cleans up after a trial whose process is gone: its claims and its weights."""
+    def forget_trial(self, trial_id: str, order: int) -> None:
+        """Cleans up after a trial whose process is gone: its claims and its weights.
+
+        order: the trial's own, so that this comes behind the calls of it that still wait
+        """
         ...
 
     def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from raysweep.config.trial import Trial
-from raysweep.shards.calls import Calls
-from raysweep.shards.group_info import CALIBRATION, VALIDATION, Ref
+from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
+from raysweep.shards.calls import CALLS_AHEAD, Calls
+from raysweep.shards.group_info import Ref
 
 
 class Stream:
@@ -59,14 +61,16 @@ class Stream:
 
     def _receive(self, shard: int, hidden_of: Callable[[str, int, int], Ref]) -> None:
         """Takes in all batches at a shard; `hidden_of(text, start, stop)` is what the shard before gave."""
-        refs = []
+        ahead: deque[list[Ref]] = deque()  # few, because the object store holds what is on its way
         for text in self.texts:
             for start, stop in text.batches:
                 hidden = hidden_of(text.name, start, stop)
                 arguments = (self.name, text.name, text.samples, start, stop, hidden)
-                refs.append([hidden, self.calls.submit(shard, "enter_stream", *arguments)])
-        for pair in refs:
-            self.calls.done(pair)  # also lets go of the hidden states, which would stay in the object store
+                ahead.append([hidden, self.calls.submit(shard, "enter_stream", *arguments)])
+                if len(ahead) > CALLS_AHEAD:
+                    self.calls.done(ahead.popleft())
+        while ahead:
+            self.calls.done(ahead.popleft())
 
 
 def kept_texts(calls: Calls) -> list[str]:

@@ -4,75 +4,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from raysweep.config.trial import MASK_FIELDS, Trial
 from raysweep.errors import NumericalError
 from raysweep.fingerprint import fingerprint
+from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.calls import Calls
-from raysweep.shards.group_info import (
-    CALIBRATION,
-    EVALUATION_PREFIX,
-    VALIDATION,
-    GroupInfo,
-    ShardGroup,
-    TextInfo,
+from raysweep.shards.group_info import EVALUATION_PREFIX, GroupInfo, ShardGroup
+from raysweep.shards.outcome import (
+    PHASES,
+    Evaluated,
+    Finished,
+    Outcome,
+    Quality,
+    Rung,
+    as_shared,
+    block_rows,
+    errors_of,
+    fallbacks_of,
+    perplexity,
+    phase_seconds,
+    unit_columns,
+    unit_row,
+    zeros_of,
 )
 from raysweep.shards.recovery import Recovery, prune_blocks
 from raysweep.shards.streams import Stream
-
-PHASES = ("statistics", "mask", "recovery", "evaluation")
-
-
-@dataclass
-class Quality:
-    """What evaluation found: perplexities by text, output errors of the last block, and of every block."""
-
-    perplexities: dict[str, float] = field(default_factory=dict)
-    block_errors: dict[str, dict[int, float]] = field(default_factory=dict)
-    zeros: int = 0
-
-    def output_error(self, text: str) -> float | None:
-        """Of the last block's output, the whole model's."""
-        errors = self.block_errors.get(text)
-        return errors[max(errors)] if errors else None
-
-
-Finished = list[dict[str, Any]]
-"""What every shard says of the work under a name."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A model evaluated once for all trials that need it: rows of its linears, its quality, what its shards say."""
-
-    linear_rows: list[dict[str, Any]]
-    quality: Quality
-    finished: Finished
-
-
-@dataclass
-class Outcome:
-    """All that a trial found out: columns of its row, and the rows of its units."""
-
-    columns: dict[str, Any]
-    units: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Rung:
-    """How good a trial is while a part of the model is pruned and recovered, and the rest still dense.
-
-    number: of the rung, from 0;  fraction: of the model's blocks, above 0 and below 1
-    value: of the metric;  cost: columns of a row, up to here
-    """
-
-    number: int
-    fraction: float
-    value: float | None
-    cost: dict[str, Any]
 
 
 def run_trial(group: ShardGroup, trial: Trial, name: str, order: int) -> Outcome:
@@ -138,7 +97,7 @@ class _Run:
     def dense(self) -> Outcome:
         dense, own = self._shared_dense()
         columns = self._quality_columns(dense.quality)
-        columns |= self._cost_columns(dense.finished if own else _as_shared(dense.finished))
+        columns |= self._cost_columns(dense.finished if own else as_shared(dense.finished))
         columns |= {"dense_perplexity": self._first(dense.quality), "output_error_calibration": 0.0}
         if VALIDATION in self.info.texts:
             columns["output_error_validation"] = 0.0
@@ -150,9 +109,9 @@ class _Run:
         if isinstance(pruned, NumericalError):
             raise pruned
         columns = self._quality_columns(pruned.quality) | self._compared(pruned)
-        columns |= self._cost_columns([*masks, *(pruned.finished if own else _as_shared(pruned.finished))])
-        columns["fallbacks"] = _fallbacks(pruned.linear_rows)
-        return Outcome(columns, self._placed([*pruned.linear_rows, *_block_rows(pruned.quality)]))
+        columns |= self._cost_columns([*masks, *(pruned.finished if own else as_shared(pruned.finished))])
+        columns["fallbacks"] = fallbacks_of(pruned.linear_rows)
+        return Outcome(columns, self._placed([*pruned.linear_rows, *block_rows(pruned.quality)]))
 
     def reconstructed(
         self, trial: Trial, rungs: Sequence[float], metric: str | None
@@ -165,16 +124,16 @@ class _Run:
             linear_rows = self._linear_rows()
             quality = self._evaluate(self.name, self.name, list(self.info.texts))
             finished = self._finish(self.name)
-            quality.block_errors, quality.zeros = _errors(finished), _zeros(finished)
+            quality.block_errors, quality.zeros = errors_of(finished), zeros_of(finished)
             before = self._before_recovery() if trial.statistics_stream == "recovered" else None
         finally:
             self.calls.release(self.name)
         pruned = before or self._shared_pruned(trial)[0]
         units = recovery.rows
         columns = self._quality_columns(quality) | self._compared(pruned)
-        columns |= _unit_columns(units) | self._cost_columns([*masks, *finished], units, trial)
-        columns["fallbacks"] = _fallbacks([*linear_rows, *units])
-        return Outcome(columns, self._placed([*map(_unit_row, units), *linear_rows, *_block_rows(quality)]))
+        columns |= unit_columns(units) | self._cost_columns([*masks, *finished], units, trial)
+        columns["fallbacks"] = fallbacks_of([*linear_rows, *units])
+        return Outcome(columns, self._placed([*map(unit_row, units), *linear_rows, *block_rows(quality)]))
 
     # Their parts
 
@@ -193,7 +152,7 @@ class _Run:
         text = CALIBRATION if metric == "output_error_calibration" else VALIDATION
         quality = self._evaluate(self.name, self.name, [text])
         finished = self._finish(self.name)
-        quality.block_errors = _errors(finished)
+        quality.block_errors = errors_of(finished)
         value = self._quality_of_text(quality, text).get(metric)
         if value is not None and not math.isfinite(value):
             raise NumericalError(f"{metric} is {value} with a part of the model recovered")
@@ -220,7 +179,7 @@ class _Run:
 
         finished = self.group.share(f"{pruned_key(trial)}/masks", self.name, make)
         costs = [{**shard, "dense_seconds": 0.0, "errors": {}, "weight_zeros": 0} for shard in finished]
-        return costs if made_here else _as_shared(costs)
+        return costs if made_here else as_shared(costs)
 
     def _shared_pruned(self, trial: Trial) -> tuple[Evaluated | NumericalError, bool]:
         """What every trial with this mask shares: its evaluation before recovery. And whether it was made here.
@@ -237,7 +196,7 @@ class _Run:
                 linear_rows = self._prune(name, only_pruned)
                 quality = self._evaluate(name, name, list(self.info.texts))
                 finished = self._finish(name)
-                quality.block_errors, quality.zeros = _errors(finished), _zeros(finished)
+                quality.block_errors, quality.zeros = errors_of(finished), zeros_of(finished)
                 return Evaluated(linear_rows, quality, finished)
             except NumericalError as error:
                 return error
@@ -283,7 +242,7 @@ class _Run:
         for text, batch in self.calls.along(infos, "forward", weights, tail=(cost_name,)):
             losses[text] += batch or ()
         perplexities = {
-            text: _perplexity(losses[text], self.info.texts[text]) for text in texts if text != CALIBRATION
+            text: perplexity(losses[text], self.info.texts[text]) for text in texts if text != CALIBRATION
         }
         return Quality(perplexities)
 
@@ -323,7 +282,7 @@ class _Run:
     def _cost_columns(
         self, finished: Finished, units: Sequence[dict[str, Any]] = (), trial: Trial | None = None
     ) -> dict[str, Any]:
-        own, standalone = _phase_seconds(finished)
+        own, standalone = phase_seconds(finished)
         used_statistics = bool(standalone["mask"])  # a dense trial prunes nothing and so needs no statistics
         dense_seconds = sum(shard["dense_seconds"] for shard in finished) if used_statistics else 0.0
         columns: dict[str, Any] = {f"seconds_{phase}": own[phase] for phase in PHASES}
@@ -345,66 +304,3 @@ class _Run:
             "trainable_parameters": sum(unit["trainable_parameters"] for unit in units),
             "peak_recovery_bytes": max(unit["peak_bytes"] for unit in units),
         }
-
-
-def _as_shared(finished: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same work, done by another trial: nothing of this trial's own, all of it standalone."""
-    return [
-        shard | {"seconds": {phase: (0.0, standalone) for phase, (_, standalone) in shard["seconds"].items()}}
-        for shard in finished
-    ]
-
-
-def _phase_seconds(finished: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    own, standalone = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
-    for shard in finished:
-        for phase, (seconds, alone) in shard["seconds"].items():
-            own[phase] += seconds
-            standalone[phase] += alone
-    return own, standalone
-
-
-def _errors(finished: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    errors: dict[str, dict[int, float]] = {}
-    for shard in finished:
-        for text, by_block in shard["errors"].items():
-            errors.setdefault(text, {}).update(by_block)
-    return errors
-
-
-def _zeros(finished: Iterable[Mapping[str, Any]]) -> int:
-    return sum(int(shard["weight_zeros"]) for shard in finished)
-
-
-def _perplexity(losses: list[float], text: TextInfo) -> float:
-    """exp of the mean next-token loss over tokens - 1 targets a window; the sum is exact, in whatever order."""
-    mean = math.fsum(losses) / (text.samples * (text.tokens - 1))
-    if not math.isfinite(mean) or mean > 700:  # exp would overflow
-        raise NumericalError(
-            f"the mean next-token loss on {text.name} is {mean}: the model gives no probabilities"
-        )
-    return math.exp(mean)
-
-
-def _fallbacks(rows: Iterable[Mapping[str, Any]]) -> int:
-    return sum(row.get("fallback") is not None for row in rows)
-
-
-def _unit_columns(units: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        f"unit_error_{when}": math.fsum(unit[f"error_{when}"] for unit in units) / len(units)
-        for when in ("before", "after")
-    }
-
-
-def _unit_row(unit: dict[str, Any]) -> dict[str, Any]:
-    cost = ("training_flops", "trainable_parameters", "peak_bytes")
-    row = {name: value for name, value in unit.items() if name not in cost}
-    return {"kind": "unit", **row}
-
-
-def _block_rows(quality: Quality) -> list[dict[str, Any]]:
-    return [
-        {"kind": "block", "unit": str(index), "block": index, "error_after": error}
-        for index, error in sorted(quality.block_errors.get(CALIBRATION, {}).items())
-    ]

@@ -29,13 +29,12 @@ from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, Cost
 from raysweep.reconstruction.optimizer import clip_factor
 from raysweep.reconstruction.part import UnitPart
 from raysweep.reconstruction.range import BlockRange
-from raysweep.reconstruction.recovery import recover_unit, units_in
+from raysweep.reconstruction.recovery import is_pruned, recover_unit, units_in
 from raysweep.shards.group_info import ShardSpec, UnitSpan
+from raysweep.shards.wire import from_wire, to_wire
 
 Seconds = tuple[float, float]
 """Busy seconds of a trial: its own, and standalone (with what it shares computed again)."""
-
-_INTEGER_VIEWS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 class ShardWorker:
@@ -169,11 +168,12 @@ class ShardWorker:
 
     # Units that reach over several shards: each has a part
 
-    def open_part(self, name: str, trial: Trial, unit: str) -> None:
-        """Makes the part of a unit that lies here ready."""
+    def open_part(self, name: str, trial: Trial, unit: str) -> bool:
+        """Makes the part of a unit that lies here ready; returns whether something in it is pruned."""
         self._part_began[name] = self._seconds[name]["recovery"][0]
         with self._timed(name, "recovery"):
-            self._parts[name] = UnitPart(self.blocks, name, trial, unit)
+            part = self._parts[name] = UnitPart(self.blocks, name, trial, unit)
+            return is_pruned(self.blocks, name, part.unit)
 
     def pass_dense(self, name: str, text: str, start: int, stop: int, hidden: Any) -> Any:
         """Passes a batch of what flows into the unit through the dense part; the last one keeps what comes out."""
@@ -316,19 +316,6 @@ class ShardWorker:
         pair = self._seconds[name][phase]
         pair[0] += own
         pair[1] += own + self.blocks.knowledge.saved_seconds - saved
-
-
-def to_wire(hidden_BTH: Tensor) -> np.ndarray[Any, Any]:
-    """Hidden states as an array that Ray moves without pickling; 16-bit floats as the integers of their bits."""
-    hidden_BTH = hidden_BTH.detach().cpu().contiguous()
-    return hidden_BTH.view(_INTEGER_VIEWS.get(hidden_BTH.dtype, hidden_BTH.dtype)).numpy()
-
-
-def from_wire(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    """The tensor that `to_wire` sent, in storage of its own: what arrives may be read-only and oddly aligned."""
-    tensor = torch.empty(array.shape, dtype=_INTEGER_VIEWS.get(dtype, dtype))
-    np.copyto(tensor.numpy(), array)
-    return tensor.view(dtype)
 
 
 def _device_name(device: torch.device) -> str:

@@ -30,7 +30,7 @@ from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import Phase, PreparedModel, prepare
 from raysweep.sweep.progress import Progress, Silent
-from raysweep.sweep.proposals import Proposals, count_left
+from raysweep.sweep.proposals import Chosen, Proposals, chosen_by
 from raysweep.sweep.rows import RowContext
 from raysweep.sweep.runners import InProcess, OnRay, Runner
 
@@ -68,8 +68,7 @@ class Launch:
     @property
     def planned(self) -> int:
         """Trials of the sweep, those of studies as many as they may run."""
-        studies = sum(len(phase.studies) for model in self.models for phase in model.phases)
-        return len(self.trials) + studies * (self.space.search.num_samples or 0)
+        return len(self.trials) + sum(study.samples for phase in self._phases for study in phase.studies)
 
     def is_done(self, trial: SweepTrial) -> bool:
         """Finished trials are never run again; failed ones are."""
@@ -78,17 +77,35 @@ class Launch:
     def remaining(self, phase: Phase) -> list[SweepTrial]:
         return [trial for trial in phase.trials if not self.is_done(trial)]
 
-    def left_of(self, model: PreparedModel, phase: Phase) -> int:
+    def left_of(self, phase: Phase) -> int:
         """How many trials the studies of a phase will still run."""
-        return sum(self.left_of_study(model, study) for study in phase.studies)
+        return sum(map(self.left_of_study, phase.studies))
 
-    def left_of_study(self, model: PreparedModel, study: Study) -> int:
+    def left_of_study(self, study: Study) -> int:
         """How many trials a study will still run."""
-        return count_left(study, self.space.search, model.identify, self.done_rows)
+        return study.samples - len(self.earlier[study.number])
+
+    @cached_property
+    def earlier(self) -> dict[int, Chosen]:
+        """By number of a study, its trials that are done. No trial counts for two studies, or for one and a list."""
+        found: dict[int, Chosen] = {}
+        for model in self.models:
+            rows = dict(self.done_rows)
+            for trial in model.trials:
+                rows.pop(trial.trial_id, None)
+            for study in (study for phase in model.phases for study in phase.studies):
+                found[study.number] = chosen_by(study, model.identify, rows)
+                for trial_id in found[study.number]:
+                    del rows[trial_id]
+        return found
+
+    @property
+    def _phases(self) -> list[Phase]:
+        return [phase for model in self.models for phase in model.phases]
 
     @cached_property
     def finished(self) -> int:
-        left = sum(self.left_of(model, phase) for model in self.models for phase in model.phases)
+        left = sum(map(self.left_of, self._phases))
         return self.planned - left - sum(not self.is_done(trial) for trial in self.trials)
 
     @property
@@ -212,7 +229,7 @@ def _run_model(
     prepared: Launch, model: PreparedModel, plan: ShardPlan, runner: Runner, recorder: _Recorder
 ) -> None:
     """The phases of one model, one after another on the same shards."""
-    phases = [phase for phase in model.phases if prepared.remaining(phase) or prepared.left_of(model, phase)]
+    phases = [phase for phase in model.phases if prepared.remaining(phase) or prepared.left_of(phase)]
     if not phases:
         return
     granularities = sorted({trial.granularity for trial in model.possible if trial.granularity})
@@ -236,6 +253,7 @@ def _run_model(
                 model.identify,
                 first_number,
                 prepared.done_rows,
+                prepared.earlier,
             )
             runner.run(group, proposals, rows, plan, search, recorder.row)
 

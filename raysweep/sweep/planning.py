@@ -47,6 +47,7 @@ def workload(model: PreparedModel) -> Workload:
         updated=max(
             sum(recipe.criterion == "sparsegpt" for recipe in _recipes(phase)) for phase in model.phases
         ),
+        factors=max(len(_dampenings(phase)) for phase in model.phases),
         halves="subblock" in granularities,
         matrices="matrix" in granularities,
         recovery=any(trial.recovery == "reconstruct" for trial in trials),
@@ -54,6 +55,7 @@ def workload(model: PreparedModel) -> Workload:
         span=max((_span(trial, len(model.shape.blocks)) for trial in trials), default=1),
         streams=any(trial.is_sequential or trial.statistics_stream == "pruned" for trial in trials),
         exact=any(trial.optimizer == "exact" for trial in trials),
+        outputs=any(map(_trains_towards_outputs, trials)),
     )
 
 
@@ -62,6 +64,15 @@ def _recipes(phase: Phase) -> set[MaskRecipe]:
     corners = (corner.trial for study in phase.studies for corner in study.corners())
     trials = (*(trial.trial for trial in phase.trials), *corners)
     return {MaskRecipe.of(trial) for trial in trials if not trial.is_dense}
+
+
+def _dampenings(phase: Phase) -> set[float | None]:
+    """Of the factors that masks of the phase share; behind pruned blocks every mask has its own."""
+    return {recipe.dampening for recipe in _recipes(phase) if recipe.stream == "dense"} - {None}
+
+
+def _trains_towards_outputs(trial: Trial) -> bool:
+    return trial.granularity == "matrix" and (trial.input_stream == "pruned" or trial.loss != "mse")
 
 
 def _span(trial: Trial, blocks: int) -> int:

@@ -26,9 +26,11 @@ from raysweep.model.tokens import (
     validation_tokens,
 )
 from raysweep.pruning.criteria import OwnFunction
-from raysweep.shards.group_info import CALIBRATION, EVALUATION_PREFIX, VALIDATION
-from raysweep.sweep.fitting import check_trial, own_criteria
+from raysweep.reconstruction.fitting import check_trial
+from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
+from raysweep.shards.group_info import EVALUATION_PREFIX
 from raysweep.sweep.identified import SweepTrial
+from raysweep.sweep.own_criteria import own_criteria
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def prepare(space: SearchSpace, device: str) -> list[PreparedModel]:
         mine = [trial for trial in planned if trial.model == config]
         chosen = [study for study in studies if study.model == config]
         prepared.append(_Preparation(space, config, device).model(mine, chosen, number))
-        number += len(mine) + len(chosen) * (space.search.num_samples or 0)
+        number += len(mine) + sum(study.samples for study in chosen)
     return prepared
 
 
@@ -110,7 +112,7 @@ class _Preparation:
         corners = [corner for study in studies for corner in study.corners()]
         possible = dict.fromkeys(one.trial for one in (*planned, *corners) if not one.trial.is_dense)
         for trial in possible:
-            check_trial(trial, self.shape)
+            check_trial(trial, self.shape.linears, len(self.shape.blocks), "sweep: ")
         criteria = own_criteria(possible)
         for criterion in criteria.values():
             criterion.check(self.shape)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raysweep.config.expansion import PlannedTrial, Sampled
 from raysweep.config.sections import SearchConfig
 from raysweep.config.studies import Study
+from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
 from raysweep.fingerprint import fingerprint
 from raysweep.sweep.identified import SweepTrial
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
     import optuna
 
 Row = Mapping[str, Any]
+Chosen = dict[str, tuple[dict[str, Any], Row]]
+"""Trials that a study chose, by trial_id: the values of its open fields, and the row."""
+
 Identify = Callable[[PlannedTrial, int], SweepTrial]
 
 TRIES = 100  # for a proposal that has no row yet; a study of lists alone may run out of them
 
 
 class Proposals:
-    """The trials of one phase that are still to run. `rows`: of trials that are done, by trial_id.
+    """The trials of one phase that are still to run.
 
-    total: how many there will be at most
+    rows: of trials that are done, by trial_id;  earlier: those of studies, by the study's number
+    total: how many there will be
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Proposals:
         identify: Identify,
         first_number: int,
         rows: Mapping[str, Row],
+        earlier: Mapping[int, Chosen],
     ) -> None:
         self.rows = rows
         self._listed = list(listed)
@@ -44,7 +50,9 @@ class Proposals:
             random.Random(search.seed).shuffle(self._listed)
         self._listed.reverse()
         seen = {trial.trial_id for trial in self._listed} | set(rows)
-        self._running = [RunningStudy(study, search, identify, rows, seen) for study in studies]
+        self._running = [
+            RunningStudy(study, search, identify, earlier[study.number], seen) for study in studies
+        ]
         self._number = first_number
         self._of: dict[str, RunningStudy] = {}
         self.total = len(self._listed) + sum(study.remaining for study in self._running)
@@ -70,7 +78,7 @@ class Proposals:
 
 
 class RunningStudy:
-    """A study with its optimizer, which has heard of all earlier rows that belong to it.
+    """A study with its optimizer, which has heard of all earlier trials that it chose.
 
     seen: identities of trials that have rows or are to run, shared by all studies, so that none runs twice
     """
@@ -80,33 +88,49 @@ class RunningStudy:
         study: Study,
         search: SearchConfig,
         identify: Identify,
-        rows: Mapping[str, Row],
+        earlier: Chosen,
         seen: set[str],
     ) -> None:
         self._study, self._search, self._identify = study, search, identify
         self._distributions = {name: _distribution(values) for name, values in study.open.items()}
         self._optimizer = _optimizer(search, study)
         self._asked: dict[str, Any] = {}
-        known = _earlier(study, identify, rows)
-        for chosen, row in known.values():
+        for chosen, row in earlier.values():
             self._optimizer.add_trial(self._frozen(chosen, row))
         self._seen = seen
-        self.remaining = max(0, (search.num_samples or 0) - len(known))
+        self.remaining = max(0, study.samples - len(earlier))
 
     def propose(self, number: int) -> SweepTrial | None:
         """A trial that has no row and is not running; None when none could be found: then the study ends."""
-        for _ in range(TRIES):
+        return self._asked_for(TRIES, number) or self._not_yet_seen(number)
+
+    def _asked_for(self, tries: int, number: int) -> SweepTrial | None:
+        """The first of so many answers of the optimizer that is new."""
+        for _ in range(tries):
             asked = self._optimizer.ask(self._distributions)
-            values = self._values(asked.params)
-            trial = self._identify(self._study.planned(values), number)
-            if trial.trial_id not in self._seen:
+            trial = self._new(self._values(asked.params), number)
+            if trial is not None:
                 self._seen.add(trial.trial_id)
                 self._asked[trial.trial_id] = asked
                 self.remaining -= 1
                 return trial
             self._optimizer.tell(asked, state=_state("FAIL"))  # known already: ask for another
+        return None
+
+    def _not_yet_seen(self, number: int) -> SweepTrial | None:
+        """A combination of lists that the optimizer does not come to by itself."""
+        for chosen in self._study.corner_values():
+            if self._new(chosen, number) is not None:
+                self._optimizer.enqueue_trial(self._params(chosen))
+                return self._asked_for(1, number)
         self.remaining = 0
         return None
+
+    def _new(self, chosen: Mapping[str, Any], number: int) -> SweepTrial | None:
+        """The trial with these values, unless it is known or another's."""
+        planned = self._study.planned(chosen)
+        trial = self._identify(planned, number)
+        return None if trial.trial_id in self._seen or planned in self._study.excluded else trial
 
     def tell(self, trial: SweepTrial, row: Row | None) -> None:
         asked, value = self._asked.pop(trial.trial_id), (row or {}).get(self._search.metric)
@@ -124,42 +148,42 @@ class RunningStudy:
             values[name] = params[name] if choices is None else choices[params[name]]
         return values
 
-    def _frozen(self, chosen: Mapping[str, Any], row: Row) -> optuna.trial.FrozenTrial:
-        from optuna.trial import create_trial
-
+    def _params(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The reverse of `_values`."""
         params: dict[str, Any] = {}
         for name, values_of_field in self._study.open.items():
             choices = _choices(values_of_field)
             params[name] = chosen[name] if choices is None else choices.index(chosen[name])
+        return params
+
+    def _frozen(self, chosen: Mapping[str, Any], row: Row) -> optuna.trial.FrozenTrial:
+        from optuna.trial import create_trial
+
         value = row.get(self._search.metric)
         finished = row.get("status") == "finished" and value is not None
         return create_trial(
-            params=params,
+            params=self._params(chosen),
             distributions=self._distributions,
             value=float(str(value)) if finished else None,
             state=_state("COMPLETE" if finished else "PRUNED" if row.get("status") == "stopped" else "FAIL"),
         )
 
 
-def count_left(study: Study, search: SearchConfig, identify: Identify, rows: Mapping[str, Row]) -> int:
-    """How many trials a study will still run."""
-    return max(0, (search.num_samples or 0) - len(_earlier(study, identify, rows)))
-
-
-def _earlier(
-    study: Study, identify: Identify, rows: Mapping[str, Row]
-) -> dict[str, tuple[dict[str, Any], Row]]:
-    """The rows that belong to a study, with the values that it had chosen, by trial_id."""
-    from raysweep.config.trial import Trial
-
-    found: dict[str, tuple[dict[str, Any], Row]] = {}
+def chosen_by(study: Study, identify: Identify, rows: Mapping[str, Row]) -> Chosen:
+    """The rows that belong to a study, at most as many as it has samples."""
+    found: Chosen = {}
     for trial_id, row in rows.items():
+        if len(found) == study.samples:
+            break
         try:
             trial = Trial.from_columns(dict(row))
         except (UsageError, ValueError):  # of another version, perhaps
             continue
         chosen = study.chosen(trial)
-        if chosen is not None and identify(study.planned(chosen), 0).trial_id == trial_id:
+        if chosen is None:
+            continue
+        planned = study.planned(chosen)
+        if planned not in study.excluded and identify(planned, 0).trial_id == trial_id:
             found[trial_id] = (chosen, row)
     return found
 

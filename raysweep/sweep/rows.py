@@ -14,7 +14,8 @@ from raysweep.errors import RaysweepError, ShardLostError
 from raysweep.results.schema import planned_columns
 from raysweep.results.writer import now, write_rows
 from raysweep.shards.group_info import ShardGroup
-from raysweep.shards.trial import Outcome, Rung, run_in_rungs
+from raysweep.shards.outcome import Outcome, Rung
+from raysweep.shards.trial import run_in_rungs
 from raysweep.sweep.identified import SweepTrial
 
 

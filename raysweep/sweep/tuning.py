@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 from raysweep.config.sections import SearchConfig
 from raysweep.shards.group import RayGroup
 from raysweep.shards.group_info import TRIAL_CPUS, GroupInfo
-from raysweep.shards.trial import Rung
+from raysweep.shards.outcome import Rung
 from raysweep.sweep.halving import SIXTEENTHS, TIME, TRIAL, CellHalving, rungs_of
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.proposals import Proposals
@@ -100,10 +100,10 @@ def run_phase(
     storage: Path,
     name: str,
     on_row: Callable[[dict[str, Any]], None],
-    on_lost: Callable[[str], None],
+    on_lost: Callable[[str, int], None],
 ) -> None:
     """Runs what is proposed to the end, oldest first; `on_row` hears of every trial that is done, `on_lost` of the id
-    of one whose process is gone.
+    and the number of one whose process is gone.
 
     storage, name: Tune keeps its own state in storage/name.
     """
@@ -148,7 +148,7 @@ def _trial_name(trial: Any) -> str:
 class _Listener(tune.Callback):
     """Hands finished trials to the display of the launching process."""
 
-    def __init__(self, on_row: Callable[[dict[str, Any]], None], on_lost: Callable[[str], None]) -> None:
+    def __init__(self, on_row: Callable[[dict[str, Any]], None], on_lost: Callable[[str, int], None]) -> None:
         self._on_row, self._on_lost = on_row, on_lost
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -162,11 +162,11 @@ class _Listener(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         planned: SweepTrial = trial.config[TRIAL]
-        self._on_lost(planned.trial_id)
+        self._on_lost(planned.trial_id, planned.number)
         self._on_row({"status": "failed", "label": planned.label, "error": "the process of the trial ended"})
 
 
-def _nobody(_: Any) -> None:
+def _nobody(*_: Any) -> None:
     """Hears nothing."""
 
 

@@ -106,6 +106,17 @@ def test_draws_are_per_point_of_the_listed_axes():
     assert len({t.learning_rate for t in trials}) == 5
 
 
+def test_a_choice_of_names_is_drawn_one_by_one():
+    group = RANDOM_GROUP | {"targets": {"choice": ["q_proj", ["k_proj", "v_proj"]]}}
+    found = trials_of(group, search={"algorithm": "random", "num_samples": 12, "seed": 0})[1:]
+    assert {trial.targets for trial in found} == {("q_proj",), ("k_proj", "v_proj")}
+
+
+def test_null_in_a_list_is_the_default():
+    group = {"recovery": "none", "criterion": "sparsegpt", "sparsity": 0.5, "dampening": [None, 0.1, 0.01]}
+    assert [trial.dampening for trial in trials_of(group)[1:]] == [0.01, 0.1]
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**63 - 1))
 @settings(max_examples=25, deadline=None)
 def test_more_samples_extend_fewer(few, more, seed):

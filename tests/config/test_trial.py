@@ -205,6 +205,11 @@ def test_fields_are_null_where_they_do_not_apply(fields, applies):
         assert getattr(trial, name) == applies.get(name)
 
 
+def test_a_matrix_has_no_norms():
+    fields = {**RECONSTRUCT, "granularity": "matrix", "learning_rate": 0.01}
+    assert Trial(**fields, trainable="lora+norms") == Trial(**fields, trainable="lora")
+
+
 def test_masks_from_a_file_say_all_about_themselves():
     trial = Trial(recovery="none", criterion="file:masks.safetensors", sparsity=0.5, pattern="2:4", seed=3)
     assert trial == Trial(recovery="none", criterion="file:masks.safetensors")

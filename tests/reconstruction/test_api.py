@@ -278,6 +278,18 @@ def test_streams_and_statistics_behind_pruned_blocks_are_choices_of_both_calls()
 
 
 def test_targets_that_name_no_linear_are_refused():
-    with pytest.raises(UsageError, match="no linear of the model is pruned") as caught:
+    with pytest.raises(UsageError, match="'up_prj' matches no linear") as caught:
         raysweep.prune(make_model("llama"), IDS, criterion="wanda", sparsity=0.5, targets=["up_prj"])
-    assert "up_proj" in str(caught.value.allowed)
+    assert (caught.value.where, caught.value.nearest) == ("targets", "up_proj")
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [({"trainable": "lora", "lora_rank": 1000}, "lora_rank"), ({"granularity": "window:9"}, "granularity")],
+)
+def test_what_the_model_has_no_room_for_is_refused(fields, where):
+    model = make_model("llama")
+    pruned = raysweep.prune(model, IDS, criterion="magnitude", sparsity=0.5)
+    with pytest.raises(UsageError) as caught:
+        raysweep.reconstruct(model, pruned, IDS, **(RECONSTRUCT | fields))
+    assert caught.value.where == where

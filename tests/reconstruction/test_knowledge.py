@@ -48,6 +48,18 @@ def test_a_value_is_made_once():
     assert known.made == 2
 
 
+def test_what_must_be_kept_counts_and_never_goes():
+    known = Knowledge(CPU, limit_bytes=2 * 1024)
+    known.keep("kept", kilobyte())
+    known.keep("kept", kilobyte())
+    for key in "ab":
+        known.get(key, kilobyte)
+    assert (known.made, known.nbytes) == (2, 2 * 1024)
+    known.get("kept", kilobyte)
+    known.get("a", kilobyte)  # it had to go
+    assert known.made == 3
+
+
 def test_the_least_recently_used_goes_first():
     known = Knowledge(CPU, limit_bytes=3 * 1024)
     for key in "abc":

@@ -165,6 +165,20 @@ def test_a_mask_does_not_depend_on_the_recovery_unless_the_trial_says_so():
     assert any(not torch.equal(masks["dense"][0][n], masks["pruned"][0][n]) for n in masks["dense"][0])
 
 
+@pytest.mark.parametrize("fields", [{"targets": ("re:.*mlp",)}, {"sparsity": (("re:.*mlp", 0.5),)}])
+@pytest.mark.parametrize("streams", [{}, PRUNED_INPUT])
+def test_units_in_which_nothing_is_pruned_are_left_dense_and_the_stream_passes_them(fields, streams):
+    blocks = range_of(make_model("llama"))
+    trial = reconstruct_trial(granularity="subblock", **{**streams, **fields})
+    results = {unit.name: result for unit, _, result in recovered_units(blocks, trial)}
+    assert {name.rpartition(".")[2] for name, result in results.items() if result is not None} == {"mlp"}
+    assert not any("self_attn" in name for name in blocks.weights["trial"])
+    if streams:
+        torch.testing.assert_close(
+            blocks.streams["trial"][CALIBRATION], hidden_states(written(blocks))[-1], rtol=1e-4, atol=1e-5
+        )
+
+
 def test_matrices_that_are_not_pruned_are_left_dense_and_the_stream_passes_them():
     model = make_model("llama")
     blocks = range_of(model)

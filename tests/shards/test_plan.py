@@ -148,7 +148,7 @@ def test_inputs_of_one_block_are_required_and_of_all_kept_where_memory_is_left()
     )
     kept = [plan.knowledge_bytes - masks - KNOWLEDGE_MARGIN for plan in (poor, middle, rich)]
     assert kept == [BLOCK_INPUTS, 3 * BLOCK_INPUTS, 6 * BLOCK_INPUTS]
-    assert [plan.memory[0].inputs // BLOCK_INPUTS for plan in (poor, middle, rich)] == [2, 4, 6]
+    assert [plan.memory[0].kept // BLOCK_INPUTS for plan in (poor, middle, rich)] == [2, 4, 6]
     assert middle.memory[0].total <= least_bytes() + 4 * BLOCK_INPUTS
     with pytest.raises(CapacityError, match="of host memory"):
         make_plan(model(), [Node(1, 0, least_bytes() - 1)], MATRICES, "float32", **options)
@@ -162,7 +162,7 @@ def test_a_billion_parameters_at_the_published_calibration_fit_a_large_node():
     work = replace(MATRICES, texts=((128, 2048), (16, 2048)), evaluation_tokens=2048)
     plan = make_plan(llama, [Node(16, 1, 128 * GIB, 80 * GIB)], work, "bfloat16")
     widest = 2 * 128 * 2048 * (6 * 2048 + 8192)
-    assert plan.memory[0].inputs >= 2 * widest
+    assert plan.memory[0].kept >= 2 * widest
     assert plan.memory[0].host <= 128 * GIB
 
 
@@ -173,6 +173,23 @@ def test_masks_lie_on_the_device():
         outputs * inputs for block in model().blocks[:3] for outputs, inputs in block.linears.values()
     )
     assert more.host == base.host
+
+
+def test_factors_of_gram_matrices_are_kept_where_memory_is_left():
+    work = replace(WORK, updated=2, factors=3)
+    grams = 4 * sum(i * (i + 1) for _, i in model().blocks[0].linears.values())
+    rich = make_plan(model(), [Node(1, 0, 64 * GIB)], work, "float32", shards=1, concurrent_trials=1)
+    assert rich.memory[0].kept == 6 * 3 * grams
+    assert shard_memory(model(), 0, 6, "float32", work).kept == 2 * 3 * grams
+
+
+def test_matrices_on_streams_need_room_for_their_inputs_and_outputs():
+    streams = replace(WORK, streams=True, concurrent_trials=2)
+    tokens = 80 * 256
+    base = shard_memory(model(), 0, 3, "float32", streams).streams
+    matrices = shard_memory(model(), 0, 3, "float32", replace(streams, matrices=True, outputs=True)).streams
+    assert base == 2 * 2 * tokens * 256 * 4
+    assert matrices - base == (2 * 640 + 640) * tokens * 4
 
 
 def test_a_shard_fits_on_one_node():

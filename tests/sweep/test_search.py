@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from raysweep.cli.plan import kinds
 from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
 from raysweep.results.reader import load_results
@@ -60,6 +61,25 @@ def test_a_study_of_lists_ends_when_it_has_run_out_of_them(make_space, tmp_path)
     )
     assert len(rows) == 1 + 4
     assert not chosen(rows)[["criterion", "learning_rate"]].duplicated().any()
+
+
+def test_a_study_of_lists_is_planned_at_its_size_and_then_finished(make_space, tmp_path):
+    """Lists overlap: one trial is listed as well, and two belong to both studies."""
+    listed = DRAWN[1] | {"criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
+    first = listed | {"learning_rate": [0.01, 0.02, 0.03]}
+    second = listed | {"learning_rate": [0.02, 0.03, 0.04, 0.05]}
+    space = make_space(sweep=[listed, first, second], search=OPTUNA | {"num_samples": 9})
+    before = prepare_launch(space, tmp_path / "tiny", "cpu")
+    assert (before.planned, before.finished) == (1 + 1 + 2 + 2, 0)
+    rows = launch(space, storage=tmp_path, in_process=True)
+    after = prepare_launch(space, tmp_path / "tiny", "cpu")
+    assert (len(rows), after.planned, after.finished, after.others) == (6, 6, 6, 0)
+    assert [plan["planned"] for plan in kinds_of(after)] == [1, 5]
+
+
+def kinds_of(prepared: Any) -> list[dict[str, int]]:
+    (model,) = prepared.models
+    return [{"planned": planned} for planned, _ in kinds(prepared, model).values()]
 
 
 def test_a_field_that_does_not_matter_to_a_trial_does_not_hide_its_row(make_space, tmp_path):

@@ -176,6 +176,25 @@ def test_a_window_over_two_shards_in_the_middle_hands_on_the_right_stream(six_bl
     assert_same_numbers(tmp_path / "1" / "study", tmp_path / "2" / "study")
 
 
+def test_windows_over_shards_in_which_nothing_is_pruned_are_left_dense(six_blocks, tiny_text, tmp_path):
+    group = {
+        "recovery": "reconstruct",
+        "criterion": "wanda",
+        "sparsity": 0.5,
+        "granularity": "window:2",
+        "targets": ["re:.*layers.[0145]"],
+        "input_stream": ["dense", "pruned"],
+        "target_stream": "dense",
+        "learning_rate": 0.01,
+    }
+    for shards in (1, 2):
+        space = study_space(six_blocks, tiny_text, shards, [group])
+        launch(space, storage=tmp_path / str(shards), in_process=True)
+    assert_same_numbers(tmp_path / "1" / "study", tmp_path / "2" / "study")
+    units = load_units(tmp_path / "2" / "study")
+    assert set(units[units.kind == "unit"].unit) == {"0-1", "4-5"}
+
+
 def test_units_of_the_study(study_folder):
     rows, units = load_results(study_folder(3)), load_units(study_folder(3))
     trial = rows[(rows.granularity == "window:3") & (rows.input_stream == "dense")].iloc[0]
