@@ -32,7 +32,7 @@ def run(
     """The rows of a space with `overrides`, and its seconds."""
     from raysweep.config.space import SearchSpace
     from raysweep.config.spaces import resolve_space
-    from raysweep.sweep.launch import launch
+    from raysweep.launching.launch import launch
 
     space = SearchSpace.from_yaml(resolve_space(file), overrides)
     start = time.perf_counter()

@@ -61,7 +61,7 @@ def bare_loops(data: dict[str, Any], ready: Any, seconds: Any) -> None:
     from raysweep.shards.trial import run_trial
     from raysweep.sweep.planning import workload
     from raysweep.sweep.prepare import prepare
-    from raysweep.sweep.runners import this_node
+    from raysweep.launching.runners import this_node
 
     model = prepare(SearchSpace.from_dict(data), "cpu")[0]
     plan = make_plan(model.shape, [this_node()], workload(model), model.dtype, shards=1)
@@ -151,7 +151,7 @@ def _core_times() -> list[tuple[int, int]]:
 def time_sweep(quick: bool, seeds: list[int]) -> dict[str, float]:
     """The same trials through Ray and Tune: seconds from the group being ready to the last row."""
     from raysweep.config.space import SearchSpace
-    from raysweep.sweep.launch import launch
+    from raysweep.launching.launch import launch
 
     space = SearchSpace.from_dict(space_dict(quick, ["magnitude", "wanda"], SPARSITIES, seeds))
     clock, busy = Clock(), list[bool]()

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from raysweep.config.space import SearchSpace
-from raysweep.sweep.launch import launch
+from raysweep.launching.launch import launch
 
 LADDER = [round(1.0e-5 * 2.0**step, 10) for step in range(14)]  # 1e-5 to 8e-2
 METRIC = "validation_perplexity"

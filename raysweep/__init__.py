@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raysweep.config.space import SearchSpace
+    from raysweep.launching.launch import launch
     from raysweep.reconstruction.api import Pruned, Recovered, prune, reconstruct
     from raysweep.results.reader import load_results, load_units
-    from raysweep.sweep.launch import launch
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _HOMES = {
     "Pruned": "raysweep.reconstruction.api",
     "Recovered": "raysweep.reconstruction.api",
     "SearchSpace": "raysweep.config.space",
-    "launch": "raysweep.sweep.launch",
+    "launch": "raysweep.launching.launch",
     "load_results": "raysweep.results.reader",
     "load_units": "raysweep.results.reader",
     "prune": "raysweep.reconstruction.api",

@@ -43,11 +43,13 @@ def recovery_id(
     dtype: str,
     calibration_hash: str | None,
     criterion_hash: str | None = None,
+    data_hash: str | None = None,
 ) -> str:
     """Identity of a trial's weights.
 
     model_hash, calibration_hash: hashes of contents (weights and configuration; tokens), never of paths
     criterion_hash: of the contents of a mask file, or of the source of a user's function
+    data_hash: of the tokens of `data`, where a trial is retrained on others than the calibration set
     dtype: the resolved number format, not `auto`
     The dense model has seen no calibration set: its identity leaves it out, whatever is given.
     """
@@ -55,7 +57,9 @@ def recovery_id(
         raise RaysweepError(f"the dtype {dtype!r} is not resolved and cannot be part of an identity")
     content = {
         "numerics": NUMERICS_VERSION,
-        "trial": trial.identity() | ({"criterion": criterion_hash} if criterion_hash else {}),
+        "trial": trial.identity()
+        | ({"criterion": criterion_hash} if criterion_hash else {})
+        | ({"data": data_hash} if data_hash else {}),
         "model": _content_hash(model_hash, "model"),
         "dtype": dtype,
     }

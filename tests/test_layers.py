@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "raysweep"
 # From top to bottom. A room imports from lower floors; on its own floor only what SAME_FLOOR lists.
 FLOORS = (
     ("cli",),
+    ("launching",),
     ("sweep", "baseline", "analysis"),
     ("shards",),
     ("cluster",),

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.config.labels import label_of
-from raysweep.config.sections import CALIBRATION_COLUMNS
 from raysweep.config.spellings import UNSTRUCTURED, window_length
 from raysweep.config.trial import LORA, MASK_FIELDS, RECOVERY_FIELDS, STEP_FIELDS, Trial
 from raysweep.errors import UsageError, nearest_name

@@ -22,7 +22,7 @@ LINES_BESIDE_CELLS = 8  # of the live picture and the prompt: the cells get the 
 
 
 class Display(Protocol):
-    """What a launch tells its progress to (raysweep.sweep.progress.Progress), with the tally it keeps."""
+    """What a launch tells its progress to (raysweep.launching.progress.Progress), with the tally it keeps."""
 
     tally: Tally
 

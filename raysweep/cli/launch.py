@@ -44,7 +44,7 @@ def _run(space: SearchSpace, tally: Tally, **options: Any) -> Any:
     quiet_libraries()
     with shown(tally) as display:
         display.stage("Loading libraries")
-        from raysweep.sweep.launch import launch
+        from raysweep.launching.launch import launch
 
         return launch(space, progress=display, **options)
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from raysweep.cluster.nodes import Node
+    from raysweep.launching.launch import Launch
     from raysweep.shards.memory import ShardMemory
     from raysweep.shards.plan import ShardPlan
-    from raysweep.sweep.launch import Launch
     from raysweep.sweep.prepare import PreparedModel
 
 DEVICE_PARTS = {
@@ -45,7 +45,7 @@ def run_plan(
     quiet_libraries()
     with _busy("Reading model and data"):
         from raysweep.cluster.nodes import this_node
-        from raysweep.sweep.launch import checked_folder, device_here, prepare_launch
+        from raysweep.launching.launch import checked_folder, device_here, prepare_launch
         from raysweep.sweep.planning import make_plans
 
         prepared = prepare_launch(loaded, checked_folder(loaded, storage), device_here())

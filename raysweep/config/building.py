@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.document import Document, KeyPath
 from raysweep.config.expansion import (
     MAX_TRIALS,
@@ -21,7 +22,6 @@ from raysweep.config.groups import axis_values, read_groups
 from raysweep.config.sections import (
     BUILTIN_PREFIX,
     VALIDATION_METRICS,
-    CalibrationConfig,
     EvaluationConfig,
     ExecutionConfig,
     ModelConfig,
@@ -30,6 +30,7 @@ from raysweep.config.sections import (
     ValidationConfig,
 )
 from raysweep.config.space import SearchSpace, with_seed
+from raysweep.config.studies import open_fields
 from raysweep.config.trial import Trial
 from raysweep.config.validation import (
     assembled,
@@ -67,6 +68,7 @@ def build_space(document: Document) -> SearchSpace:
     )
     _check_metric(space, document)
     _check_cells(space, document)
+    _check_retraining(space, document)
     _check_size(space, document)
     _check_combinations(space, document)
     return space
@@ -165,6 +167,23 @@ def _check_cells(space: SearchSpace, document: Document) -> None:
                     allowed="a value or a list",
                     remedy=f"or take {name} out of search.compare_within",
                 )
+
+
+def _check_retraining(space: SearchSpace, document: Document) -> None:
+    """Retraining has a phase of its own, in which nothing can be stopped or chosen by rows that come later."""
+    for index, group in enumerate(space.groups):
+        recovery = group["recovery"]
+        values = recovery.values if isinstance(recovery, Sampled) else recovery
+        if "retrain" not in values:
+            continue
+        searched = space.search.algorithm == "optuna" and open_fields(group, space.search.compare_within)
+        if searched or space.search.scheduler != "none":
+            raise UsageError(
+                "retraining cannot be chosen by a study or stopped by a scheduler",
+                where=document.where(("sweep", index, "recovery")),
+                allowed="search: {algorithm: grid or random, scheduler: none}",
+                remedy="put what is retrained into a sweep of its own",
+            )
 
 
 def _check_size(space: SearchSpace, document: Document) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.fields import allowed_values, default_of, extra_of
 from raysweep.config.sections import (
-    CalibrationConfig,
     EvaluationConfig,
     ExecutionConfig,
     ModelConfig,
@@ -19,7 +19,7 @@ from raysweep.config.sections import (
     SearchConfig,
     ValidationConfig,
 )
-from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, Trial
+from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, RETRAIN_FIELDS, Trial
 
 _INTRODUCTION = """\
 # Search space
@@ -104,6 +104,16 @@ units do not depend on one another, and all shards work on a trial at once. With
 `statistics_stream: recovered`) each waits for those before it, and trials follow one another through the shards.
 """
 
+_RETRAINING = """\
+### With `recovery: retrain`
+
+The whole model is trained on text under the same mask, by DeepSpeed on the workers of Ray Train: what reconstruction
+is compared with. Trials without retraining run first; then the shards give back their devices, one retraining after
+another takes all of them, and the shards come back to measure what came of it. `learning_rate` (required), `epochs`,
+`batch_size`, `shuffle`, `warmup_fraction`, `max_grad_norm` (here 1.0), `loss` (here next_token or distillation),
+`trainable`, `lora_rank` and `lora_alpha` are those of the table above; the optimizer is AdamW. Besides:
+"""
+
 
 def search_space_reference() -> str:
     """The text of docs/search-space.md."""
@@ -122,6 +132,8 @@ def search_space_reference() -> str:
         fields_table(Trial, recovery),
         _RECOVERY,
         fields_table(Trial, RECOVERY_FIELDS),
+        _RETRAINING,
+        fields_table(Trial, [name for name in RETRAIN_FIELDS if name not in RECOVERY_FIELDS]),
         _section("`search`", SearchConfig),
         _section("`execution`", ExecutionConfig),
     ]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from raysweep.config.sections import CalibrationConfig, ModelConfig
+from raysweep.config.calibration import CalibrationConfig
+from raysweep.config.sections import ModelConfig
 from raysweep.config.trial import Trial
 
 MAX_TRIALS = 100_000

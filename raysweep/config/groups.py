@@ -10,7 +10,15 @@ from raysweep.config.document import Document, KeyPath
 from raysweep.config.expansion import Group, Sampled
 from raysweep.config.fields import default_of, has_settled_default, takes_real_numbers
 from raysweep.config.sections import SearchConfig
-from raysweep.config.trial import MASK_FIELDS, NAME_FIELDS, RECOVERY_FIELDS, Trial
+from raysweep.config.trial import (
+    MAPPING_FIELDS,
+    MASK_FIELDS,
+    NAME_FIELDS,
+    RECOVERY_FIELDS,
+    RETRAIN_DEFAULTS,
+    RETRAIN_FIELDS,
+    Trial,
+)
 from raysweep.config.validation import checked_value, expect_mapping, missing_key, shown
 from raysweep.errors import UsageError
 
@@ -59,7 +67,10 @@ def _group(document: Document, data: Any, path: KeyPath, search: SearchConfig) -
         raise missing_key(Trial, "recovery", document, path)
     group: dict[str, tuple[Any, ...] | Sampled] = {}
     for name, value in data.items():
-        if isinstance(value, dict) and (name != "sparsity" or not set(value).isdisjoint(SAMPLED_KINDS)):
+        is_value = name in ("sparsity", *MAPPING_FIELDS) and (
+            isinstance(value, dict) and set(value).isdisjoint(SAMPLED_KINDS)
+        )
+        if isinstance(value, dict) and not is_value:
             group[name] = _sampled(name, value, document, (*path, name), search)
         else:
             group[name] = axis_values(Trial, name, value, document, (*path, name))
@@ -73,7 +84,7 @@ def _refuse_dense(recovery: tuple[Any, ...] | Sampled, document: Document, path:
         raise UsageError(
             "recovery cannot be 'dense': every sweep has a row of the dense model anyway",
             where=document.where(path),
-            allowed="none | reconstruct",
+            allowed="none | reconstruct | retrain",
         )
 
 
@@ -81,9 +92,16 @@ def _with_defaults(group: dict[str, tuple[Any, ...] | Sampled]) -> Group:
     """Fills in what a stored space should show; the seed stays open, as calibration sets have their own."""
     recovery = group["recovery"]
     values = recovery.values if isinstance(recovery, Sampled) else recovery
-    names = (*MASK_FIELDS, *RECOVERY_FIELDS) if "reconstruct" in values else MASK_FIELDS
-    infos = {name: Trial.model_fields[name] for name in names if name not in group}
-    return group | {name: (default_of(info),) for name, info in infos.items() if has_settled_default(info)}
+    names = [*MASK_FIELDS]
+    names += RECOVERY_FIELDS if "reconstruct" in values else ()
+    names += RETRAIN_FIELDS if "retrain" in values else ()
+    if "retrain" in values and len(values) > 1:  # then some defaults depend on the recovery
+        names = [name for name in names if name not in RETRAIN_DEFAULTS]
+    own = RETRAIN_DEFAULTS if values == ("retrain",) else {}
+    infos = {name: Trial.model_fields[name] for name in dict.fromkeys(names) if name not in group}
+    return group | {
+        name: (own.get(name, default_of(info)),) for name, info in infos.items() if has_settled_default(info)
+    }
 
 
 def _sampled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysweep.config.spellings import UNSTRUCTURED
-from raysweep.config.trial import Trial
+from raysweep.config.trial import RETRAIN_DEFAULTS, Trial
 
 SHOWN_FIELDS = {  # that a label begins with
     "recovery",
@@ -13,6 +13,8 @@ SHOWN_FIELDS = {  # that a label begins with
     "comparison_group",
     "granularity",
     "learning_rate",
+    "start_from",
+    "data",
     "seed",
 }
 
@@ -22,10 +24,16 @@ def label_of(trial: Trial) -> str:
     if trial.is_dense:
         return "dense"
     words = [_mask_words(trial)]
-    if trial.recovery == "reconstruct":
-        words.append(str(trial.granularity))
-        words.append("exact" if trial.optimizer == "exact" else f"lr={trial.learning_rate:g}")
+    if not trial.is_pruned_only:
+        words += _recovery_words(trial)
     return " ".join(words + _remarkable(trial))
+
+
+def _recovery_words(trial: Trial) -> list[str]:
+    if trial.optimizer == "exact":
+        return [str(trial.granularity), "exact"]
+    how = "retrain" if trial.granularity is None else trial.granularity
+    return [how, f"lr={trial.learning_rate:g}"]
 
 
 def _mask_words(trial: Trial) -> str:
@@ -48,8 +56,14 @@ def _remarkable(trial: Trial) -> list[str]:
     words = [
         f"{short.get(name, name)}={_plain(value)}"
         for name, value in trial.identity().items()
-        if name not in told
+        if name not in told and not (trial.recovery == "retrain" and RETRAIN_DEFAULTS.get(name) == value)
     ]
+    if trial.start is not None:
+        words.append(f"after {' '.join(_recovery_words(trial.start))}")
+    if trial.data is not None:
+        words.append(
+            f"on {trial.data.num_samples} x {trial.data.sequence_length} tokens of {trial.data.dataset}"
+        )
     return words + ([f"seed={trial.seed}"] if trial.seed else [])
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from raysweep.config.calibration import CALIBRATION_COLUMNS, DATASET_VALUES, SEED_VALUES, WHOLE_VALUES
 from raysweep.config.fields import FROZEN, NAME_VALUES, Count, Name, Seed, Text, as_tuple, setting
 from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS
 from raysweep.errors import UsageError, nearest_name
@@ -13,9 +14,6 @@ from raysweep.errors import UsageError, nearest_name
 BUILTIN_PREFIX = "builtin:"
 VALIDATION_METRICS = ("validation_perplexity", "output_error_validation")
 METRICS = (*VALIDATION_METRICS, "output_error_calibration")
-CALIBRATION_COLUMNS = tuple(
-    f"calibration_{name}" for name in ("dataset", "num_samples", "sequence_length", "sampling", "seed")
-)
 CELL_COLUMNS = (
     "model",
     *CALIBRATION_COLUMNS,
@@ -24,13 +22,6 @@ CELL_COLUMNS = (
     "sparsity_by_name",
     *RECOVERY_FIELDS,
     "seed",
-)
-
-_WHOLE = "a whole number from 1"
-_SEED = "a whole number from 0"
-_DATASET = (
-    "builtin:NAME, a Hugging Face data set id, or a file: .parquet or .jsonl with a `text` column, .txt, or "
-    ".parquet with an `input_ids` column, whose rows are the samples themselves"
 )
 
 
@@ -53,32 +44,6 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = setting("whether code that comes with the model may run", default=False)
 
 
-class CalibrationConfig(BaseModel):
-    """The text that statistics and reconstruction see."""
-
-    model_config = FROZEN
-
-    dataset: Text = setting("where the text comes from", values=_DATASET)
-    config: Text | None = setting(
-        "configuration of a Hugging Face data set", default=None, values="text, or null"
-    )
-    data_files: Text | None = setting(
-        "files of a Hugging Face data set (a pattern such as `en/*.json.gz`)",
-        default=None,
-        values="text, or null",
-    )
-    split: Text = setting("split of the data set", default="train", values="text")
-    sampling: Literal["pack", "document"] = setting(
-        "pack = documents joined and cut into windows; document = a random window of a long enough document",
-        default="pack",
-    )
-    num_samples: Count = setting("number of sequences", default=64, values=_WHOLE)
-    sequence_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = setting(
-        "tokens in one sequence", default=256, values="a whole number from 2"
-    )
-    seed: Seed = setting("which sequences are drawn", default=0, values=_SEED)
-
-
 class ValidationConfig(BaseModel):
     """Held-out sequences that searches select on: fixed, and disjoint from every calibration set."""
 
@@ -87,12 +52,12 @@ class ValidationConfig(BaseModel):
     samples: Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
         "number of sequences, as long as those of the first evaluation entry; 0 = no validation",
         default=16,
-        values=_SEED,
+        values=SEED_VALUES,
     )
     dataset: Text | None = setting(
         "where the text comes from; null = the calibration data set with its config, files and split",
         default=None,
-        values=f"{_DATASET}; or null",
+        values=f"{DATASET_VALUES}; or null",
     )
     config: Text | None = setting(
         "as in calibration, of `validation.dataset`", default=None, values="text, or null"
@@ -103,7 +68,7 @@ class ValidationConfig(BaseModel):
     split: Text | None = setting(
         "split of the data set; null = the split of the calibration set", default=None, values="text, or null"
     )
-    seed: Seed = setting("which sequences are drawn", default=0, values=_SEED)
+    seed: Seed = setting("which sequences are drawn", default=0, values=SEED_VALUES)
 
     @model_validator(mode="after")
     def _check_dataset(self) -> Self:
@@ -125,7 +90,7 @@ class PerplexityConfig(BaseModel):
     model_config = FROZEN
 
     name: Name = setting("names the column `perplexity_<name>`", values=NAME_VALUES)
-    dataset: Text = setting("where the text comes from", values=_DATASET)
+    dataset: Text = setting("where the text comes from", values=DATASET_VALUES)
     config: Text | None = setting(
         "configuration of a Hugging Face data set", default=None, values="text, or null"
     )
@@ -137,7 +102,7 @@ class PerplexityConfig(BaseModel):
         "tokens in one window", values="a whole number from 2"
     )
     max_windows: Count | None = setting(
-        "no more windows than this; null = the whole text", default=None, values=f"{_WHOLE}, or null"
+        "no more windows than this; null = the whole text", default=None, values=f"{WHOLE_VALUES}, or null"
     )
     bos_each_window: bool = setting(
         "begin every window with the tokenizer's BOS token (another protocol, not comparable)", default=False
@@ -188,9 +153,9 @@ class SearchConfig(BaseModel):
         "random: draws per point of the listed axes, more draws keep the earlier ones; optuna: trials per cell, those "
         "of earlier launches counted",
         default=None,
-        values=f"{_WHOLE} with algorithm random or optuna, null with grid",
+        values=f"{WHOLE_VALUES} with algorithm random or optuna, null with grid",
     )
-    seed: Seed = setting("which values are drawn", default=0, values=_SEED)
+    seed: Seed = setting("which values are drawn", default=0, values=SEED_VALUES)
     metric: Literal["validation_perplexity", "output_error_validation", "output_error_calibration"] = setting(
         "the column by which trials are compared", default="validation_perplexity"
     )
@@ -205,7 +170,7 @@ class SearchConfig(BaseModel):
     def _check(self) -> Self:
         if self.algorithm != "grid" and self.num_samples is None:
             what = f"num_samples is missing; algorithm {self.algorithm!r} needs it"
-            raise UsageError(what, where="num_samples", allowed=_WHOLE)
+            raise UsageError(what, where="num_samples", allowed=WHOLE_VALUES)
         if self.algorithm == "grid" and self.num_samples is not None:
             what = f"num_samples {self.num_samples} does not apply to algorithm 'grid'"
             raise UsageError(
@@ -231,15 +196,23 @@ class ExecutionConfig(BaseModel):
     model_config = FROZEN
 
     shards: AutoOrCount = setting(
-        "actors over which the blocks are spread", default="auto", values=f"auto, or {_WHOLE}"
+        "actors over which the blocks are spread", default="auto", values=f"auto, or {WHOLE_VALUES}"
     )
     threads_per_worker: Count = setting(
         "CPU threads of one shard; other numbers of threads may differ in the last bits",
         default=1,
-        values=_WHOLE,
+        values=WHOLE_VALUES,
     )
     concurrent_trials: AutoOrCount = setting(
-        "trials in flight at once", default="auto", values=f"auto, or {_WHOLE}"
+        "trials in flight at once", default="auto", values=f"auto, or {WHOLE_VALUES}"
+    )
+    retrain_workers: AutoOrCount = setting(
+        "processes of a retraining; auto = one a GPU, as many as batches can be cut for, and without GPUs one",
+        default="auto",
+        values=f"auto, or {WHOLE_VALUES}",
+    )
+    checkpoint_steps: Count = setting(
+        "steps of a retraining after which a checkpoint is written", default=200, values=WHOLE_VALUES
     )
     activation_store: Literal["auto", "memory"] = setting(
         "where activations at block boundaries are kept", default="auto"

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.dialect import dump_yaml
 from raysweep.config.document import Document, from_data
 from raysweep.config.expansion import Axes, Group, PlannedTrial, Sampled, group_points, points
 from raysweep.config.sections import (
-    CalibrationConfig,
     EvaluationConfig,
     ExecutionConfig,
     ModelConfig,
@@ -167,7 +169,9 @@ def _plain_values(values: tuple[Any, ...] | Sampled) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As YAML has it: names as a list, pairs of name and sparsity as a mapping."""
+    """As YAML has it: names as a list, pairs and sections as a mapping."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if not isinstance(value, tuple):
         return value
     return dict(value) if value and isinstance(value[0], tuple) else list(value)

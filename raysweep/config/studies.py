@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.expansion import Group, PlannedTrial, Sampled
-from raysweep.config.sections import CalibrationConfig, ModelConfig
+from raysweep.config.sections import ModelConfig
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.criterion import CRITERION_VALUES, check_criterion, is_mask_file, reads_statistics
 from raysweep.config.fields import (
     FROZEN,
@@ -27,7 +28,7 @@ from raysweep.config.spellings import (
     canonical_pattern,
     parse_pattern,
 )
-from raysweep.errors import UsageError
+from raysweep.errors import UsageError, nearest_name
 
 SPARSITY_VALUES = "a number from 0 to below 1, or a mapping from names of linears to such numbers"
 MASK_FIELDS = (
@@ -62,7 +63,25 @@ RECOVERY_FIELDS = (
     *STEP_FIELDS,
 )
 LORA = ("lora", "lora+norms")
+RETRAIN_FIELDS = (
+    "start_from",
+    "data",
+    "loss",
+    "trainable",
+    "lora_rank",
+    "lora_alpha",
+    "optimizer",
+    *STEP_FIELDS,
+    "zero_stage",
+    "offload",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+)
+RETRAIN_DEFAULTS = {"loss": "next_token", "max_grad_norm": 1.0}  # where they are not those of reconstruction
 NAME_FIELDS = ("targets", "ignore")  # whose value is a list of names
+MAPPING_FIELDS = ("start_from", "data")  # whose value is a mapping
+JSON_FIELDS = (*NAME_FIELDS, *MAPPING_FIELDS)  # text in tables
+UNIT_LOSSES, MODEL_LOSSES = ("mse", "normalized_mse", "cosine"), ("next_token", "distillation")
 
 _SPARSITY_TOLERANCE = 1e-9  # 0.33333333333 is meant to be 1 - 2/3
 
@@ -70,6 +89,11 @@ _SPARSITY_TOLERANCE = 1e-9  # 0.33333333333 is meant to be 1 - 2/3
 def _pairs(value: object) -> object:
     """A mapping from names to sparsities as pairs, because settings are hashable; their order matters."""
     return tuple(value.items()) if isinstance(value, dict) else value
+
+
+def _settings(value: object) -> object:
+    """A mapping of settings as pairs in the order of their names."""
+    return tuple(sorted(value.items())) if isinstance(value, dict) else value
 
 
 def _names(value: object) -> object:
@@ -81,6 +105,7 @@ def _names(value: object) -> object:
 
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 NamePattern = Annotated[str, AfterValidator(check_name_pattern)]
+SettingPairs = tuple[tuple[str, bool | int | float | str | None], ...]
 SparsityByName = Annotated[tuple[tuple[NamePattern, Fraction], ...], Field(min_length=1)]
 Names = Annotated[tuple[NamePattern, ...], BeforeValidator(_names), Field(min_length=1)]
 
@@ -93,9 +118,9 @@ class Trial(BaseModel):
 
     model_config = FROZEN
 
-    recovery: Literal["none", "reconstruct", "dense"] = setting(
-        "what happens after the mask: nothing, or local reconstruction of each unit",
-        values="none | reconstruct",
+    recovery: Literal["none", "reconstruct", "retrain", "dense"] = setting(
+        "what happens after the mask: nothing, local reconstruction of each unit, or retraining of the whole model",
+        values="none | reconstruct | retrain",
     )
     criterion: Annotated[str, AfterValidator(check_criterion)] | None = setting(
         "the rule that decides which weights go; a file holds a 0/1 tensor per linear name, optionally its weights as "
@@ -156,14 +181,16 @@ class Trial(BaseModel):
         "what a unit's output is compared with: the dense model's own, or the dense unit's on the unit's pruned input",
         settled="dense",
     )
-    loss: Literal["mse", "normalized_mse", "cosine"] | None = setting(
+    loss: Literal["mse", "normalized_mse", "cosine", "next_token", "distillation"] | None = setting(
         "mse = mean over tokens and hidden of (y' - y)^2; normalized_mse = mean over tokens of "
-        "|y' - y|^2 / (|y|^2 + 1e-6); cosine = mean over tokens of 1 - cos(y', y)",
+        "|y' - y|^2 / (|y|^2 + 1e-6); cosine = mean over tokens of 1 - cos(y', y). Of retrain: next_token (its "
+        "default), or distillation = mean over tokens of KL(dense || pruned) of the next token's distribution",
         settled="mse",
     )
-    trainable: Literal["all", "weights", "lora", "lora+norms"] | None = setting(
-        "what is trained: weights, biases and norms of the unit; its linears' weights only; or low-rank changes "
-        "of them under the mask, merged in the end, alone or with the norms",
+    trainable: Literal["all", "blocks", "weights", "lora", "lora+norms"] | None = setting(
+        "what is trained: weights, biases and norms of the unit (of retrain: the whole model); of retrain only the "
+        "decoder blocks; linears' weights only; or low-rank changes of them under the mask, merged in the end, alone "
+        "or with the norms",
         settled="all",
     )
     lora_rank: Count | None = setting(
@@ -178,10 +205,10 @@ class Trial(BaseModel):
         settled="adamw",
     )
     learning_rate: Annotated[Number, Field(gt=0)] | None = setting(
-        "peak learning rate of reconstruction",
+        "peak learning rate of recovery",
         default=None,
         values="a number above 0",
-        shown_default="required for reconstruct, but with optimizer exact",
+        shown_default="required for reconstruct, but with optimizer exact, and for retrain",
     )
     epochs: Count | None = setting(
         "passes over the calibration set", settled=1, values="a whole number from 1"
@@ -196,9 +223,38 @@ class Trial(BaseModel):
         values="a number from 0 to 1",
     )
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = setting(
-        "gradients longer than this are shortened to it; null = no limit",
+        "gradients longer than this are shortened to it; null = no limit (of retrain: 1.0)",
         settled=None,
         values="a number above 0, or null",
+    )
+    start_from: Annotated[SettingPairs, BeforeValidator(_settings)] | None = setting(
+        "retrain: a mapping with the recovery fields of a reconstruct trial on the same mask, whose weights retraining "
+        "starts from; null = the pruned weights",
+        default=None,
+        values="{granularity: ..., learning_rate: ..., ...}, or null",
+    )
+    data: CalibrationConfig | None = setting(
+        "retrain: the text that it is trained on, a section like `calibration`; null = the calibration set",
+        default=None,
+        values="{dataset: ..., num_samples: ..., ...}, or null",
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = setting(
+        "retrain: what DeepSpeed's ZeRO spreads over the workers: 0 nothing, 1 optimizer states, 2 also gradients, 3 "
+        "also weights",
+        settled=2,
+        values="0 | 1 | 2 | 3",
+    )
+    offload: Literal["none", "cpu"] | None = setting(
+        "retrain: where optimizer states are kept: on the device, or in the host's memory (ZeRO 1 to 3)",
+        settled="none",
+    )
+    gradient_accumulation: Count | None = setting(
+        "retrain: pieces into which every step's sequences are cut, one after another",
+        settled=1,
+        values="a whole number from 1 that divides batch_size",
+    )
+    gradient_checkpointing: bool | None = setting(
+        "retrain: whether activations within blocks are computed again instead of kept", settled=False
     )
     seed: Seed | None = setting(
         "order of the samples, the random criterion and the start of lora; null where none of them is used",
@@ -239,13 +295,15 @@ class Trial(BaseModel):
             settled |= self._mask_fields()
             if self.recovery == "reconstruct":
                 settled |= self._recovery_fields()
+            if self.recovery == "retrain":
+                settled |= self._retrain_fields()
             settled["seed"] = self._settled_seed(settled)
         for name, value in settled.items():
             object.__setattr__(self, name, value)  # the instance is frozen for everybody else
         return self
 
     def _mask_fields(self) -> dict[str, Any]:
-        criterion = self._required("criterion", "recovery 'none' and 'reconstruct'")
+        criterion = self._required("criterion", f"recovery {self.recovery!r}")
         if is_mask_file(criterion):
             return {"criterion": criterion}
         pattern = self._given_or_default("pattern")
@@ -268,9 +326,9 @@ class Trial(BaseModel):
         return fields
 
     def _check_mask(self, fields: dict[str, Any]) -> None:
-        if fields.get("statistics_stream") == "recovered" and self.recovery == "none":
+        if fields.get("statistics_stream") == "recovered" and self.recovery != "reconstruct":
             raise UsageError(
-                "statistics_stream 'recovered' needs a recovery, and recovery is 'none'",
+                f"statistics_stream 'recovered' needs recovery 'reconstruct', and recovery is {self.recovery!r}",
                 where="statistics_stream",
                 allowed="dense | pruned",
             )
@@ -327,6 +385,8 @@ class Trial(BaseModel):
         return fields
 
     def _check_recovery(self, fields: dict[str, Any]) -> None:
+        self._check_one_of("loss", fields["loss"], UNIT_LOSSES)
+        self._check_one_of("trainable", fields["trainable"], ("all", "weights", *LORA))
         if fields["input_stream"] == "dense" and fields["target_stream"] == "pruned":
             raise UsageError(
                 "target_stream 'pruned' needs a pruned input: on dense inputs the dense unit gives the dense target",
@@ -344,6 +404,79 @@ class Trial(BaseModel):
                     allowed=" | ".join(values),
                     remedy="or choose optimizer adamw or sgd",
                 )
+
+    def _retrain_fields(self) -> dict[str, Any]:
+        fields = {name: self._given_or_default(name) for name in RETRAIN_FIELDS}
+        for name, default in RETRAIN_DEFAULTS.items():
+            fields[name] = default if getattr(self, name) is None else getattr(self, name)
+        self._check_one_of("loss", fields["loss"], MODEL_LOSSES)
+        self._check_one_of("optimizer", fields["optimizer"], ("adamw",))
+        self._required("learning_rate", "recovery 'retrain'")
+        self._check_retraining(fields)
+        if fields["trainable"] not in LORA:
+            fields |= {"lora_rank": None, "lora_alpha": None}
+        if self.start_from is not None:
+            fields["start_from"] = self._start_pairs()
+        return fields
+
+    def _check_one_of(self, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise UsageError(
+                f"{name} {value!r} does not apply to recovery {self.recovery!r}",
+                where=name,
+                allowed=" | ".join(allowed),
+                remedy="put recoveries that need different values into groups of their own",
+            )
+
+    def _check_retraining(self, fields: dict[str, Any]) -> None:
+        if fields["offload"] == "cpu" and fields["zero_stage"] == 0:
+            raise UsageError(
+                "offload 'cpu' needs ZeRO, and zero_stage is 0",
+                where="offload",
+                allowed="none, or zero_stage 1 to 3",
+            )
+        batch, pieces = fields["batch_size"], fields["gradient_accumulation"]
+        if batch % pieces:
+            divisors = [number for number in range(1, batch + 1) if batch % number == 0]
+            raise UsageError(
+                f"batch_size {batch} cannot be cut into {pieces} equal pieces",
+                where="gradient_accumulation",
+                allowed=" | ".join(map(str, divisors)),
+            )
+
+    def _start_pairs(self) -> SettingPairs:
+        """The fields of the reconstruction that retraining starts from; those at their default are left out."""
+        given = dict(self.start_from or ())
+        unknown = [name for name in given if name not in RECOVERY_FIELDS]
+        if unknown:
+            raise UsageError(
+                f"start_from has the key {unknown[0]!r}",
+                where="start_from",
+                allowed=", ".join(RECOVERY_FIELDS),
+                nearest=nearest_name(unknown[0], list(RECOVERY_FIELDS)),
+            )
+        try:
+            settled = self._reconstruction(given).identity()
+        except UsageError as error:
+            raise error.inside("start_from: ") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(map(str, problem["loc"][:1]))
+            raise UsageError(
+                f"{name} cannot be {problem['input']!r}",
+                where=f"start_from: {name}",
+                allowed=allowed_values(type(self).model_fields[name]),
+            ) from None
+        return tuple((name, settled[name]) for name in sorted(RECOVERY_FIELDS) if name in settled)
+
+    @property
+    def start(self) -> Self | None:
+        """The reconstruct trial that retraining starts from; None where it starts from the pruned weights."""
+        return None if self.start_from is None else self._reconstruction(dict(self.start_from))
+
+    def _reconstruction(self, fields: dict[str, Any]) -> Self:
+        mask = {name: getattr(self, name) for name in MASK_FIELDS if getattr(self, name) is not None}
+        return type(self).model_validate({**mask, "seed": self.seed, **fields, "recovery": "reconstruct"})
 
     def _settled_seed(self, fields: dict[str, Any]) -> int | None:
         seeded = fields["criterion"] == "random" or fields["shuffle"] or fields["trainable"] in LORA
@@ -368,16 +501,22 @@ class Trial(BaseModel):
         """
         fields = type(self).model_fields
         return {
-            name: value
+            name: value.model_dump() if isinstance(value, BaseModel) else value
             for name, value in self
             if value is not None
             and not (has_settled_default(fields[name]) and value == default_of(fields[name]))
         }
 
     def columns(self) -> dict[str, Any]:
-        """The fields as plain values for a table: names as JSON, a mapping of sparsities under `sparsity_by_name`."""
+        """The fields as plain values for a table: names and mappings as JSON, one of sparsities under
+        `sparsity_by_name`."""
         columns: dict[str, Any] = dict(self)
-        columns |= {name: json.dumps(columns[name]) for name in NAME_FIELDS if columns[name] is not None}
+        plain = dict(
+            columns,
+            data=self.data and self.data.model_dump(),
+            start_from=self.start_from and dict(self.start_from),
+        )
+        columns |= {name: json.dumps(plain[name]) for name in JSON_FIELDS if plain[name] is not None}
         by_name = columns["sparsity"] if isinstance(columns["sparsity"], tuple) else None
         columns["sparsity_by_name"] = json.dumps(dict(by_name)) if by_name else None
         return columns | ({"sparsity": None} if by_name else {})
@@ -386,7 +525,7 @@ class Trial(BaseModel):
     def from_columns(cls, columns: dict[str, Any]) -> Self:
         """The trial of a table's row, whose nulls are left out. Raises UsageError or ValueError where it is none."""
         fields = {name: columns[name] for name in cls.model_fields if columns.get(name) is not None}
-        fields |= {name: json.loads(fields[name]) for name in NAME_FIELDS if name in fields}
+        fields |= {name: json.loads(fields[name]) for name in JSON_FIELDS if name in fields}
         if columns.get("sparsity_by_name") is not None:
             fields["sparsity"] = json.loads(columns["sparsity_by_name"])
         return cls.model_validate(fields)

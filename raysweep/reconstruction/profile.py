@@ -37,13 +37,13 @@ def profile_step(module: nn.Module, run: Run, input_BTH: Tensor) -> UnitProfile:
         with flop_counter() as counter:
             run(input_BTH).float().square().mean().backward()
         used = tuple(name for name, parameter in parameters.items() if _matters(parameter))
-        saved = _saved_sizes(run, input_BTH)
+        saved = saved_sizes(lambda: run(input_BTH).float().square().mean())
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
     for given in (input_BTH, *parameters.values()):
-        saved.pop(given.untyped_storage().data_ptr(), None)
+        saved.pop(given.untyped_storage()._cdata, None)
     return UnitProfile(used, counter.get_total_flops(), sum(saved.values()))
 
 
@@ -54,8 +54,8 @@ class _Saved:
         self.tensor = tensor
 
 
-def _saved_sizes(run: Run, input_BTH: Tensor) -> dict[int, int]:
-    """Bytes by address of the storages that a forward pass keeps: not those of branches that lead nowhere.
+def saved_sizes(loss_of: Callable[[], Tensor]) -> dict[int, int]:
+    """Bytes by identity of the storages that a forward pass keeps: not those of branches that lead nowhere.
 
     A pass without a FLOP counter, which keeps references of its own.
     """
@@ -67,10 +67,9 @@ def _saved_sizes(run: Run, input_BTH: Tensor) -> dict[int, int]:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
-        loss = run(input_BTH).float().square().mean()
-    sizes = {
-        saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in kept
-    }
+        loss = loss_of()
+    storages = [saved.tensor.untyped_storage() for saved in kept]
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
     del loss  # until here it held the graph
     return sizes
 

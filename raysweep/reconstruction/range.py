@@ -269,17 +269,18 @@ class BlockRange:
     def using(self, name: str | None, block: Block) -> Iterator[None]:
         """The block runs with the weights of the trial `name` within the context; dense with None."""
         weights = self.weights[name] if name is not None else {}
-        mine = {full: tensor for full, tensor in weights.items() if full.startswith(f"{block.prefix}.")}
-        dense: list[tuple[nn.Parameter, Tensor]] = []
-        try:
-            for full, tensor in mine.items():
-                parameter = block.module.get_parameter(full.removeprefix(f"{block.prefix}."))
-                dense.append((parameter, parameter.data))
-                parameter.data = tensor
+        prefix = f"{block.prefix}."
+        mine = {full.removeprefix(prefix): t for full, t in weights.items() if full.startswith(prefix)}
+        with _exchanged(block.module, mine):
             yield
-        finally:
-            for parameter, data in dense:
-                parameter.data = data
+
+    @contextmanager
+    def using_outside(self, name: str | None) -> Iterator[None]:
+        """The same of what lies outside of all blocks: embedding, last norm and head, where they are the trial's."""
+        weights = self.weights[name] if name is not None else {}
+        prefixes = tuple(f"{block.prefix}." for block in self.blocks.values())
+        with _exchanged(self.shard.model, {f: t for f, t in weights.items() if not f.startswith(prefixes)}):
+            yield
 
     @contextmanager
     def using_all(self, name: str | None, blocks: Iterable[Block]) -> Iterator[None]:
@@ -353,6 +354,21 @@ class BlockRange:
             del self.captured[captured]
         for noted in [key for key in self._errors if key[0] == name]:
             del self._errors[noted]
+
+
+@contextmanager
+def _exchanged(module: nn.Module, tensors: Weights) -> Iterator[None]:
+    """The module's parameters of these names hold other tensors within the context."""
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for name, tensor in tensors.items():
+            parameter = module.get_parameter(name)
+            before.append((parameter, parameter.data))
+            parameter.data = tensor
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
 
 
 def _layer_of_file(path: OwnFunction | Path, linear: Linear) -> PrunedLayer | None:

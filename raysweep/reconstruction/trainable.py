@@ -77,7 +77,7 @@ class LowRank:
         rank = trial.lora_rank or 1
         self._scale = (trial.lora_alpha or 0.0) / rank
         self._factors = {
-            linear.name: _factors(linear, rank, trial.seed or 0) for linear in unit.linears.values()
+            linear.name: low_rank_factors(linear, rank, trial.seed or 0) for linear in unit.linears.values()
         }
         self._masks = {full: stored_mask(blocks, name, unit, f"{full}.weight") for full in unit.linears}
         self.parameters = [*(part for pair in self._factors.values() for part in pair), *self._norms.values()]
@@ -123,7 +123,7 @@ def _of_unit(weights: Weights, unit: Unit) -> Weights:
     return {full: tensor for full, tensor in weights.items() if full.startswith(prefixes)}
 
 
-def _factors(linear: Linear, rank: int, seed: int) -> tuple[nn.Parameter, nn.Parameter]:
+def low_rank_factors(linear: Linear, rank: int, seed: int) -> tuple[nn.Parameter, nn.Parameter]:
     """B (O, R) and A (R, I), drawn on the CPU from the seed and the linear's name alone."""
     outputs, inputs = linear.weight_OI.shape
     digest = hashlib.sha256(f"lora/{seed}/{linear.name}".encode()).digest()

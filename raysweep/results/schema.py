@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 
+from raysweep.config.calibration import CALIBRATION_COLUMNS, CalibrationConfig
 from raysweep.config.expansion import PlannedTrial
-from raysweep.config.sections import CALIBRATION_COLUMNS, CalibrationConfig
-from raysweep.config.trial import NAME_FIELDS, Trial
+from raysweep.config.trial import JSON_FIELDS, Trial
 
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "failed", "stopped")
@@ -36,7 +36,7 @@ def _trial_columns() -> tuple[Column, ...]:
     columns = [
         Column(
             name,
-            TEXT if name in NAME_FIELDS else _arrow_type(info.annotation),
+            TEXT if name in JSON_FIELDS else _arrow_type(info.annotation),
             "trial",
             _trial_description(name),
         )

@@ -183,8 +183,7 @@ def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workl
     """Gradients, moments, masks as float32 and, below float32, masters; activations of one step."""
     state = block.parameters * (size + 3 * 4 + (8 if size < 4 else 0))
     tokens = work.batch_size * max((tokens for _, tokens in work.texts), default=0)
-    outputs = sum(outputs for outputs, _ in block.linears.values())
-    return state + int(tokens * size * (SAVED_PER_LINEAR_OUTPUT * outputs + 4 * model.hidden))
+    return state + int(tokens * size * _saved_per_token(block, model))
 
 
 def _evaluation_bytes(model: ModelShape, size: int, work: Workload, last: bool) -> int:
@@ -194,3 +193,42 @@ def _evaluation_bytes(model: ModelShape, size: int, work: Workload, last: bool) 
         min(tokens * model.vocabulary, max(1 << 27, work.evaluation_tokens * model.vocabulary)) if last else 0
     )
     return tokens * 4 * widest * size + 3 * 4 * logits
+
+
+def retraining_bytes(
+    parameters: int,
+    trained: int,
+    size: int,
+    stage: int,
+    workers: int,
+    saved: int,
+    teacher: bool = False,
+    offload: bool = False,
+) -> int:
+    """What one worker of a retraining holds where it computes: weights, gradients, optimizer, activations, teacher.
+
+    ZeRO (Rajbhandari et al., arXiv 1910.02054) spreads over the workers: from stage 1 moments and masters, from stage 2
+    gradients, with stage 3 weights. saved: activations of a micro-batch;  offload: the optimizer's part lies elsewhere
+    """
+    spread = [workers if stage >= first else 1 for first in (1, 2, 3)]
+    optimizer = trained * (8 + (4 if size < 4 else 0)) // spread[0]
+    gradients = trained * size // spread[1]
+    weights = parameters * size // spread[2]
+    return weights + gradients + (0 if offload else optimizer) + saved + parameters * size * teacher
+
+
+def saved_activation_bytes(model: ModelShape, tokens: int, size: int, checkpointing: bool) -> int:
+    """Of a forward pass over so many tokens through the whole model: what blocks keep, and logits in float32.
+
+    checkpointing: only what flows between the blocks, and what the largest of them keeps
+    """
+    blocks = [tokens * size * _saved_per_token(block, model) for block in model.blocks]
+    logits = 3 * 4 * tokens * model.vocabulary
+    if not checkpointing:
+        return int(sum(blocks)) + logits
+    return int(max(blocks)) + len(blocks) * tokens * size * model.hidden + logits
+
+
+def _saved_per_token(block: BlockShape, model: ModelShape) -> float:
+    """Numbers that a block keeps for backward, per token."""
+    return SAVED_PER_LINEAR_OUTPUT * sum(outputs for outputs, _ in block.linears.values()) + 4 * model.hidden

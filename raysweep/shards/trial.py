@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from raysweep.config.trial import MASK_FIELDS, Trial
@@ -31,6 +32,7 @@ from raysweep.shards.outcome import (
     zeros_of,
 )
 from raysweep.shards.recovery import Recovery, prune_blocks
+from raysweep.shards.retrained import Retrained, RetrainingFolders, StartCost
 from raysweep.shards.streams import Stream
 
 
@@ -46,11 +48,18 @@ def run_trial(group: ShardGroup, trial: Trial, name: str, order: int) -> Outcome
 
 
 def run_in_rungs(
-    group: ShardGroup, trial: Trial, name: str, order: int, rungs: Sequence[float], metric: str | None = None
+    group: ShardGroup,
+    trial: Trial,
+    name: str,
+    order: int,
+    rungs: Sequence[float],
+    metric: str | None = None,
+    retraining: RetrainingFolders | None = None,
 ) -> Generator[Rung | Outcome]:
     """The same with a halt at each of `rungs`, fractions of the blocks; the outcome comes last.
 
     metric: the column to be measured at a rung. Closing the iterator between two of them ends the trial there.
+    retraining: of a trial that was retrained, of which only the measuring is left
     """
     started = time.monotonic()
     run = _Run(group, name, order)
@@ -58,10 +67,20 @@ def run_in_rungs(
         outcome = run.dense()
     elif trial.is_pruned_only:
         outcome = run.pruned_only(trial)
+    elif retraining is not None:
+        outcome = run.retrained(trial, retraining)
     else:
         outcome = yield from run.reconstructed(trial, rungs, metric)
     outcome.columns["seconds_total"] = time.monotonic() - started
     yield outcome
+
+
+def write_start(group: ShardGroup, trial: Trial, name: str, order: int, folder: Path, owner: str) -> None:
+    """Makes the masks of a retraining and the weights that it starts from, and writes them by block.
+
+    owner: the trial on whose account they are made. Raises NumericalError as `run_trial` does.
+    """
+    _Run(group, name, order).write_start(trial, folder, owner)
 
 
 DENSE_KEY = "dense"
@@ -69,7 +88,7 @@ DENSE_KEY = "dense"
 
 def pruned_key(trial: Trial) -> str:
     """Equal for trials with equal masks: stands for the trial that only prunes."""
-    return f"pruned-{fingerprint(_only_pruned(trial).identity())}"
+    return f"pruned-{fingerprint(only_pruned(trial).identity())}"
 
 
 def known_perplexity(info: GroupInfo, value: float) -> Evaluated:
@@ -81,7 +100,8 @@ def _first_text(info: GroupInfo) -> str:
     return next(text for text in info.texts if text.startswith(EVALUATION_PREFIX))
 
 
-def _only_pruned(trial: Trial) -> Trial:
+def only_pruned(trial: Trial) -> Trial:
+    """The trial with the same mask that ends there."""
     fields = {name: getattr(trial, name) for name in MASK_FIELDS if getattr(trial, name) is not None}
     return Trial(recovery="none", seed=trial.seed, **fields)
 
@@ -135,6 +155,40 @@ class _Run:
         columns["fallbacks"] = fallbacks_of([*linear_rows, *units])
         return Outcome(columns, self._placed([*map(unit_row, units), *linear_rows, *block_rows(quality)]))
 
+    def retrained(self, trial: Trial, folders: RetrainingFolders) -> Outcome:
+        cost, start = Retrained.read(folders.weights), StartCost.read(folders.start)
+        self._shared_masks(trial)
+        masks = f"masks@{self.name}"  # `start` has paid for them, so they are on another account
+        try:
+            self.calls.everywhere("begin", masks)
+            linear_rows = self._prune(masks, trial)
+            self.calls.everywhere("begin", self.name)
+            self.calls.everywhere("read_weights", self.name, folders.weights)
+            quality = self._evaluate(self.name, self.name, list(self.info.texts))
+            finished = self._finish(self.name)
+            quality.block_errors, quality.zeros = errors_of(finished), zeros_of(finished)
+        finally:
+            self.calls.release(self.name)
+        columns = self._quality_columns(quality) | self._compared(self._shared_pruned(trial)[0])
+        columns |= self._retraining_cost(self._cost_columns(finished), trial, cost, start, folders.tokens)
+        columns["fallbacks"] = fallbacks_of(linear_rows)
+        return Outcome(columns, self._placed([*linear_rows, *block_rows(quality)]))
+
+    def write_start(self, trial: Trial, folder: Path, owner: str) -> None:
+        masks = self._shared_masks(trial)
+        try:
+            self.calls.everywhere("begin", self.name)
+            if trial.start is None:
+                self._prune(self.name, trial)
+            else:
+                Recovery(self.calls, trial.start).go_on(1.0)
+            finished = [*masks, *self._finish(self.name)]
+            self.calls.everywhere("write_weights", self.name, folder)
+        finally:
+            self.calls.release(self.name)
+        columns = self._cost_columns(finished)
+        StartCost(owner, columns["device_seconds"], columns["device_seconds_standalone"]).write(folder)
+
     # Their parts
 
     def _up_to_the_last(
@@ -186,14 +240,14 @@ class _Run:
 
         A model that is too damaged to be evaluated is shared as the error, which a recovery may well mend.
         """
-        only_pruned, name = _only_pruned(trial), f"{pruned_key(trial)}@{self.name}"
+        alone, name = only_pruned(trial), f"{pruned_key(trial)}@{self.name}"
         made_here: list[bool] = []
 
         def make() -> Evaluated | NumericalError:
             made_here.append(True)
             try:
                 self.calls.everywhere("begin", name)
-                linear_rows = self._prune(name, only_pruned)
+                linear_rows = self._prune(name, alone)
                 quality = self._evaluate(name, name, list(self.info.texts))
                 finished = self._finish(name)
                 quality.block_errors, quality.zeros = errors_of(finished), zeros_of(finished)
@@ -292,6 +346,25 @@ class _Run:
         if units and trial is not None:
             columns |= self._recovery_cost(units, trial)
         return columns
+
+    def _retraining_cost(
+        self, measuring: dict[str, Any], trial: Trial, cost: Retrained, start: StartCost, tokens: int
+    ) -> dict[str, Any]:
+        """With what the start weights took: standalone always, else on the account of the trial they were made for."""
+        own_start = start.seconds if start.owner == self.name else 0.0
+        alone = measuring["device_seconds_standalone"] + cost.seconds + start.standalone
+        return measuring | {
+            "seconds_recovery": cost.seconds + own_start,
+            "device_seconds": measuring["device_seconds"] + cost.seconds + own_start,
+            "device_seconds_standalone": alone,
+            "devices": cost.workers,
+            "training_flops": float(cost.training_flops),
+            "optimizer_steps": cost.steps,
+            "tokens_unique": tokens,
+            "tokens_trained": tokens * (trial.epochs or 0),
+            "trainable_parameters": cost.trainable_parameters,
+            "peak_recovery_bytes": cost.peak_bytes,
+        }
 
     def _recovery_cost(self, units: Sequence[dict[str, Any]], trial: Trial) -> dict[str, Any]:
         text = self.info.texts[CALIBRATION]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
+from raysweep.model.block_files import OUTSIDE, block_file, read_block, write_block
 from raysweep.model.evaluation import window_losses
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
@@ -140,6 +141,36 @@ class ShardWorker:
         """The rows of the linears that the trial has pruned so far; for masks that were made on a stream."""
         return [row for block in self.blocks.blocks.values() for row in self.blocks.linear_rows(name, block)]
 
+    # Weights on storage, for retraining and from it
+
+    def write_weights(self, name: str, folder: Path) -> None:
+        """Writes masks (by linear, 0 and 1) and weights of the trial, as the model stores them, block by block."""
+        for index, block in self.blocks.blocks.items():
+            layers = self.blocks.layers[name]
+            masks = {
+                full: linear.as_stored(layers[full].mask_OI).to(torch.uint8)
+                for full, linear in block.linears.items()
+                if full in layers
+            }
+            prefix = f"{block.prefix}."
+            weights = {f: tensor for f, tensor in self.blocks.weights[name].items() if f.startswith(prefix)}
+            write_block(folder, index, masks | weights)
+
+    def read_weights(self, name: str, folder: Path) -> None:
+        """Takes over the weights of a retrained model as those of the trial: of its blocks, and of its ends."""
+        for index in self.blocks.blocks:
+            self._take(name, read_block(folder, index))
+        if block_file(folder, OUTSIDE).exists() and (self.shard.is_first or self.shard.is_last):
+            parameters = self.shard.model.named_parameters(remove_duplicate=False)
+            here = {full for full, parameter in parameters if not parameter.is_meta}
+            outside = read_block(folder, OUTSIDE)
+            self._take(name, {full: tensor for full, tensor in outside.items() if full in here})
+
+    def _take(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.blocks.weights[name] |= {
+            full: tensor.to(self.shard.device, self.shard.dtype) for full, tensor in tensors.items()
+        }
+
     # Streams: activations on their way through the chain with a trial's weights
 
     def enter_stream(self, stream: str, text: str, samples: int, start: int, stop: int, hidden: Any) -> None:
@@ -260,12 +291,13 @@ class ShardWorker:
         """
         with self._timed(cost_name, "evaluation"):
             rows = slice(start, stop)
-            hidden_BTH = self.blocks.forward(name, text, rows, self._incoming(text, rows, hidden))
-            if not self.shard.is_last:
-                return to_wire(hidden_BTH)
-            return (
-                None if text == CALIBRATION else window_losses(self.shard, hidden_BTH, self._ids[text][rows])
-            )
+            with self.blocks.using_outside(name):
+                hidden_BTH = self.blocks.forward(name, text, rows, self._incoming(text, rows, hidden))
+                if not self.shard.is_last:
+                    return to_wire(hidden_BTH)
+                if text == CALIBRATION:
+                    return None
+                return window_losses(self.shard, hidden_BTH, self._ids[text][rows])
 
     def finish(self, name: str) -> dict[str, Any]:
         """Output errors of the trial's blocks by text, and its busy seconds by phase on this shard."""

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from raysweep.config.expansion import PlannedTrial
 from raysweep.config.labels import label_of
 from raysweep.config.trial import Trial
+from raysweep.shards.retrained import RetrainingFolders
 
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """One trial of a sweep; `number` is its place in it, from 0."""
+    """One trial of a sweep; `number` is its place in it, from 0.
+
+    start_id: of one that is retrained, the identity of the weights that it starts from
+    data_hash, data_tokens: of the token ids that it is trained on
+    """
 
     planned: PlannedTrial
     recovery_id: str
     trial_id: str
     number: int
+    start_id: str | None = None
+    data_hash: str | None = None
+    data_tokens: int = 0
 
     @property
     def trial(self) -> Trial:
         return self.planned.trial
+
+    def retraining(self, sweep: Path) -> RetrainingFolders | None:
+        """Where it is retrained, within the sweep's folder; None where it is not."""
+        if self.start_id is None:
+            return None
+        return RetrainingFolders.of(sweep, self.recovery_id, self.start_id, self.data_tokens)
 
     @property
     def label(self) -> str:

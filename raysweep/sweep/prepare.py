@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.expansion import PlannedTrial
-from raysweep.config.sections import CalibrationConfig, ModelConfig, PerplexityConfig, ValidationConfig
+from raysweep.config.sections import ModelConfig, PerplexityConfig, ValidationConfig
 from raysweep.config.space import SearchSpace
 from raysweep.config.studies import Study
 from raysweep.config.trial import Trial
@@ -29,6 +31,7 @@ from raysweep.pruning.criteria import OwnFunction
 from raysweep.reconstruction.fitting import check_trial
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.group_info import EVALUATION_PREFIX
+from raysweep.shards.trial import only_pruned
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.own_criteria import own_criteria
 
@@ -52,6 +55,7 @@ class PreparedModel:
 
     identify: gives a trial of this model its identities, and the number that it is handed
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
+    data: what trials are retrained on, by its hash
     """
 
     config: ModelConfig
@@ -64,6 +68,7 @@ class PreparedModel:
     phases: tuple[Phase, ...]
     identify: Callable[[PlannedTrial, int], SweepTrial]
     own_criteria: dict[str, OwnFunction | Path] = field(default_factory=dict)
+    data: dict[str, TokenSet] = field(default_factory=dict)
 
     @property
     def trials(self) -> list[SweepTrial]:
@@ -71,9 +76,11 @@ class PreparedModel:
 
     @property
     def possible(self) -> list[Trial]:
-        """The trials that are known, and those at the corners of studies: what shards must have room for."""
+        """The trials that are known, those at the corners of studies, and those that retraining starts from: what
+        shards must have room for."""
         corners = (one.trial for phase in self.phases for study in phase.studies for one in study.corners())
-        return list(dict.fromkeys([*(trial.trial for trial in self.trials), *corners]))
+        known = [*(trial.trial for trial in self.trials), *corners]
+        return list(dict.fromkeys([*known, *(trial.start for trial in known if trial.start is not None)]))
 
     def texts(self, phase: Phase) -> dict[str, TokenSet]:
         """All texts of a phase by the name under which shards know them; the first evaluation entry comes first."""
@@ -119,7 +126,8 @@ class _Preparation:
         calibrations = {config: self._calibration(config) for config in self.space.calibrations}
         _check_distinct(calibrations)
         evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
-        validation = self._validation(list(calibrations.values()))
+        data = {trial.data: self._calibration(trial.data) for trial in possible if trial.data is not None}
+        validation = self._validation([*calibrations.values(), *data.values()])
         digest = model_hash(self.source)
         hashes = {f"{EVALUATION_PREFIX}{name}": tokens.content_hash for name, tokens in evaluation.items()}
         if validation is not None:
@@ -129,9 +137,27 @@ class _Preparation:
             calibration_hash = calibrations[trial.calibration].content_hash if trial.calibration else None
             own = criteria.get(str(trial.trial.criterion))
             criterion_hash = own.content_hash if own else None
-            recovery = recovery_id(trial.trial, digest, self.dtype, calibration_hash, criterion_hash)
+            own_data = data.get(trial.trial.data) if trial.trial.data else None
+            hashed = partial(
+                recovery_id,
+                model_hash=digest,
+                dtype=self.dtype,
+                calibration_hash=calibration_hash,
+                criterion_hash=criterion_hash,
+            )
+            recovery = hashed(trial.trial, data_hash=own_data.content_hash if own_data else None)
+            row = trial_id(recovery, self.space.evaluation_protocol(), hashes)
+            if trial.trial.recovery != "retrain" or trial.calibration is None:
+                return SweepTrial(trial, recovery, row, number)
+            tokens = own_data or calibrations[trial.calibration]
             return SweepTrial(
-                trial, recovery, trial_id(recovery, self.space.evaluation_protocol(), hashes), number
+                trial,
+                recovery,
+                row,
+                number,
+                hashed(trial.trial.start or only_pruned(trial.trial)),
+                tokens.content_hash,
+                len(tokens) * tokens.sequence_length,
             )
 
         trials = [identified(trial, first_number + place) for place, trial in enumerate(planned)]
@@ -146,6 +172,7 @@ class _Preparation:
             _phases(trials, studies, calibrations),
             identified,
             {name: own.for_shards for name, own in criteria.items()},
+            {tokens.content_hash: tokens for tokens in (*calibrations.values(), *data.values())},
         )
 
     def _calibration(self, config: CalibrationConfig) -> TokenSet:

@@ -98,7 +98,7 @@ def run_in_steps(
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
-        with closing(run_in_rungs(*arguments)) as steps:
+        with closing(run_in_rungs(*arguments, retraining=trial.retraining(rows.folder))) as steps:
             for found in steps:
                 if isinstance(found, Rung):
                     passed.append(found)

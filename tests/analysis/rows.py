@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from raysweep.config.calibration import CALIBRATION_COLUMNS, CalibrationConfig
 from raysweep.config.expansion import PlannedTrial
-from raysweep.config.sections import CALIBRATION_COLUMNS, CalibrationConfig, ModelConfig
+from raysweep.config.sections import ModelConfig
 from raysweep.config.trial import Trial
 from raysweep.results.reader import load_results
 from raysweep.results.schema import PERPLEXITY_PREFIX, planned_columns

@@ -10,10 +10,10 @@ from rich.console import Console
 from raysweep.cli.plan import _memory_table, _print_facts
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
+from raysweep.launching.launch import launch
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import make_plan
-from raysweep.sweep.launch import launch
 
 
 def test_the_plan_of_a_new_sweep(raysweep, space_file, here):

@@ -148,7 +148,7 @@ EXACT = {**RECONSTRUCT, "granularity": "matrix", "optimizer": "exact", "learning
         (
             {"recovery": "none", **MASK, "statistics_stream": "recovered"},
             "statistics_stream",
-            "needs a recovery",
+            "needs recovery .reconstruct.",
         ),
         (
             {**RECONSTRUCT, "criterion": "sparsegpt", "comparison_group": "matrix"},

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raysweep.errors import NumericalError, UsageError
+from raysweep.launching.launch import launch
+from raysweep.launching.progress import Silent
 from raysweep.reconstruction import range as block_range
 from raysweep.results.reader import load_results, load_units
 from raysweep.results.state import SweepState
 from raysweep.shards.local import LocalGroup
 from raysweep.shards.worker import ShardWorker
-from raysweep.sweep.launch import launch
 from raysweep.sweep.prepare import prepare
-from raysweep.sweep.progress import Silent
 from tests.frames import assert_same_numbers
 
 

@@ -15,10 +15,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raysweep.errors import RaysweepError, ShardLostError, UsageError
+from raysweep.launching.launch import launch
 from raysweep.results.reader import load_results
 from raysweep.shards.group import RayGroup, Resources
 from raysweep.shards.group_info import ShardSpec
-from raysweep.sweep.launch import launch
 from tests.frames import assert_same_numbers
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ import pytest
 from raysweep.cli.plan import kinds
 from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
+from raysweep.launching.launch import launch, prepare_launch
+from raysweep.launching.progress import Silent
 from raysweep.results.reader import load_results
-from raysweep.sweep.launch import launch, prepare_launch
-from raysweep.sweep.progress import Silent
 
 OPTUNA = {"algorithm": "optuna", "num_samples": 4}
 DRAWN = [

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import raysweep
 from raysweep.errors import UsageError
+from raysweep.launching.launch import launch
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.results.reader import load_results, load_units
-from raysweep.sweep.launch import launch
 from tests.frames import assert_same_numbers
 
 STUDY: list[dict[str, Any]] = [

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raysweep.baseline.job import RetrainJob
+from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.sections import SearchConfig
 from raysweep.shards.group_info import ShardSpec
@@ -49,6 +52,10 @@ class Runner(Protocol):
         """Runs what is proposed to the end, the first ones first."""
         ...
 
+    def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
+        """Runs retrainings to their ends. folder: where Ray Train may keep a state of its own"""
+        ...
+
 
 class InProcess:
     """Without Ray: the twin of the shard group, one trial at a time. The numbers are those of the Ray one."""
@@ -79,6 +86,11 @@ class InProcess:
             row = run_and_write(group, trial, rows)
             proposals.done(trial, row)
             on_row(row)
+
+    def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
+        from raysweep.baseline.workers import retrain_here
+
+        retrain_here(jobs, plan.threads)
 
 
 class OnRay:
@@ -117,6 +129,11 @@ class OnRay:
         context = PhaseContext(group.name, self._here, group.info, rows, search)
         folder, name = rows.folder / "tune", f"phase-{self._phases}"
         run_phase(context, proposals, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
+
+    def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
+        from raysweep.baseline.workers import retrain_on_ray
+
+        retrain_on_ray(jobs, plan, folder, "retraining")
 
 
 def _import_tune() -> None:

@@ -5,34 +5,36 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.cluster.nodes import this_node
+from raysweep.baseline.plan import RetrainPlan
+from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
 from raysweep.config.studies import Study
 from raysweep.errors import UsageError
 from raysweep.fingerprint import fingerprint
+from raysweep.launching.progress import Progress, Silent
+from raysweep.launching.retraining import Retraining, is_retrained, retrain_plan, telling
+from raysweep.launching.runners import InProcess, OnRay, Runner
 from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
-from raysweep.results.reader import load_results, trial_rows
+from raysweep.results.reader import load_results, trial_rows, trial_states
 from raysweep.results.state import SweepState
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.shards.group_info import GroupInfo
 from raysweep.shards.plan import ShardPlan
-from raysweep.shards.setup import set_up, shard_specs
+from raysweep.shards.setup import OwnedGroup, set_up, shard_specs
 from raysweep.shards.trial import DENSE_KEY, known_perplexity, pruned_key
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import Phase, PreparedModel, prepare
-from raysweep.sweep.progress import Progress, Silent
 from raysweep.sweep.proposals import Chosen, Proposals, chosen_by
 from raysweep.sweep.rows import RowContext
-from raysweep.sweep.runners import InProcess, OnRay, Runner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,8 +76,19 @@ class Launch:
         """Finished trials are never run again; failed ones are."""
         return self.states.get(trial.trial_id) in DONE
 
-    def remaining(self, phase: Phase) -> list[SweepTrial]:
-        return [trial for trial in phase.trials if not self.is_done(trial)]
+    def remaining(self, phase: Phase, retrained: bool = False) -> list[SweepTrial]:
+        """Trials of a phase that are to run: those that shards run alone, or those that are retrained."""
+        return [
+            trial for trial in phase.trials if not self.is_done(trial) and is_retrained(trial) == retrained
+        ]
+
+    def to_retrain(self, model: PreparedModel) -> list[SweepTrial]:
+        """Trials of a model that are to be retrained."""
+        return [trial for phase in model.phases for trial in self.remaining(phase, retrained=True)]
+
+    def retrain_plan(self, model: PreparedModel, nodes: Sequence[Node]) -> RetrainPlan | None:
+        """How the trials of a model are retrained; None where none is. Raises CapacityError."""
+        return retrain_plan(model, self.to_retrain(model), nodes, self.space.execution)
 
     def left_of(self, phase: Phase) -> int:
         """How many trials the studies of a phase will still run."""
@@ -196,6 +209,8 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
         return
     if joined is None:
         make_plans(prepared.models, space, [this_node()])
+        for model in prepared.models:
+            prepared.retrain_plan(model, [this_node()])
     progress.stage("Joining the Ray cluster" if joined else "Starting Ray on this machine")
     with connected(joined) as cluster:
         device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
@@ -207,12 +222,13 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
 def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
     if prepared.finished < prepared.planned:
         plans = make_plans(prepared.models, prepared.space, runner.nodes())
+        retrain_plans = [prepared.retrain_plan(model, runner.nodes()) for model in prepared.models]
         prepared.folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
         with _recorded(prepared, runner, plans[0].shards, progress) as recorder:
-            for model, plan in zip(prepared.models, plans, strict=True):
-                _run_model(prepared, model, plan, runner, recorder)
+            for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
+                _ModelRun(prepared, model, plan, retraining, runner, recorder).run()
 
 
 def _refuse_second_launch(folder: Path) -> None:
@@ -225,37 +241,85 @@ def _refuse_second_launch(folder: Path) -> None:
         )
 
 
-def _run_model(
-    prepared: Launch, model: PreparedModel, plan: ShardPlan, runner: Runner, recorder: _Recorder
-) -> None:
-    """The phases of one model, one after another on the same shards."""
-    phases = [phase for phase in model.phases if prepared.remaining(phase) or prepared.left_of(phase)]
-    if not phases:
-        return
-    granularities = sorted({trial.granularity for trial in model.possible if trial.granularity})
-    specs = shard_specs(plan, model.source)
-    recorder.progress.stage(f"Loading {model.config.path} into {plan.shards} shard{'s' * (plan.shards > 1)}")
-    with runner.group(_group_name(prepared), specs, plan) as group:
-        for phase in phases:
-            recorder.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
-            texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
-            info = set_up(group, plan.ranges, texts, granularities, model.shape, model.own_criteria)
-            for key, value in _known_results(prepared, model, phase, info).items():
-                group.share(key, "earlier launch", lambda value=value: value)
-            columns = _phase_columns(prepared.space, model, phase, plan, info, runner)
-            rows = RowContext(prepared.folder, tuple(model.evaluation), columns)
-            recorder.begin(plan.concurrent_trials)
-            search, first_number = prepared.space.search, max(trial.number for trial in model.trials) + 1
-            proposals = Proposals(
-                prepared.remaining(phase),
-                phase.studies,
-                search,
-                model.identify,
-                first_number,
-                prepared.done_rows,
-                prepared.earlier,
-            )
-            runner.run(group, proposals, rows, plan, search, recorder.row)
+class _ModelRun:
+    """One model from beginning to end: trials on shards, then retraining on all devices, then the shards measure what
+    came of it. A shard cannot give back its devices while it lives, so the group ends in between."""
+
+    def __init__(
+        self,
+        prepared: Launch,
+        model: PreparedModel,
+        plan: ShardPlan,
+        retrain_plan: RetrainPlan | None,
+        runner: Runner,
+        recorder: _Recorder,
+    ) -> None:
+        self.prepared, self.model, self.plan = prepared, model, plan
+        self.retrain_plan, self.runner, self.recorder = retrain_plan, runner, recorder
+        self.progress = recorder.progress
+        steps = prepared.space.execution.checkpoint_steps
+        self.retraining = Retraining(prepared.folder, model, prepared.to_retrain(model), steps)
+
+    def run(self) -> None:
+        self.retraining.forget_failures()
+        self._on_shards(retrained=False)
+        if self.retrain_plan is None:
+            return
+        if jobs := self.retraining.jobs():
+            self.progress.stage(f"Starting {self.retrain_plan.workers_text} for {len(jobs)} retrainings")
+            with telling(jobs, self.progress.stage):
+                self.runner.retrain(jobs, self.retrain_plan, self.prepared.folder / "tune")
+        self.prepared = replace(self.prepared, rows=trial_rows(self.prepared.folder))
+        self._on_shards(retrained=True)
+        self.retraining.clean_up(trial_states(self.prepared.folder))
+
+    def _on_shards(self, retrained: bool) -> None:
+        """The phases of the model, one after another on the same shards."""
+        phases = [phase for phase in self.model.phases if self._has_work(phase, retrained)]
+        if not phases:
+            return
+        shards = self.plan.shards
+        specs = shard_specs(self.plan, self.model.source)
+        self.progress.stage(f"Loading {self.model.config.path} into {shards} shard{'s' * (shards > 1)}")
+        with self.runner.group(_group_name(self.prepared), specs, self.plan) as group:
+            for phase in phases:
+                self._phase(group, phase, retrained)
+                if not retrained:
+                    waiting = self.prepared.remaining(phase, retrained=True)
+                    self.retraining.write_starts(group, waiting, self.progress.stage)
+
+    def _has_work(self, phase: Phase, retrained: bool) -> bool:
+        waiting = self.prepared.remaining(phase, retrained=True)
+        if retrained:
+            return bool(waiting)
+        lacking = any(map(self.retraining.lacks_start, waiting))
+        return bool(lacking or self.prepared.remaining(phase) or self.prepared.left_of(phase))
+
+    def _phase(self, group: OwnedGroup, phase: Phase, retrained: bool) -> None:
+        prepared, model = self.prepared, self.model
+        granularities = sorted({trial.granularity for trial in model.possible if trial.granularity})
+        self.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
+        texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
+        info = set_up(group, self.plan.ranges, texts, granularities, model.shape, model.own_criteria)
+        for key, value in _known_results(prepared, model, phase, info).items():
+            group.share(key, "earlier launch", partial(_the_same, value))
+        columns = _phase_columns(prepared.space, model, phase, self.plan, info, self.runner)
+        rows = RowContext(prepared.folder, tuple(model.evaluation), columns)
+        self.recorder.begin(self.plan.concurrent_trials)
+        proposals = Proposals(
+            prepared.remaining(phase, retrained),
+            () if retrained else phase.studies,
+            prepared.space.search,
+            model.identify,
+            max(trial.number for trial in model.trials) + 1,
+            prepared.done_rows,
+            prepared.earlier,
+        )
+        self.runner.run(group, proposals, rows, self.plan, prepared.space.search, self.recorder.row)
+
+
+def _the_same(value: Any) -> Any:
+    return value
 
 
 def _group_name(prepared: Launch) -> str:

@@ -1,0 +1,118 @@
+"""Folders that retraining and shards exchange: start weights, what came of them, and what that took. No torch.
+
+A start folder holds `block-<i>.safetensors` with the masks and start weights of every block, and the cost of making
+them. The folder of a retraining gets the trained weights by block, its checkpoints while it runs, and what it took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raysweep.errors import NumericalError, RaysweepError
+
+RETRAINING = "retraining"  # of a sweep's folder, while it is needed
+DONE, FAILED, START = "done.json", "failed.json", "start.json"
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining took, over all workers.
+
+    seconds: busy time of training, summed over workers;  start_seconds: wall-clock until its first step
+    peak_bytes: the largest of all workers
+    """
+
+    steps: int
+    workers: int
+    seconds: float
+    start_seconds: float
+    training_flops: int
+    trainable_parameters: int
+    peak_bytes: int
+    loss_first: float
+    loss_last: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Retrained:
+        """Of a retraining that is over. Raises NumericalError with the reason where it failed."""
+        if (failure := failure_in(folder)) is not None:
+            raise NumericalError(failure)
+        return cls(**_read(folder / DONE))
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / DONE, asdict(self))
+
+
+@dataclass(frozen=True)
+class RetrainingFolders:
+    """weights: the folder of a retraining;  start: of its start weights;  tokens: that it is trained on, each once"""
+
+    weights: Path
+    start: Path
+    tokens: int
+
+    @classmethod
+    def of(cls, sweep: Path, recovery_id: str, start_id: str, tokens: int) -> RetrainingFolders:
+        """Within a sweep's folder. Trials with equal start weights share them."""
+        place = sweep / RETRAINING
+        return cls(place / recovery_id, place / f"start-{start_id}", tokens)
+
+
+@dataclass(frozen=True)
+class StartCost:
+    """Busy seconds that masks and start weights took: as they were made, and of one trial alone.
+
+    owner: the trial on whose account they were made
+    """
+
+    owner: str
+    seconds: float
+    standalone: float
+
+    @classmethod
+    def read(cls, folder: Path) -> StartCost:
+        return cls(**_read(folder / START))
+
+    def write(self, folder: Path) -> None:
+        """Last of all, so that a start with a cost is complete."""
+        write_json(folder / START, asdict(self))
+
+
+def is_start(folder: Path) -> bool:
+    """Whether all start weights are there."""
+    return (folder / START).exists()
+
+
+def is_over(folder: Path) -> bool:
+    """Whether a retraining has ended, well or not."""
+    return (folder / DONE).exists() or (folder / FAILED).exists()
+
+
+def fail(folder: Path, error: str) -> None:
+    """Says that a retraining is not to be tried again, and why."""
+    write_json(folder / FAILED, {"error": error})
+
+
+def failure_in(folder: Path) -> str | None:
+    """Why a retraining failed for good; None where it did not."""
+    return str(_read(folder / FAILED)["error"]) if (folder / FAILED).exists() else None
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """The file is there as a whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RaysweepError(f"{file} cannot be read: {error}") from error
+    return content
