@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raysweep.cluster.nodes import Node
 from raysweep.config.trial import LORA, Trial
-from raysweep.errors import CapacityError
+from raysweep.errors import CapacityError, UsageError
 from raysweep.model.shape import ModelShape
 from raysweep.shards.memory import PROCESS_BYTES, SIZES, retraining_bytes, saved_activation_bytes
 from raysweep.shards.plan import format_bytes
@@ -52,10 +54,21 @@ def plan_retraining(
         number = workers
         _check_number(number, places, use_gpu, list(trials))
     cpus = 1.0 if use_gpu else float(max(1, int(max(node.cpus for node in nodes)) // number))
+    if not use_gpu:
+        _check_compiler()
     largest = 0
     for trial, tokens in trials.items():
         largest = max(largest, _checked(trial, tokens, model, dtype, nodes, number, use_gpu))
     return RetrainPlan(number, use_gpu, cpus, largest)
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UsageError(
+            f"retraining on CPUs needs a C++ compiler, with which DeepSpeed builds a part of itself: no {compiler}",
+            remedy="Install g++ (Debian, Ubuntu: apt-get install g++) on every node.",
+        )
 
 
 def _check_number(number: int, places: int, use_gpu: bool, trials: Sequence[Trial]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -76,6 +77,10 @@ def _work(config: dict[str, Any]) -> None:
 def _retrain_all(jobs: Sequence[RetrainJob], device: Any) -> None:
     import torch.distributed as dist
 
+    # DeepSpeed compiles a part of itself on CPUs, with the `ninja` that lies beside this Python.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
     for job in jobs:
         if _agreed(_begin(job) if dist.get_rank() == 0 else False, device):
             _attempt(job, device)

@@ -6,7 +6,7 @@ import pytest
 
 from raysweep.baseline.plan import plan_retraining
 from raysweep.cluster.nodes import Node
-from raysweep.errors import CapacityError
+from raysweep.errors import CapacityError, UsageError
 from raysweep.model.shape import BlockShape, ModelShape
 from tests.baseline.jobs import retrain_trial
 
@@ -31,12 +31,16 @@ def test_workers_are_as_many_as_batches_can_be_cut_for():
     for batch, gpus, workers in ((8, 4, 4), (6, 4, 3), (2, 8, 2), (1, 8, 1)):
         plan = plan_retraining({retrain_trial(batch_size=batch): 512}, small, "bfloat16", hosts(gpus), None)
         assert (plan.workers, plan.use_gpu) == (workers, True)
-    assert (
-        plan_retraining(
-            {retrain_trial(batch_size=4): 512}, small, "float32", [Node(8, 0, 256 * GIB)], None
-        ).workers
-        == 1
+    on_cpus = plan_retraining(
+        {retrain_trial(batch_size=4): 512}, small, "float32", [Node(8, 0, 256 * GIB)], None
     )
+    assert (on_cpus.workers, on_cpus.threads) == (1, 8)
+
+
+def test_without_a_compiler_nothing_is_retrained_on_cpus(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match="Install g"):
+        plan_retraining({retrain_trial(): 64}, LLAMA, "float32", [Node(8, 0, 256 * GIB)], None)
 
 
 def test_zero_spreads_what_does_not_fit():
