@@ -11,7 +11,7 @@ import pandas as pd
 from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.config.labels import label_of
 from raysweep.config.spellings import UNSTRUCTURED, window_length
-from raysweep.config.trial import LORA, MASK_FIELDS, RECOVERY_FIELDS, STEP_FIELDS, Trial
+from raysweep.config.trial import LORA, MASK_FIELDS, RECOVERY_FIELDS, RETRAIN_FIELDS, STEP_FIELDS, Trial
 from raysweep.errors import UsageError, nearest_name
 from raysweep.results.schema import PERPLEXITY_PREFIX
 
@@ -26,11 +26,13 @@ MASK_COLUMNS = (
     "statistics_stream",
 )
 LATER_MASK_FIELDS = tuple(name for name in MASK_FIELDS if name not in (*MASK_COLUMNS, "comparison_group"))
+LATER_RECOVERY_FIELDS = tuple(name for name in RETRAIN_FIELDS if name not in RECOVERY_FIELDS)
 LABELS = (
     *MASK_COLUMNS,
     *LATER_MASK_FIELDS,
     "recovery",
     *RECOVERY_FIELDS,
+    *LATER_RECOVERY_FIELDS,
     *CALIBRATION_COLUMNS,
     "seed",
     "evaluation",
@@ -45,7 +47,7 @@ MEASURES = (
     "device_seconds_standalone",
     "peak_recovery_bytes",
 )
-RECOVERIES = ("dense", "none", "reconstruct")
+RECOVERIES = ("dense", "none", "reconstruct", "retrain")
 GRANULARITIES = ("matrix", "subblock", "block")
 MOST_BLOCKS = 10_000  # more than a window may have
 _ORDERS = {"recovery": RECOVERIES, "granularity": GRANULARITIES}  # others follow, by name
@@ -81,7 +83,7 @@ def fixed_columns(rows: pd.DataFrame) -> dict[str, Any]:
     """The columns that tell trials apart in other sweeps and are equal in this one, with their value."""
     table = _with_labels(rows)
     alike = (name for name in LABELS if name in table and name != "recovery" and not _varies(table, name))
-    return {name: _plain(values[0]) for name in alike if (values := _values(table, name))}
+    return {name: _plain(values[0]) for name in alike if len(values := _values(table, name)) == 1}
 
 
 def failures(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -147,6 +149,8 @@ def _with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     table = rows.copy()
     grouped = table["comparison_group"].notna()
     table.loc[grouped, "criterion"] = table["criterion"] + "/" + table["comparison_group"]
+    table["start_from"] = table["start_from"].map(_start_words, na_action="ignore")
+    table["data"] = table["data"].map(_data_words, na_action="ignore")
     protocols = table["evaluation_protocol"] if "evaluation_protocol" in table else pd.Series(dtype=object)
     if protocols.nunique() > 1:
         table["evaluation"] = [_protocol_words(text) for text in protocols]
@@ -160,6 +164,19 @@ def _protocol_words(text: Any) -> str | None:
         return f"{entry['name']} {entry.get('max_windows', 'all')} x {entry['sequence_length']}"
     except (TypeError, ValueError, LookupError):
         return None
+
+
+def _start_words(text: str) -> str:
+    """block 0.001: granularity and learning rate, or what else tells it apart."""
+    settings = json.loads(text)
+    first = [settings.pop("granularity"), settings.pop("learning_rate", settings.pop("optimizer", ""))]
+    return " ".join(map(str, [*first, *(f"{name}={value}" for name, value in settings.items())])).strip()
+
+
+def _data_words(text: str) -> str:
+    """24 x 128 builtin:pystdlib"""
+    data = json.loads(text)
+    return f"{data['num_samples']} x {data['sequence_length']} {data['dataset']}"
 
 
 def _values(table: pd.DataFrame, name: str) -> list[Any]:
@@ -178,8 +195,14 @@ def _varies(table: pd.DataFrame, name: str) -> bool:
         return bool({*_values(table, name)} - {UNSTRUCTURED}) and len(_values(table, name)) > 1
     if name == "sparsity" and _values(table, "pattern") and UNSTRUCTURED not in _values(table, "pattern"):
         return False  # N:M says it
-    if name in RECOVERY_FIELDS:
-        return bool(table.loc[_applies(table, name), name].nunique(dropna=False) > 1)
+    if name == "granularity" and table["recovery"].eq("retrain").any():
+        return bool(_values(table, name))
+    if name in (*RECOVERY_FIELDS, *LATER_RECOVERY_FIELDS):
+        rows = table[_applies(table, name)]
+        differs = (
+            rows.groupby("recovery")[name].nunique(dropna=False) > 1
+        )  # defaults differ between recoveries
+        return bool(differs.any()) or (name == "learning_rate" and rows[name].nunique() > 1)
     return len(_values(table, name)) > 1
 
 
@@ -189,7 +212,9 @@ def _applies(table: pd.DataFrame, name: str) -> pd.Series:
         return table["learning_rate"].notna()
     if name in ("lora_rank", "lora_alpha"):
         return table["trainable"].isin(LORA)
-    return table["recovery"].eq("reconstruct")
+    if name in LATER_RECOVERY_FIELDS:
+        return table["recovery"].eq("retrain")
+    return table["recovery"].isin(("reconstruct", "retrain"))
 
 
 def _follows_calibration_seed(table: pd.DataFrame) -> bool:

@@ -24,6 +24,7 @@ TITLES = {
     "device_seconds_standalone": "standalone\nseconds",
     "peak_recovery_bytes": "recovery\nMiB",
     "learning_rate": "learning\nrate",
+    "start_from": "start from",
     "calibration_seed": "calibration\nseed",
 }
 FIRST_TO_GO = (
@@ -192,12 +193,13 @@ def _print_caption(
 def constant_words(constants: Mapping[str, Any]) -> list[str]:
     """What all trials have in common, as far as it is not the usual: `sparsity 0.6`, `epochs 3`."""
     from raysweep.config.fields import default_of, has_settled_default
-    from raysweep.config.trial import Trial
+    from raysweep.config.trial import RETRAIN_DEFAULTS, Trial
 
     words = [str(constants[name]) for name in ("model", "dtype", "criterion") if name in constants]
     for name, value in constants.items():
         info = Trial.model_fields.get(name)
         usual = info is not None and has_settled_default(info) and value == default_of(info)
+        usual |= RETRAIN_DEFAULTS.get(name) == value
         if info is None or usual or name in ("criterion", "seed"):
             continue
         words.append(f"{name.replace('_', ' ')} {_number_or_word(value)}")
