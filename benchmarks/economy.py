@@ -55,13 +55,13 @@ def bare_loops(data: dict[str, Any], ready: Any, seconds: Any) -> None:
     """One process with one thread: the trials' own loops, nothing around them. Puts its seconds into `seconds`."""
     os.environ["OMP_NUM_THREADS"] = "1"
     from raysweep.config.space import SearchSpace
+    from raysweep.launching.runners import this_node
     from raysweep.shards.local import LocalGroup
     from raysweep.shards.plan import make_plan
     from raysweep.shards.setup import set_up, shard_specs
     from raysweep.shards.trial import run_trial
     from raysweep.sweep.planning import workload
     from raysweep.sweep.prepare import prepare
-    from raysweep.launching.runners import this_node
 
     model = prepare(SearchSpace.from_dict(data), "cpu")[0]
     plan = make_plan(model.shape, [this_node()], workload(model), model.dtype, shards=1)
