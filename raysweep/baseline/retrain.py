@@ -236,13 +236,13 @@ class _Retraining:
         """Parameters as a whole; ZeRO 3 keeps a part of each on every rank."""
         import deepspeed
 
-        parameters = [
+        parameters = dict.fromkeys(  # tied ones once: gathered twice they would never be there
             parameter
             for owner in owners
             for parameter in (owner.parameters() if isinstance(owner, nn.Module) else [owner])
-        ]
+        )
         with (
-            deepspeed.zero.GatheredParameters(parameters, enabled=self.trial.zero_stage == 3),
+            deepspeed.zero.GatheredParameters(list(parameters), enabled=self.trial.zero_stage == 3),
             torch.no_grad(),
         ):
             yield

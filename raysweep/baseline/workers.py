@@ -18,7 +18,7 @@ from raysweep.errors import NumericalError, RaysweepError, first_line
 from raysweep.shards.retrained import fail, is_over, write_json
 
 ATTEMPTS = 3  # of one job whose workers end before it does; then it has failed and the others go on
-_ATTEMPT = "attempt.json"
+_ATTEMPT, _ERRORS = "attempt.json", "error-*.json"
 
 
 def retrain_on_ray(jobs: Sequence[RetrainJob], plan: RetrainPlan, storage: Path, name: str) -> None:
@@ -93,7 +93,9 @@ def _begin(job: RetrainJob) -> bool:
     record = job.folder / _ATTEMPT
     attempts = int(json.loads(record.read_text(encoding="utf-8"))["attempts"]) if record.exists() else 0
     if attempts >= ATTEMPTS:
-        fail(job.folder, f"its workers ended {attempts} times before it did: out of memory, perhaps")
+        reasons = [json.loads(file.read_text(encoding="utf-8"))["error"] for file in job.folder.glob(_ERRORS)]
+        why = reasons[0] if reasons else "killed by the system for their memory, perhaps"
+        fail(job.folder, f"its workers ended {attempts} times before it did: {why}")
         return False
     write_json(record, {"attempts": attempts + 1})
     return True
@@ -111,10 +113,14 @@ def _attempt(job: RetrainJob, device: Any) -> None:
     except NumericalError as error:  # on all ranks
         if dist.get_rank() == 0:
             fail(job.folder, str(error))
-    except (torch.cuda.OutOfMemoryError, RaysweepError) as error:  # others may wait for this rank: start anew
+    except (torch.cuda.OutOfMemoryError, RaysweepError) as error:  # would come again
         fail(job.folder, first_line(error))
-        if dist.get_world_size() > 1:
+        if dist.get_world_size() > 1:  # others may wait for this rank: all start anew
             raise
+    except Exception as error:  # Ray Train starts the workers again; the reason is kept should it come again
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        write_json(job.folder / _ERRORS.replace("*", str(dist.get_rank())), {"error": reason})
+        raise
 
 
 def _agreed(value: bool, device: Any) -> bool:

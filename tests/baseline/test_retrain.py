@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raysweep.baseline import retrain as module
 from raysweep.baseline.job import RetrainJob
@@ -98,6 +98,20 @@ def test_two_workers_agree_with_one_in_every_stage(tiny_llama, tmp_path):
         assert second.loss_last == pytest.approx(first.loss_last, rel=1e-4)
         for name, mask in start_masks(two).items():
             assert torch.equal(results(two)[f"{name}.weight"] != 0, mask)
+
+
+@pytest.mark.long
+def test_tied_weights_are_gathered_once(tiny_llama, tmp_path):
+    """Embedding and head are one tensor; both shards that need it get it."""
+    config = AutoConfig.from_pretrained(tiny_llama, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    jobs = [make_job(tmp_path / "tied", tmp_path, retrain_trial(zero_stage=stage)) for stage in (2, 3)]
+    run_on_ranks(jobs, 2)
+    for job in jobs:
+        found = results(job)
+        assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert largest_difference(results(jobs[0]), results(jobs[1])) < 1e-5
 
 
 def test_accumulation_and_checkpointing_change_nothing(tiny_llama, tmp_path):
