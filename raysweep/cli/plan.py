@@ -30,6 +30,7 @@ DEVICE_PARTS = {
     "recovery": "recovery of one unit",
     "evaluation": "evaluation",
     "masks": "masks",
+    "factoring": "factoring of Gram matrices",
 }
 HOST_PARTS = {
     "activations": "activations at block boundaries",

@@ -126,9 +126,13 @@ def _sampled(
         raise UsageError(
             f"{kind} cannot be {shown(values)}", where=document.where((*path, kind)), allowed=shape
         )
-    checked = _listed_values(Trial, name, values, document, (*path, kind))
-    if kind != "choice":
-        _check_interval(kind, checked, len(values), document.where((*path, kind)))
+    place = (*path, kind)
+    if kind == "choice":
+        return Sampled(kind, _listed_values(Trial, name, values, document, place))
+    checked = tuple(
+        checked_value(Trial, name, value, document, (*place, i)) for i, value in enumerate(values)
+    )
+    _check_interval(kind, checked, len(values), document.where(place))
     return Sampled(kind, checked)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -24,11 +26,13 @@ Open = tuple[Any, ...] | Sampled
 class Study:
     """fixed: the fields of the group whose values are the cell's;  open: those that the search chooses
 
+    key: tells its rows from those of other studies: its fixed fields, names of the others, and which of equal ones
     number: its place in the sweep, from 0
     samples: most trials that it runs; fewer than asked for where its lists have no more
     excluded: trials that its lists also give and that it may not choose, since they are others' already
     """
 
+    key: str
     number: int
     samples: int
     model: ModelConfig
@@ -46,13 +50,15 @@ class Study:
 
     def chosen(self, trial: Trial) -> dict[str, Any] | None:
         """The values of the open fields that give this trial; None where it is not one of the study's."""
-        values = {name: _or_first(values, getattr(trial, name)) for name, values in self.open.items()}
-        if not all(_holds(self.open[name], value) for name, value in values.items()):
-            return None
-        try:
-            return values if self.planned(values).trial == trial else None
-        except UsageError:
-            return None
+        candidates = {name: _candidates(values, getattr(trial, name)) for name, values in self.open.items()}
+        for values in product(*candidates.values()):
+            chosen = dict(zip(candidates, values, strict=True))
+            try:
+                if self.planned(chosen).trial == trial:
+                    return chosen
+            except UsageError:
+                continue
+        return None
 
     @property
     def is_finite(self) -> bool:
@@ -81,21 +87,40 @@ def studies_of(space: SearchSpace) -> list[Study]:
     if space.search.algorithm != "optuna":
         return []
     found: list[Study] = []
-    taken = set(space.expand())
+    taken, keys = set(space.expand()), Counter[str]()
     for model, calibration in product(space.models, space.calibrations):
         for group in space.groups:
             is_open = open_fields(group, space.search.compare_within)
-            cell = {name: _ends(values) for name, values in group.items() if name not in is_open}
-            for point in product(*cell.values()) if is_open else ():
-                fixed = dict(zip(cell, point, strict=True))
-                study = Study(len(found), space.search.num_samples or 0, model, calibration, fixed, is_open)
+            axes = {name: _ends(values) for name, values in group.items() if name not in is_open}
+            for point in product(*axes.values()) if is_open else ():
+                fixed = dict(zip(axes, point, strict=True))
+                cell = _digest(fixed, is_open)
+                keys[cell] += 1
+                key, samples = f"{cell}-{keys[cell]}", space.search.num_samples or 0
+                study = Study(key, len(found), samples, model, calibration, fixed, is_open)
                 if study.is_finite:
-                    corners = frozenset(study.corners())
-                    samples = min(study.samples, len(corners - taken))
-                    study = replace(study, samples=samples, excluded=corners & taken)
-                    taken |= corners
+                    study = _sized(study, taken, found)
+                    taken |= set(study.corners())
                 found.append(study)
     return found
+
+
+def _sized(study: Study, taken: set[PlannedTrial], earlier: Sequence[Study]) -> Study:
+    """A study of lists without the trials that others have, and with no more samples than it has others."""
+    corners = frozenset(study.corners())
+    beside = [
+        other
+        for other in earlier
+        if not other.is_finite and (other.model, other.calibration) == (study.model, study.calibration)
+    ]
+    drawn = {corner for corner in corners if any(other.chosen(corner.trial) for other in beside)}
+    excluded = corners & taken | drawn
+    return replace(study, samples=min(study.samples, len(corners - excluded)), excluded=excluded)
+
+
+def _digest(fixed: Mapping[str, Any], is_open: Iterable[str]) -> str:
+    text = repr((sorted((name, repr(value)) for name, value in fixed.items()), sorted(is_open)))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def open_fields(group: Group, compare_within: tuple[str, ...]) -> dict[str, Open]:
@@ -107,9 +132,10 @@ def open_fields(group: Group, compare_within: tuple[str, ...]) -> dict[str, Open
     }
 
 
-def _or_first(values: Open, value: Any) -> Any:
-    """A field that does not matter to a trial is null there, whatever was chosen: its first value stands for all."""
-    return _ends(values)[0] if value is None and None not in _ends(values) else value
+def _candidates(values: Open, value: Any) -> tuple[Any, ...]:
+    """What may have been chosen of a field that a trial holds as `value`: that, or where it says something else,
+    because the field does not matter to the trial or is settled otherwise, any."""
+    return (value,) if _holds(values, value) else _ends(values)
 
 
 def _holds(values: Open, value: Any) -> bool:

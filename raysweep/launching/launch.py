@@ -100,7 +100,7 @@ class Launch:
 
     @cached_property
     def earlier(self) -> dict[int, Chosen]:
-        """By number of a study, its trials that are done. No trial counts for two studies, or for one and a list."""
+        """By number of a study, its trials that are done."""
         found: dict[int, Chosen] = {}
         for model in self.models:
             rows = dict(self.done_rows)

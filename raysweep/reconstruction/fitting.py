@@ -55,7 +55,7 @@ def _check_names(trial: Trial, names: list[str]) -> None:
     if not is_mask_file(recipe.criterion) and not any(map(recipe.prunes, names)):
         raise UsageError(
             "no linear is left to prune: `ignore` takes all that `targets` names, or `sparsity` is 0 for all by name",
-            where="targets",
+            where="sparsity" if by_name and not (trial.targets or trial.ignore) else "targets",
             allowed="names that leave at least one linear to be pruned",
         )
 

@@ -260,14 +260,12 @@ class MatrixOnTokens(_Matrix):
         inputs_STI = (
             self.inputs(text) if own else dense_linear_inputs(self.blocks, text, self.block, self.linear)
         )
-        return torch.cat(
-            [
-                functional.linear(
-                    fetch(inputs_STI, rows, self.blocks.device), self.dense_OI, self.dense_bias_O
-                ).cpu()
-                for rows in batches(inputs_STI.shape[0], inputs_STI.shape[1], self.blocks.device)
-            ]
-        )
+        samples, tokens, _ = inputs_STI.shape
+        targets_STO = torch.empty(samples, tokens, self.dense_OI.shape[0], dtype=inputs_STI.dtype)
+        for rows in batches(samples, tokens, self.blocks.device):
+            inputs_BTI = fetch(inputs_STI, rows, self.blocks.device)
+            targets_STO[rows] = functional.linear(inputs_BTI, self.dense_OI, self.dense_bias_O).cpu()
+        return targets_STO
 
     @torch.no_grad()
     def error(self, text: str) -> TextError:

@@ -96,6 +96,7 @@ def _recovered(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> UnitR
             stage.train()
             cost = stage_cost(stage)
             peak_bytes = device_peak() or cost.peak_bytes
+        del stage  # with its targets, which are made anew
     after = {text: measured.error(text) for text in before}
     return UnitResult.of(unit.name, unit.block.index, before, after, [replace(cost, peak_bytes=peak_bytes)])
 

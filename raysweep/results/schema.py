@@ -111,6 +111,7 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         "provenance",
         "the search's metric at the rungs of the scheduler, by their number, as JSON: of a model that is partly dense",
     ),
+    Column("study", TEXT, "provenance", "the study that chose the trial; null where it was listed"),
     *_trial_columns(),
     *_calibration_columns(),
     Column("dtype", TEXT, "identity", "number format of the weights, resolved"),

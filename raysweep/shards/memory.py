@@ -56,10 +56,14 @@ class Workload:
     outputs: bool = False
 
 
+DEVICE_PARTS = ("weights", "trials", "recovery", "evaluation", "statistics", "masks", "factoring")
+
+
 @dataclass(frozen=True)
 class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
 
+    masks: a byte a weight for each, and updated weights;  factoring: work on Gram matrices for these
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
     and what is being made
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
@@ -73,12 +77,13 @@ class ShardMemory:
     recovery: int
     evaluation: int
     masks: int
+    factoring: int
     kept: int
     streams: int
 
     @property
     def device(self) -> int:
-        return self.weights + self.trials + self.recovery + self.evaluation + self.statistics + self.masks
+        return sum(getattr(self, part) for part in DEVICE_PARTS)
 
     @property
     def host(self) -> int:
@@ -109,17 +114,18 @@ def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Wor
         trials=2 * work.concurrent_trials * parameters * size,
         recovery=_largest_recovery(blocks, model, size, work) if work.recovery else 0,
         evaluation=_evaluation_bytes(model, size, work, last=stop == len(model.blocks)),
-        masks=_mask_bytes(blocks, size, work),
+        masks=(work.masks + size * work.updated) * sum(_prunable(block) for block in blocks),
+        factoring=_factoring_bytes(blocks, work),
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
     ).keeping(0, keepable_bytes(blocks, size, work))
 
 
-def _mask_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
-    """A byte a weight for every mask, updated weights, and for these the factoring of the largest Gram matrix."""
-    weights = sum(_prunable(block) for block in blocks)
+def _factoring_bytes(blocks: Sequence[BlockShape], work: Workload) -> int:
+    """For updated weights that of the largest Gram matrix; on streams also a block's own Gram matrices and factors."""
     factoring = FACTORING_BYTES * max(map(_widest_input, blocks)) ** 2 if work.updated else 0
-    return (work.masks + size * work.updated) * weights + factoring
+    on_streams = max(map(_gram_bytes, blocks)) * (1 + bool(work.updated)) * work.streams
+    return factoring + on_streams
 
 
 def keepable_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[int]:

@@ -15,6 +15,7 @@ from raysweep.shards.retrained import RetrainingFolders
 class SweepTrial:
     """One trial of a sweep; `number` is its place in it, from 0.
 
+    study: that chose it, by its key
     start_id: of one that is retrained, the identity of the weights that it starts from
     data_hash, data_tokens: of the token ids that it is trained on
     """
@@ -23,6 +24,7 @@ class SweepTrial:
     recovery_id: str
     trial_id: str
     number: int
+    study: str | None = None
     start_id: str | None = None
     data_hash: str | None = None
     data_tokens: int = 0

@@ -155,9 +155,9 @@ class _Preparation:
                 recovery,
                 row,
                 number,
-                hashed(trial.trial.start or only_pruned(trial.trial)),
-                tokens.content_hash,
-                len(tokens) * tokens.sequence_length,
+                start_id=hashed(trial.trial.start or only_pruned(trial.trial)),
+                data_hash=tokens.content_hash,
+                data_tokens=len(tokens) * tokens.sequence_length,
             )
 
         trials = [identified(trial, first_number + place) for place, trial in enumerate(planned)]

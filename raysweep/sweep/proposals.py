@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raysweep.config.expansion import PlannedTrial, Sampled
@@ -24,14 +25,14 @@ Chosen = dict[str, tuple[dict[str, Any], Row]]
 
 Identify = Callable[[PlannedTrial, int], SweepTrial]
 
-TRIES = 100  # for a proposal that has no row yet; a study of lists alone may run out of them
+TRIES, TRIES_OF_LISTS = 100, 10  # for a proposal that has no row yet; of lists alone one can be looked up
 
 
 class Proposals:
     """The trials of one phase that are still to run.
 
     rows: of trials that are done, by trial_id;  earlier: those of studies, by the study's number
-    total: how many there will be
+    total: how many there will be at most
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class RunningStudy:
 
     def propose(self, number: int) -> SweepTrial | None:
         """A trial that has no row and is not running; None when none could be found: then the study ends."""
-        return self._asked_for(TRIES, number) or self._not_yet_seen(number)
+        tries = TRIES_OF_LISTS if self._study.is_finite else TRIES
+        return self._asked_for(tries, number) or self._not_yet_seen(number)
 
     def _asked_for(self, tries: int, number: int) -> SweepTrial | None:
         """The first of so many answers of the optimizer that is new."""
@@ -130,7 +132,8 @@ class RunningStudy:
         """The trial with these values, unless it is known or another's."""
         planned = self._study.planned(chosen)
         trial = self._identify(planned, number)
-        return None if trial.trial_id in self._seen or planned in self._study.excluded else trial
+        known = trial.trial_id in self._seen or planned in self._study.excluded
+        return None if known else replace(trial, study=self._study.key)
 
     def tell(self, trial: SweepTrial, row: Row | None) -> None:
         asked, value = self._asked.pop(trial.trial_id), (row or {}).get(self._search.metric)
@@ -170,9 +173,10 @@ class RunningStudy:
 
 
 def chosen_by(study: Study, identify: Identify, rows: Mapping[str, Row]) -> Chosen:
-    """The rows that belong to a study, at most as many as it has samples."""
+    """The rows of trials that a study chose, at most as many as it has samples."""
     found: Chosen = {}
-    for trial_id, row in rows.items():
+    mine = {trial_id: row for trial_id, row in rows.items() if row.get("study") == study.key}
+    for trial_id, row in mine.items():
         if len(found) == study.samples:
             break
         try:

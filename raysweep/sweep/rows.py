@@ -56,7 +56,7 @@ class RowContext:
         return row
 
     def _known(self, trial: SweepTrial, started_at: datetime) -> dict[str, Any]:
-        identities = {"trial_id": trial.trial_id, "recovery_id": trial.recovery_id}
+        identities = {"trial_id": trial.trial_id, "recovery_id": trial.recovery_id, "study": trial.study}
         columns = dict(self.columns)
         if trial.planned.calibration is None:
             columns.pop("calibration_hash", None)

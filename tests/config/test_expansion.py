@@ -164,6 +164,7 @@ def test_draws_have_the_distribution_they_are_asked_for():
         ({"normal": [0, 1]}, "loguniform: [low, high]"),
         ({"uniform": [1e-5, 1e-2], "choice": [1]}, "loguniform: [low, high]"),
         ({"choice": []}, "empty list"),
+        ({"uniform": [None, 0.1]}, "low below high"),
         ({}, "loguniform: [low, high]"),
         ({"uniform": ["a", "b"]}, "'a' (text)"),
     ],

@@ -192,6 +192,14 @@ def test_matrices_on_streams_need_room_for_their_inputs_and_outputs():
     assert matrices - base == (2 * 640 + 640) * tokens * 4
 
 
+def test_work_on_gram_matrices_is_no_room_for_knowledge():
+    masks = replace(WORK, masks=4, updated=1)
+    plan = make_plan(model(), [Node(1, 0, 64 * GIB)], masks, "float32", shards=1, concurrent_trials=1)
+    weights = 6 * (2 * 640 * 256 + 3 * 256 * 256)
+    assert plan.memory[0].factoring == 36 * 640**2
+    assert plan.knowledge_bytes == (4 + 4) * weights + KNOWLEDGE_MARGIN
+
+
 def test_a_shard_fits_on_one_node():
     need = host_need(1)
     with pytest.raises(CapacityError, match="of host memory on one node"):

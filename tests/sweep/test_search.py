@@ -77,6 +77,45 @@ def test_a_study_of_lists_is_planned_at_its_size_and_then_finished(make_space, t
     assert [plan["planned"] for plan in kinds_of(after)] == [1, 5]
 
 
+OVERLAPPING = {
+    "intervals": [
+        DRAWN[1] | {"criterion": "wanda", "sparsity": 0.5, "learning_rate": {"loguniform": [1e-3, 0.1]}},
+        DRAWN[1] | {"criterion": "wanda", "sparsity": 0.5, "learning_rate": {"loguniform": [1e-2, 1.0]}},
+    ],
+    "an interval and a list with the same exact trial": [
+        DRAWN[1]
+        | {
+            "criterion": "wanda",
+            "sparsity": 0.5,
+            "granularity": "matrix",
+            "optimizer": ["adamw", "exact"],
+            "learning_rate": rates,
+        }
+        for rates in ({"loguniform": [1e-3, 0.1]}, [0.01, 0.02])
+    ],
+    "values that are settled otherwise": [
+        DRAWN[1]
+        | {
+            "criterion": "wanda",
+            "sparsity": 0.5,
+            "granularity": ["matrix", "block"],
+            "trainable": ["lora+norms", "weights"],
+            "lora_rank": 4,
+            "learning_rate": 0.01,
+            "seed": [None, 1],
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("groups", OVERLAPPING.values(), ids=OVERLAPPING)
+def test_a_search_that_has_run_is_finished(make_space, tmp_path, groups):
+    space = make_space(sweep=groups, search=OPTUNA | {"num_samples": 5})
+    rows = launch(space, storage=tmp_path, in_process=True)
+    after = prepare_launch(space, tmp_path / "tiny", "cpu")
+    assert (len(rows), after.finished, after.others) == (after.planned, after.planned, 0)
+
+
 def kinds_of(prepared: Any) -> list[dict[str, int]]:
     (model,) = prepared.models
     return [{"planned": planned} for planned, _ in kinds(prepared, model).values()]
