@@ -37,6 +37,14 @@ SPACES = {  # trials, with the dense one, and the values of the axes that a spac
         1 + 6 * 8,
         {"granularity": {"matrix", "subblock", "block", "window:2", "window:4", "model"}},
     ),
+    "retraining": (
+        1 + 1 + 3 + 4,
+        {
+            "recovery": {"dense", "none", "reconstruct", "retrain"},
+            "loss": {"mse", "next_token", "distillation"},
+            "trainable": {"all", "lora"},
+        },
+    ),
     "paper": (
         1 + 3 * (4 * (3 + 1) + 4 * (3 + 1) * 6 + 4 * 3),
         {

@@ -54,6 +54,7 @@ def test_numbers_are_all_but_cost_provenance_and_shard():
         "error",
         "stopped_at",
         "rungs",
+        "study",
         "seconds",
         "shard",
     }
