@@ -132,7 +132,7 @@ def test_bfloat16_keeps_its_zeros(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("trainable", ["blocks", "weights", "lora", "lora+norms"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_what_is_trained_changes_and_nothing_else(tiny_llama, tmp_path, trainable, stage):
     job = make_job(tiny_llama, tmp_path, retrain_trial(trainable=trainable, zero_stage=stage, lora_rank=4))
     run_here(job)
