@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from raysweep.baseline.plan import RetrainPlan
     from raysweep.cluster.nodes import Node
     from raysweep.launching.launch import Launch
     from raysweep.shards.memory import ShardMemory
@@ -52,6 +53,8 @@ def run_plan(
         prepared = prepare_launch(loaded, checked_folder(loaded, storage), device_here())
         node = this_node()
         plans = make_plans(prepared.models, loaded, [node])
+        for model in prepared.models:
+            prepared.retrain_plan(model, [node])  # refuses here what launch would refuse
     if as_json:
         print_json(plan_document(prepared, plans, node))
     else:
@@ -77,7 +80,8 @@ def plan_document(prepared: Launch, plans: Sequence[ShardPlan], node: Node) -> d
         "trials": trial_counts(prepared),
         "machine": asdict(node),
         "models": [
-            _model_document(prepared, model, plan) for model, plan in zip(prepared.models, plans, strict=True)
+            _model_document(prepared, model, plan, node)
+            for model, plan in zip(prepared.models, plans, strict=True)
         ],
     }
 
@@ -96,8 +100,10 @@ def trial_counts(prepared: Launch) -> dict[str, int]:
     }
 
 
-def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan) -> dict[str, Any]:
+def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, node: Node) -> dict[str, Any]:
     from raysweep.shards.plan import host_bytes
+
+    retraining = prepared.retrain_plan(model, [node])
 
     return {
         "path": model.config.path,
@@ -119,6 +125,7 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan) -> 
             _shard_document(blocks, memory) for blocks, memory in zip(plan.ranges, plan.memory, strict=True)
         ],
         "host_bytes": host_bytes(plan),
+        "retraining": None if retraining is None else asdict(retraining),
     }
 
 
@@ -175,10 +182,10 @@ def _print_model(
     console.print()
     console.print(_memory_table(plan))
     console.print()
-    _print_facts(console, plan, node)
+    _print_facts(console, plan, node, prepared.retrain_plan(model, [node]))
 
 
-def _print_facts(console: Console, plan: ShardPlan, node: Node) -> None:
+def _print_facts(console: Console, plan: ShardPlan, node: Node, retraining: RetrainPlan | None) -> None:
     from rich.table import Table
 
     from raysweep.shards.plan import format_bytes, host_bytes
@@ -194,6 +201,9 @@ def _print_facts(console: Console, plan: ShardPlan, node: Node) -> None:
         grid.add_row("memory of one GPU", at_most(max(m.device for m in plan.memory), node.gpu_bytes))
     grid.add_row("cores", _core_words(plan, node))
     grid.add_row("in flight", count(plan.concurrent_trials, "trial"))
+    if retraining is not None:
+        each = f"up to {format_bytes(retraining.bytes)} {'on each GPU' if retraining.use_gpu else 'in each'}"
+        grid.add_row("retraining", f"{count(retraining.workers, 'worker')} after the shards, {each}")
     console.print(grid)
 
 

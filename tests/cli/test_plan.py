@@ -7,6 +7,7 @@ import re
 
 from rich.console import Console
 
+from raysweep.baseline.plan import RetrainPlan
 from raysweep.cli.plan import _memory_table, _print_facts
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
@@ -85,7 +86,7 @@ def test_on_gpus_device_and_host_are_summed_apart():
     )
     plan = make_plan(model, [node], work, "bfloat16")
     console = Console(file=io.StringIO(), width=80, record=True)
-    _print_facts(console, plan, node)
+    _print_facts(console, plan, node, RetrainPlan(2, True, 1.0, 40 << 30))
     console.print(_memory_table(plan))
     text = console.export_text()
     for title, name in (("on the GPU", "device"), ("on the host", "host")):
@@ -96,3 +97,4 @@ def test_on_gpus_device_and_host_are_summed_apart():
     assert "memory of one GPU" in text
     assert "of 80.0 GiB" in text
     assert "2 of 2 GPUs" in text
+    assert "2 workers after the shards, up to 40.0 GiB on each GPU" in text
