@@ -39,10 +39,16 @@ class RetrainPlan:
 def plan_retraining(
     trials: Mapping[Trial, int], model: ModelShape, dtype: str, nodes: Sequence[Node], workers: int | None
 ) -> RetrainPlan:
-    """The plan for all of `trials`, each with the tokens of a sample. Raises CapacityError.
+    """The plan for all of `trials`, each with the tokens of a sample. Raises UsageError, or CapacityError.
 
     workers: None leaves their number to the plan
     """
+    if dtype == "float16":
+        raise UsageError(
+            "retraining in float16 would need its loss scaled",
+            where="model.dtype",
+            allowed="float32 | bfloat16",
+        )
     use_gpu = any(node.gpus for node in nodes)
     places = sum(node.gpus for node in nodes) if use_gpu else max(1, int(sum(node.cpus for node in nodes)))
     pieces = [(trial.batch_size or 1) // (trial.gradient_accumulation or 1) for trial in trials]

@@ -236,7 +236,7 @@ class _Retraining:
         """Parameters as a whole; ZeRO 3 keeps a part of each on every rank."""
         import deepspeed
 
-        parameters = dict.fromkeys(  # tied ones once: gathered twice they would never be there
+        parameters = dict.fromkeys(  # tied ones once
             parameter
             for owner in owners
             for parameter in (owner.parameters() if isinstance(owner, nn.Module) else [owner])

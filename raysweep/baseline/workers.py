@@ -21,6 +21,12 @@ ATTEMPTS = 3  # of one job whose workers end before it does; then it has failed 
 _ATTEMPT, _ERRORS = "attempt.json", "error-*.json"
 
 
+def forget_attempts(job: RetrainJob) -> None:
+    """Attempts count within one launch: one that was interrupted says nothing against the job."""
+    for file in (job.folder / _ATTEMPT, *job.folder.glob(_ERRORS)):
+        file.unlink(missing_ok=True)
+
+
 def retrain_on_ray(jobs: Sequence[RetrainJob], plan: RetrainPlan, storage: Path, name: str) -> None:
     """Runs all jobs that are not over, on a connected cluster. A job that fails says so in its folder.
 

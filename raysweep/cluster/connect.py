@@ -88,7 +88,11 @@ def _connect(address: str | None) -> Any:
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise
-        raise _no_cluster(address, first_line(error)) from error
+        raise UsageError(
+            f"the Ray cluster at {address!r} cannot be joined: {' '.join(str(error).split())[:400]}",
+            allowed="a cluster with this Python and this version of Ray",
+            remedy="Use --address local for one of your own.",
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.expansion import Group, PlannedTrial, Sampled
+from raysweep.config.fields import default_of, has_settled_default
 from raysweep.config.sections import ModelConfig
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
@@ -26,7 +27,8 @@ Open = tuple[Any, ...] | Sampled
 class Study:
     """fixed: the fields of the group whose values are the cell's;  open: those that the search chooses
 
-    key: tells its rows from those of other studies: its fixed fields, names of the others, and which of equal ones
+    key: tells its rows from those of other studies: model, calibration set, fixed fields, names of the others, and
+    which of equal ones
     number: its place in the sweep, from 0
     samples: most trials that it runs; fewer than asked for where its lists have no more
     excluded: trials that its lists also give and that it may not choose, since they are others' already
@@ -94,7 +96,7 @@ def studies_of(space: SearchSpace) -> list[Study]:
             axes = {name: _ends(values) for name, values in group.items() if name not in is_open}
             for point in product(*axes.values()) if is_open else ():
                 fixed = dict(zip(axes, point, strict=True))
-                cell = _digest(fixed, is_open)
+                cell = _digest(model, calibration, fixed, is_open)
                 keys[cell] += 1
                 key, samples = f"{cell}-{keys[cell]}", space.search.num_samples or 0
                 study = Study(key, len(found), samples, model, calibration, fixed, is_open)
@@ -118,8 +120,18 @@ def _sized(study: Study, taken: set[PlannedTrial], earlier: Sequence[Study]) -> 
     return replace(study, samples=min(study.samples, len(corners - excluded)), excluded=excluded)
 
 
-def _digest(fixed: Mapping[str, Any], is_open: Iterable[str]) -> str:
-    text = repr((sorted((name, repr(value)) for name, value in fixed.items()), sorted(is_open)))
+def _digest(
+    model: ModelConfig, calibration: CalibrationConfig, fixed: Mapping[str, Any], is_open: Iterable[str]
+) -> str:
+    """Of what is not at its default, so that fields that come later change nothing."""
+    infos = Trial.model_fields
+    told = {
+        name: repr(value)
+        for name, value in fixed.items()
+        if not (has_settled_default(infos[name]) and value == default_of(infos[name]))
+    }
+    settings = [sorted(each.model_dump(exclude_defaults=True).items()) for each in (model, calibration)]
+    text = repr((settings, sorted(told.items()), sorted(is_open)))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

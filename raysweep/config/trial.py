@@ -93,7 +93,9 @@ def _pairs(value: object) -> object:
 
 def _settings(value: object) -> object:
     """A mapping of settings as pairs in the order of their names."""
-    return tuple(sorted(value.items())) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return tuple(sorted(value.items(), key=lambda pair: str(pair[0])))  # keys are checked later
 
 
 def _names(value: object) -> object:
@@ -131,7 +133,7 @@ class Trial(BaseModel):
     )
     sparsity: Annotated[Fraction | SparsityByName, BeforeValidator(_pairs)] | None = setting(
         "fraction of zeros; removed per comparison group is exactly int(size * sparsity). Of a mapping the first "
-        "name that matches counts. May be left out for N:M, where it is 1 - N/M",
+        "name that matches counts, and what none matches stays dense. May be left out for N:M, where it is 1 - N/M",
         default=None,
         values=SPARSITY_VALUES,
         shown_default="required for unstructured",

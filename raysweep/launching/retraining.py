@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import numpy as np
 
 from raysweep.baseline.job import RetrainJob
 from raysweep.baseline.plan import RetrainPlan, plan_retraining
+from raysweep.baseline.workers import forget_attempts
 from raysweep.cluster.nodes import Node
 from raysweep.config.sections import ExecutionConfig
-from raysweep.errors import NumericalError
+from raysweep.errors import RaysweepError, ShardLostError
 from raysweep.shards.group_info import ShardGroup
 from raysweep.shards.retrained import RETRAINING, RetrainingFolders, fail, failure_in, is_over, is_start
 from raysweep.shards.trial import write_start
@@ -73,21 +74,27 @@ class Retraining:
             name = f"{trial.start_id}@start"
             try:
                 write_start(group, trial.trial, name, trial.number, folders.start, trial.trial_id)
-            except NumericalError as error:
+            except ShardLostError:
+                raise
+            except RaysweepError as error:  # a criterion of the user's own, or numbers that are not finite
                 fail(folders.weights, str(error))
 
     def jobs(self) -> list[RetrainJob]:
         """The retrainings that are not over, with their token ids on storage."""
-        return [self._job(trial) for trial in self.trials if not is_over(self._folders(trial).weights)]
+        jobs = [self._job(trial) for trial in self.trials if not is_over(self._folders(trial).weights)]
+        for job in jobs:
+            forget_attempts(job)
+        return jobs
 
     def clean_up(self, states: Mapping[str, str]) -> None:
         """Removes what has served its purpose. states: of all rows, by trial_id"""
+        folders = {trial: self._folders(trial) for trial in self.trials}
         waiting = [trial for trial in self.trials if states.get(trial.trial_id) != "finished"]
-        for trial in self.trials:
-            if trial not in waiting:
-                shutil.rmtree(self._folders(trial).weights, ignore_errors=True)
-        if not waiting:
-            shutil.rmtree(self.folder / RETRAINING, ignore_errors=True)
+        needed = {folder for trial in waiting for folder in (folders[trial].weights, folders[trial].start)}
+        for served in {folder for each in folders.values() for folder in (each.weights, each.start)} - needed:
+            shutil.rmtree(served, ignore_errors=True)
+        with suppress(OSError):  # another model's are still there
+            (self.folder / RETRAINING).rmdir()
 
     def _job(self, trial: SweepTrial) -> RetrainJob:
         folders = self._folders(trial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,9 @@ class OnRay:
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_on_ray
 
-        retrain_on_ray(jobs, plan, folder, "retraining")
+        retrain_on_ray(
+            jobs, plan, folder, f"retraining-{secrets.token_hex(4)}"
+        )  # Train would go on with an old one
 
 
 def _import_tune() -> None:

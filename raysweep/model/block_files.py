@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import RaysweepError, first_line
+from raysweep.results.writer import write_atomically
 
 OUTSIDE = "outside"  # of the blocks: embedding, last norm, head
 
@@ -21,15 +21,11 @@ def block_file(folder: Path, block: int | str) -> Path:
 
 def write_block(folder: Path, block: int | str, tensors: Mapping[str, Tensor]) -> None:
     """Writes the tensors of a block by full name; the file is there as a whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    file = block_file(folder, block)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    save_file(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary
-    )
-    os.replace(temporary, file)
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(block_file(folder, block), save(own))
 
 
 def read_block(folder: Path, block: int | str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,9 +47,9 @@ class Pruned:
     linears: one row per linear: realized sparsity, dead inputs, error of its output on the calibration set
     """
 
-    masks: dict[str, Tensor]
-    weights: Weights
-    linears: pd.DataFrame
+    masks: dict[str, Tensor] = field(repr=False)
+    weights: Weights = field(repr=False)
+    linears: pd.DataFrame = field(repr=False)
     trial: Trial
 
     def apply(self, model: nn.Module) -> None:
@@ -61,8 +61,8 @@ class Pruned:
 class Recovered:
     """Weights of a reconstructed model, by full parameter name, and one row per reconstruction unit."""
 
-    weights: Weights
-    units: pd.DataFrame
+    weights: Weights = field(repr=False)
+    units: pd.DataFrame = field(repr=False)
     trial: Trial
 
     def apply(self, model: nn.Module) -> None:
@@ -148,6 +148,7 @@ def reconstruct(
         )
     with _blocks_of(model, calibration, keep_halves=granularity == "subblock") as (blocks, ids_ST):
         _check_same_linears(blocks, pruned.masks)
+        _check_dense(blocks, pruned.masks)
         _check_fit(trial, blocks)
         blocks.begin(TRIAL)
         blocks.layers[TRIAL] = {name: PrunedLayer(mask_OI) for name, mask_OI in pruned.masks.items()}
@@ -203,6 +204,21 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         for parameter, wanted, gradient in parameters:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
+
+
+def _check_dense(blocks: BlockRange, masks: Mapping[str, Tensor]) -> None:
+    """The dense outputs are what units are reconstructed towards: a pruned model would be its own target."""
+    linears = {name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()}
+    removed = {name: ~mask_OI for name, mask_OI in masks.items() if not bool(mask_OI.all())}
+    if removed and not any(
+        bool(linears[name].weight_OI[gone].count_nonzero()) for name, gone in removed.items()
+    ):
+        raise UsageError(
+            "the model is pruned already: all weights that the masks remove are zero",
+            where="model",
+            allowed="the dense model, whose outputs are the targets",
+            remedy="Load it again, and apply only what `reconstruct` returns.",
+        )
 
 
 def _check_fit(trial: Trial, blocks: BlockRange) -> None:

@@ -139,7 +139,12 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         f"{_OUTPUT}, on the calibration set; comparable in every row",
     ),
     Column("output_error_validation", REAL, "quality", f"{_OUTPUT}, on the validation sequences"),
-    Column("seconds_total", REAL, "cost", "wall-clock of the trial, from its first call to its row"),
+    Column(
+        "seconds_total",
+        REAL,
+        "cost",
+        "wall-clock of the trial, from its first call to its row; of a retrained one its measuring",
+    ),
     Column(
         "seconds_statistics",
         REAL,

@@ -7,12 +7,12 @@ them. The folder of a retraining gets the trained weights by block, its checkpoi
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raysweep.errors import NumericalError, RaysweepError
+from raysweep.results.writer import write_atomically
 
 RETRAINING = "retraining"  # of a sweep's folder, while it is needed
 DONE, FAILED, START = "done.json", "failed.json", "start.json"
@@ -105,9 +105,7 @@ def failure_in(folder: Path) -> str | None:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """The file is there as a whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, file)
+    write_atomically(file, json.dumps(content).encode())
 
 
 def _read(file: Path) -> dict[str, Any]:

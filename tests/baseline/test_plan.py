@@ -59,6 +59,11 @@ def test_zero_spreads_what_does_not_fit():
     assert plan_retraining({lora: 2048}, LLAMA, "bfloat16", hosts(1), None).bytes < 40 * GIB
 
 
+def test_float16_is_not_retrained():
+    with pytest.raises(UsageError, match=r"float32 \| bfloat16"):
+        plan_retraining({retrain_trial(): 64}, LLAMA, "float16", hosts(1), None)
+
+
 def test_a_micro_batch_that_does_not_divide_is_refused_with_one_that_does():
     trial = retrain_trial(batch_size=6, gradient_accumulation=3)
     with pytest.raises(CapacityError, match="batch_size: 12, or execution.retrain_workers: 2"):

@@ -101,8 +101,8 @@ def test_two_workers_agree_with_one_in_every_stage(tiny_llama, tmp_path):
 
 
 @pytest.mark.long
-def test_tied_weights_are_gathered_once(tiny_llama, tmp_path):
-    """Embedding and head are one tensor; both shards that need it get it."""
+def test_tied_weights_stay_equal_and_go_by_both_names(tiny_llama, tmp_path):
+    """Embedding and head are one tensor; both shards that need it find it."""
     config = AutoConfig.from_pretrained(tiny_llama, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")

@@ -9,6 +9,7 @@ import pytest
 from raysweep.baseline import retrain as module
 from raysweep.errors import UsageError
 from raysweep.launching.launch import launch, prepare_launch
+from raysweep.launching.retraining import Retraining
 from raysweep.results.reader import load_results, load_units
 from tests.frames import assert_same_numbers
 
@@ -99,6 +100,48 @@ def test_a_launch_that_ends_in_retraining_goes_on_with_the_same_numbers(
     assert list(kept.started_at) == list(before.started_at)
 
 
+def test_interrupted_launches_say_nothing_against_a_retraining(make_space, tmp_path, monkeypatch):
+    """A job whose workers end three times has failed, but every launch counts anew."""
+    space = make_space(sweep=[RETRAIN])
+
+    def dies(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Retraining, "_step", dies)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                launch(space, storage=tmp_path, in_process=True)
+    rows = launch(space, storage=tmp_path, in_process=True)
+    assert (rows.status == "finished").all(), rows.error.dropna().tolist()
+
+
+def test_a_criterion_that_fails_makes_a_failed_row_of_a_retraining_too(make_space, tmp_path, monkeypatch):
+    (tmp_path / "own_failing.py").write_text("def score(weight, statistics):\n    raise KeyError('no')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sweep = [RETRAIN | {"criterion": "own_failing:score"}, RETRAIN]
+    rows = launch(make_space(sweep=sweep), storage=tmp_path, in_process=True).set_index("criterion")
+    assert rows.loc["own_failing:score"].status == "failed"
+    assert "KeyError" in rows.loc["own_failing:score"].error
+    assert rows.loc["wanda"].status == "finished"
+
+
+def test_cleaning_up_leaves_what_others_still_need(make_space, tmp_path):
+    prepared = prepare_launch(make_space(sweep=SWEEP), tmp_path / "tiny", "cpu")
+    model = prepared.models[0]
+    trials = prepared.to_retrain(model)
+    retraining = Retraining(tmp_path / "tiny", model, trials, 10)
+    folders = [trial.retraining(tmp_path / "tiny") for trial in trials]
+    foreign = tmp_path / "tiny" / "retraining" / "of-another-model"
+    for folder in (foreign, *(each.weights for each in folders), *(each.start for each in folders)):
+        folder.mkdir(parents=True, exist_ok=True)
+    retraining.clean_up({trials[0].trial_id: "finished", trials[2].trial_id: "finished"})
+    assert [each.weights.exists() for each in folders] == [False, True, False]
+    assert [each.start.exists() for each in folders] == [True, True, False]  # two start at the same weights
+    retraining.clean_up({trial.trial_id: "finished" for trial in trials})
+    assert list((tmp_path / "tiny" / "retraining").iterdir()) == [foreign]
+
+
 def test_a_retraining_that_diverges_is_a_failed_row_and_runs_again(make_space, tmp_path):
     space = make_space(sweep=[RETRAIN | {"learning_rate": [1e30, 0.003]}])
     for _ in range(2):
@@ -125,6 +168,7 @@ def test_plans_count_retraining(make_space, tmp_path):
         ({"start_from": {"granularty": "block"}}, {}, "did you mean 'granularity'"),
         ({"start_from": {"granularity": "block", "learning_rate": "fast"}}, {}, "a number above 0"),
         ({"data": {"datset": "x"}}, {}, "data"),
+        ({"start_from": {1: 2, "granularity": "block"}}, {}, "start_from"),
         ({"statistics_stream": "recovered"}, {}, "needs recovery 'reconstruct'"),
         ({}, {"scheduler": "asha"}, "cannot be chosen by a study or stopped"),
         ({"learning_rate": [0.1, 0.2]}, {"algorithm": "optuna", "num_samples": 2}, "a sweep of its own"),

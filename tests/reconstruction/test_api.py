@@ -283,6 +283,15 @@ def test_targets_that_name_no_linear_are_refused():
     assert (caught.value.where, caught.value.nearest) == ("targets", "up_proj")
 
 
+def test_a_model_that_is_pruned_already_is_no_target():
+    model = make_model("llama")
+    pruned = raysweep.prune(model, IDS, criterion="magnitude", sparsity=0.5)
+    pruned.apply(model)
+    with pytest.raises(UsageError, match="pruned already"):
+        raysweep.reconstruct(model, pruned, IDS, **RECONSTRUCT)
+    assert len(repr(pruned)) < 2000
+
+
 @pytest.mark.parametrize(
     ("fields", "where"),
     [({"trainable": "lora", "lora_rank": 1000}, "lora_rank"), ({"granularity": "window:9"}, "granularity")],

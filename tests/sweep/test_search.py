@@ -77,6 +77,16 @@ def test_a_study_of_lists_is_planned_at_its_size_and_then_finished(make_space, t
     assert [plan["planned"] for plan in kinds_of(after)] == [1, 5]
 
 
+def test_studies_keep_their_rows_when_calibration_sets_are_added(make_space):
+    def keys(*seeds):
+        space = make_space(sweep=DRAWN, search=OPTUNA, calibration={"seed": list(seeds)})
+        return {(study.calibration.seed, study.fixed["sparsity"]): study.key for study in space.studies()}
+
+    few, more = keys(0), keys(1, 0)
+    assert len(set(more.values())) == 4
+    assert few.items() <= more.items()
+
+
 OVERLAPPING = {
     "intervals": [
         DRAWN[1] | {"criterion": "wanda", "sparsity": 0.5, "learning_rate": {"loguniform": [1e-3, 0.1]}},
