@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from raysweep.config.calibration import CALIBRATION_COLUMNS
+from raysweep.config.field_groups import LORA, MASK_FIELDS, RECOVERY_FIELDS, RETRAIN_FIELDS, STEP_FIELDS
 from raysweep.config.labels import label_of
 from raysweep.config.spellings import UNSTRUCTURED, window_length
-from raysweep.config.trial import LORA, MASK_FIELDS, RECOVERY_FIELDS, RETRAIN_FIELDS, STEP_FIELDS, Trial
+from raysweep.config.trial import Trial
 from raysweep.errors import UsageError, nearest_name
 from raysweep.results.schema import PERPLEXITY_PREFIX
 

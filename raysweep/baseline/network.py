@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raysweep.config.trial import LORA, Trial
+from raysweep.config.field_groups import LORA
+from raysweep.config.trial import Trial
 from raysweep.model.linears import Linear, block_linears, find_blocks
 from raysweep.reconstruction.trainable import low_rank_factors
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raysweep.cluster.nodes import Node
-from raysweep.config.trial import LORA, Trial
+from raysweep.config.field_groups import LORA
+from raysweep.config.trial import Trial
 from raysweep.errors import CapacityError, UsageError
 from raysweep.model.shape import ModelShape
 from raysweep.shards.memory import PROCESS_BYTES, SIZES, retraining_bytes, saved_activation_bytes

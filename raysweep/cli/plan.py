@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from raysweep.baseline.plan import RetrainPlan
     from raysweep.cluster.nodes import Node
-    from raysweep.launching.launch import Launch
+    from raysweep.launching.prepared import Launch
     from raysweep.shards.memory import ShardMemory
     from raysweep.shards.plan import ShardPlan
     from raysweep.sweep.prepare import PreparedModel

@@ -192,8 +192,9 @@ def _print_caption(
 
 def constant_words(constants: Mapping[str, Any]) -> list[str]:
     """What all trials have in common, as far as it is not the usual: `sparsity 0.6`, `epochs 3`."""
+    from raysweep.config.field_groups import RETRAIN_DEFAULTS
     from raysweep.config.fields import default_of, has_settled_default
-    from raysweep.config.trial import RETRAIN_DEFAULTS, Trial
+    from raysweep.config.trial import Trial
 
     words = [str(constants[name]) for name in ("model", "dtype", "criterion") if name in constants]
     for name, value in constants.items():

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raysweep.config.calibration import CalibrationConfig
+from raysweep.config.field_groups import MASK_FIELDS, RECOVERY_FIELDS, RETRAIN_FIELDS
 from raysweep.config.fields import allowed_values, default_of, extra_of
 from raysweep.config.sections import (
     EvaluationConfig,
@@ -19,7 +20,7 @@ from raysweep.config.sections import (
     SearchConfig,
     ValidationConfig,
 )
-from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS, RETRAIN_FIELDS, Trial
+from raysweep.config.trial import Trial
 
 _INTRODUCTION = """\
 # Search space

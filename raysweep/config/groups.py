@@ -8,17 +8,17 @@ from pydantic import BaseModel
 
 from raysweep.config.document import Document, KeyPath
 from raysweep.config.expansion import Group, Sampled
-from raysweep.config.fields import default_of, has_settled_default, takes_real_numbers
-from raysweep.config.sections import SearchConfig
-from raysweep.config.trial import (
+from raysweep.config.field_groups import (
     MAPPING_FIELDS,
     MASK_FIELDS,
     NAME_FIELDS,
     RECOVERY_FIELDS,
     RETRAIN_DEFAULTS,
     RETRAIN_FIELDS,
-    Trial,
 )
+from raysweep.config.fields import default_of, has_settled_default, takes_real_numbers
+from raysweep.config.sections import SearchConfig
+from raysweep.config.trial import Trial
 from raysweep.config.validation import checked_value, expect_mapping, missing_key, shown
 from raysweep.errors import UsageError
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from raysweep.config.field_groups import RETRAIN_DEFAULTS
 from raysweep.config.spellings import UNSTRUCTURED
-from raysweep.config.trial import RETRAIN_DEFAULTS, Trial
+from raysweep.config.trial import Trial
 
 SHOWN_FIELDS = {  # that a label begins with
     "recovery",

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from raysweep.config.calibration import CALIBRATION_COLUMNS, DATASET_VALUES, SEED_VALUES, WHOLE_VALUES
+from raysweep.config.field_groups import MASK_FIELDS, RECOVERY_FIELDS
 from raysweep.config.fields import FROZEN, NAME_VALUES, Count, Name, Seed, Text, as_tuple, setting
-from raysweep.config.trial import MASK_FIELDS, RECOVERY_FIELDS
 from raysweep.errors import UsageError, nearest_name
 
 BUILTIN_PREFIX = "builtin:"

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from raysweep.config.calibration import CalibrationConfig
-from raysweep.config.criterion import CRITERION_VALUES, check_criterion, is_mask_file, reads_statistics
+from raysweep.config.criterion import CRITERION_VALUES, check_criterion
+from raysweep.config.field_groups import JSON_FIELDS, MASK_FIELDS
 from raysweep.config.fields import (
     FROZEN,
     Count,
     Number,
     Seed,
-    allowed_values,
     default_of,
     has_settled_default,
     setting,
 )
 from raysweep.config.names import PATTERN_WORDS, check_name_pattern
+from raysweep.config.settling import mask_fields, recovery_fields, retrain_fields, settled_seed
 from raysweep.config.spellings import (
     GRANULARITY_VALUES,
     PATTERN_VALUES,
@@ -28,62 +29,8 @@ from raysweep.config.spellings import (
     canonical_pattern,
     parse_pattern,
 )
-from raysweep.errors import UsageError, nearest_name
 
 SPARSITY_VALUES = "a number from 0 to below 1, or a mapping from names of linears to such numbers"
-MASK_FIELDS = (
-    "criterion",
-    "sparsity",
-    "pattern",
-    "comparison_group",
-    "statistics_stream",
-    "dampening",
-    "column_block",
-    "ria_power",
-    "targets",
-    "ignore",
-)
-STEP_FIELDS = (
-    "learning_rate",
-    "epochs",
-    "batch_size",
-    "shuffle",
-    "warmup_fraction",
-    "max_grad_norm",
-)
-RECOVERY_FIELDS = (
-    "granularity",
-    "input_stream",
-    "target_stream",
-    "loss",
-    "trainable",
-    "lora_rank",
-    "lora_alpha",
-    "optimizer",
-    *STEP_FIELDS,
-)
-LORA = ("lora", "lora+norms")
-RETRAIN_FIELDS = (
-    "start_from",
-    "data",
-    "loss",
-    "trainable",
-    "lora_rank",
-    "lora_alpha",
-    "optimizer",
-    *STEP_FIELDS,
-    "zero_stage",
-    "offload",
-    "gradient_accumulation",
-    "gradient_checkpointing",
-)
-RETRAIN_DEFAULTS = {"loss": "next_token", "max_grad_norm": 1.0}  # where they are not those of reconstruction
-NAME_FIELDS = ("targets", "ignore")  # whose value is a list of names
-MAPPING_FIELDS = ("start_from", "data")  # whose value is a mapping
-JSON_FIELDS = (*NAME_FIELDS, *MAPPING_FIELDS)  # text in tables
-UNIT_LOSSES, MODEL_LOSSES = ("mse", "normalized_mse", "cosine"), ("next_token", "distillation")
-
-_SPARSITY_TOLERANCE = 1e-9  # 0.33333333333 is meant to be 1 - 2/3
 
 
 def _pairs(value: object) -> object:
@@ -294,206 +241,25 @@ class Trial(BaseModel):
     def _settle(self) -> Self:
         settled = dict.fromkeys(type(self).model_fields) | {"recovery": self.recovery}
         if self.recovery != "dense":
-            settled |= self._mask_fields()
+            settled |= mask_fields(self)
             if self.recovery == "reconstruct":
-                settled |= self._recovery_fields()
+                settled |= recovery_fields(self)
             if self.recovery == "retrain":
-                settled |= self._retrain_fields()
-            settled["seed"] = self._settled_seed(settled)
+                settled |= retrain_fields(self)
+            settled["seed"] = settled_seed(self, settled)
         for name, value in settled.items():
             object.__setattr__(self, name, value)  # the instance is frozen for everybody else
         return self
 
-    def _mask_fields(self) -> dict[str, Any]:
-        criterion = self._required("criterion", f"recovery {self.recovery!r}")
-        if is_mask_file(criterion):
-            return {"criterion": criterion}
-        pattern = self._given_or_default("pattern")
-        fields: dict[str, Any] = {
-            "criterion": criterion,
-            "pattern": pattern,
-            "sparsity": self._sparsity(pattern),
-        }
-        applying = ["targets", "ignore"]
-        if reads_statistics(criterion):
-            applying.append("statistics_stream")
-        if criterion == "sparsegpt":
-            applying += ["dampening", "column_block"]
-        elif pattern == UNSTRUCTURED:
-            applying.append("comparison_group")
-        if criterion == "ria":
-            applying.append("ria_power")
-        fields |= {name: self._given_or_default(name) for name in applying}
-        self._check_mask(fields)
-        return fields
-
-    def _check_mask(self, fields: dict[str, Any]) -> None:
-        if fields.get("statistics_stream") == "recovered" and self.recovery != "reconstruct":
-            raise UsageError(
-                f"statistics_stream 'recovered' needs recovery 'reconstruct', and recovery is {self.recovery!r}",
-                where="statistics_stream",
-                allowed="dense | pruned",
-            )
-        if fields["criterion"] != "sparsegpt":
-            return
-        if self.comparison_group == "matrix":
-            raise UsageError(
-                "comparison_group 'matrix' does not apply to sparsegpt, which ranks all rows of one block of columns",
-                where="comparison_group",
-                allowed="row, or leave it out",
-                remedy="put sparsegpt into a group of its own",
-            )
-        group, block = parse_pattern(fields["pattern"]), fields["column_block"]
-        if group is not None and block % group[1]:
-            raise UsageError(
-                f"column_block {block} cannot be cut into groups of {group[1]}, as pattern {fields['pattern']} asks",
-                where="column_block",
-                allowed=f"a multiple of {group[1]}",
-            )
-
-    def _sparsity(self, pattern: str) -> Any:
-        parsed = parse_pattern(pattern)
-        if parsed is None:
-            sparsity = self._required("sparsity", "the pattern 'unstructured'")
-            if isinstance(sparsity, tuple):
-                return tuple((name, float(value) + 0.0) for name, value in sparsity)
-            return float(sparsity) + 0.0  # -0.0 is 0.0
-        kept, group = parsed
-        implied = (group - kept) / group
-        fits = not isinstance(self.sparsity, tuple) and (
-            self.sparsity is None or abs(self.sparsity - implied) <= _SPARSITY_TOLERANCE
-        )
-        if not fits:
-            raise UsageError(
-                f"sparsity {self.sparsity!r} contradicts pattern {pattern}",
-                where="sparsity",
-                allowed=f"{implied!r}, or leave it out",
-                remedy="put patterns and sparsities that do not belong together into groups of their own",
-            )
-        return implied
-
-    def _recovery_fields(self) -> dict[str, Any]:
-        self._required("granularity", "recovery 'reconstruct'")
-        fields = {name: self._given_or_default(name) for name in RECOVERY_FIELDS}
-        self._check_recovery(fields)
-        if fields["optimizer"] == "exact":
-            fields |= dict.fromkeys(STEP_FIELDS)
-        else:
-            self._required("learning_rate", "recovery 'reconstruct'")
-        if fields["trainable"] not in LORA:
-            fields |= {"lora_rank": None, "lora_alpha": None}
-        if fields["granularity"] == "matrix" and fields["trainable"] == "lora+norms":
-            fields["trainable"] = "lora"  # there is no norm in a matrix
-        return fields
-
-    def _check_recovery(self, fields: dict[str, Any]) -> None:
-        self._check_one_of("loss", fields["loss"], UNIT_LOSSES)
-        self._check_one_of("trainable", fields["trainable"], ("all", "weights", *LORA))
-        if fields["input_stream"] == "dense" and fields["target_stream"] == "pruned":
-            raise UsageError(
-                "target_stream 'pruned' needs a pruned input: on dense inputs the dense unit gives the dense target",
-                where="target_stream",
-                allowed="dense, or input_stream: pruned as well",
-            )
-        if fields["optimizer"] != "exact":
-            return
-        needed = {"granularity": ("matrix",), "loss": ("mse",), "trainable": ("all", "weights")}
-        for name, values in needed.items():
-            if fields[name] not in values:
-                raise UsageError(
-                    f"optimizer 'exact' solves a least squares problem of one matrix; {name} is {fields[name]!r}",
-                    where=name,
-                    allowed=" | ".join(values),
-                    remedy="or choose optimizer adamw or sgd",
-                )
-
-    def _retrain_fields(self) -> dict[str, Any]:
-        fields = {name: self._given_or_default(name) for name in RETRAIN_FIELDS}
-        for name, default in RETRAIN_DEFAULTS.items():
-            fields[name] = default if getattr(self, name) is None else getattr(self, name)
-        self._check_one_of("loss", fields["loss"], MODEL_LOSSES)
-        self._check_one_of("optimizer", fields["optimizer"], ("adamw",))
-        self._required("learning_rate", "recovery 'retrain'")
-        self._check_retraining(fields)
-        if fields["trainable"] not in LORA:
-            fields |= {"lora_rank": None, "lora_alpha": None}
-        if self.start_from is not None:
-            fields["start_from"] = self._start_pairs()
-        return fields
-
-    def _check_one_of(self, name: str, value: Any, allowed: tuple[str, ...]) -> None:
-        if value not in allowed:
-            raise UsageError(
-                f"{name} {value!r} does not apply to recovery {self.recovery!r}",
-                where=name,
-                allowed=" | ".join(allowed),
-                remedy="put recoveries that need different values into groups of their own",
-            )
-
-    def _check_retraining(self, fields: dict[str, Any]) -> None:
-        if fields["offload"] == "cpu" and fields["zero_stage"] == 0:
-            raise UsageError(
-                "offload 'cpu' needs ZeRO, and zero_stage is 0",
-                where="offload",
-                allowed="none, or zero_stage 1 to 3",
-            )
-        batch, pieces = fields["batch_size"], fields["gradient_accumulation"]
-        if batch % pieces:
-            divisors = [number for number in range(1, batch + 1) if batch % number == 0]
-            raise UsageError(
-                f"batch_size {batch} cannot be cut into {pieces} equal pieces",
-                where="gradient_accumulation",
-                allowed=" | ".join(map(str, divisors)),
-            )
-
-    def _start_pairs(self) -> SettingPairs:
-        """The fields of the reconstruction that retraining starts from; those at their default are left out."""
-        given = dict(self.start_from or ())
-        unknown = [name for name in given if name not in RECOVERY_FIELDS]
-        if unknown:
-            raise UsageError(
-                f"start_from has the key {unknown[0]!r}",
-                where="start_from",
-                allowed=", ".join(RECOVERY_FIELDS),
-                nearest=nearest_name(unknown[0], list(RECOVERY_FIELDS)),
-            )
-        try:
-            settled = self._reconstruction(given).identity()
-        except UsageError as error:
-            raise error.inside("start_from: ") from None
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = ".".join(map(str, problem["loc"][:1]))
-            raise UsageError(
-                f"{name} cannot be {problem['input']!r}",
-                where=f"start_from: {name}",
-                allowed=allowed_values(type(self).model_fields[name]),
-            ) from None
-        return tuple((name, settled[name]) for name in sorted(RECOVERY_FIELDS) if name in settled)
-
     @property
     def start(self) -> Self | None:
         """The reconstruct trial that retraining starts from; None where it starts from the pruned weights."""
-        return None if self.start_from is None else self._reconstruction(dict(self.start_from))
+        return None if self.start_from is None else self.reconstruction(dict(self.start_from))
 
-    def _reconstruction(self, fields: dict[str, Any]) -> Self:
+    def reconstruction(self, fields: dict[str, Any]) -> Self:
+        """The reconstruct trial with the same mask and these fields of recovery."""
         mask = {name: getattr(self, name) for name in MASK_FIELDS if getattr(self, name) is not None}
         return type(self).model_validate({**mask, "seed": self.seed, **fields, "recovery": "reconstruct"})
-
-    def _settled_seed(self, fields: dict[str, Any]) -> int | None:
-        seeded = fields["criterion"] == "random" or fields["shuffle"] or fields["trainable"] in LORA
-        return (self.seed or 0) if seeded else None
-
-    def _given_or_default(self, name: str) -> Any:
-        given = getattr(self, name)
-        return default_of(type(self).model_fields[name]) if given is None else given
-
-    def _required(self, name: str, by: str) -> Any:
-        value = getattr(self, name)
-        if value is None:
-            allowed = allowed_values(type(self).model_fields[name])
-            raise UsageError(f"{name} is missing; {by} needs it", where=name, allowed=allowed)
-        return value
 
     def identity(self) -> dict[str, Any]:
         """The fields that tell this trial from others; those at a constant default are left out.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from raysweep.config.criterion import function_parts, is_mask_file
-from raysweep.config.trial import MASK_FIELDS, Trial
+from raysweep.config.field_groups import MASK_FIELDS
+from raysweep.config.trial import Trial
 from raysweep.config.validation import validated
 from raysweep.errors import UsageError
 from raysweep.model.shard import ModelShard

@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from raysweep.config.criterion import is_mask_file
+from raysweep.config.field_groups import LORA
 from raysweep.config.names import matches
 from raysweep.config.spellings import window_length
-from raysweep.config.trial import LORA, Trial
+from raysweep.config.trial import Trial
 from raysweep.errors import UsageError, nearest_name
 from raysweep.pruning.masks import check_n_of_m
 from raysweep.pruning.recipe import MaskRecipe

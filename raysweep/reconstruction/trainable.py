@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from raysweep.config.trial import LORA, Trial
+from raysweep.config.field_groups import LORA
+from raysweep.config.trial import Trial
 from raysweep.model.linears import Linear
 from raysweep.reconstruction.range import BlockRange, Weights
 from raysweep.reconstruction.units import Unit

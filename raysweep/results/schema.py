@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from raysweep.config.calibration import CALIBRATION_COLUMNS, CalibrationConfig
 from raysweep.config.expansion import PlannedTrial
-from raysweep.config.trial import JSON_FIELDS, Trial
+from raysweep.config.field_groups import JSON_FIELDS
+from raysweep.config.trial import Trial
 
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "failed", "stopped")

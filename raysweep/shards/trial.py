@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysweep.config.trial import MASK_FIELDS, Trial
+from raysweep.config.field_groups import MASK_FIELDS
+from raysweep.config.trial import Trial
 from raysweep.errors import NumericalError
 from raysweep.fingerprint import fingerprint
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION

@@ -6,9 +6,10 @@ from itertools import product
 import pytest
 from pydantic import ValidationError
 
+from raysweep.config.field_groups import RECOVERY_FIELDS
 from raysweep.config.labels import label_of
 from raysweep.config.spellings import parse_pattern
-from raysweep.config.trial import RECOVERY_FIELDS, Trial
+from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
 
 MASK = {"criterion": "wanda", "sparsity": 0.6}

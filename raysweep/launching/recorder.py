@@ -1,0 +1,68 @@
+"""The state file of a sweep while it runs, and what the display hears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from raysweep.launching.prepared import Launch
+from raysweep.launching.progress import Progress
+from raysweep.launching.runners import Runner
+from raysweep.results.state import SweepState
+
+if TYPE_CHECKING:
+    pass
+
+
+class Recorder:
+    """Keeps the sweep's state file up to date while rows arrive, and tells the display."""
+
+    def __init__(self, prepared: Launch, state: SweepState, progress: Progress) -> None:
+        self._folder, self.progress = prepared.folder, progress
+        self.state = state.write(self._folder)
+        self._begun, self._concurrent = False, 0
+
+    def begin(self, concurrent_trials: int) -> None:
+        self._concurrent = concurrent_trials
+        if not self._begun:
+            self._begun = True
+            self.progress.begin(
+                self.state.planned, self.state.finished, self.state.dashboard, self.state.others
+            )
+
+    def row(self, row: dict[str, Any]) -> None:
+        failed = row.get("status") == "failed"
+        finished, failures = self.state.finished + (not failed), self.state.failed + failed
+        running = min(self._concurrent, self.state.planned - finished - failures)
+        counted = replace(self.state, finished=finished, failed=failures, running=running)
+        self.state = counted.write(self._folder)
+        self.progress.row(row)
+
+    def end(self, state: str) -> None:
+        self.state = replace(self.state, state=state, running=0).write(self._folder)
+        self.progress.end()
+
+
+@contextmanager
+def recorded(prepared: Launch, runner: Runner, shards: int, progress: Progress) -> Iterator[Recorder]:
+    """The state file says `running` within the context, and afterwards how it ended."""
+    state = SweepState(
+        prepared.space.name,
+        planned=prepared.planned,
+        finished=prepared.finished,
+        others=prepared.others,
+        shards=shards,
+        dashboard=runner.dashboard,
+    )
+    recorder = Recorder(prepared, state, progress)
+    outcome = "failed"
+    try:
+        yield recorder
+        outcome = "failed" if recorder.state.failed else "finished"
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
+    finally:
+        recorder.end(outcome)
