@@ -101,7 +101,10 @@ def shaped(storage: Path, shape: str, stage: int, samples: int, length: int) -> 
 
     config = LlamaConfig(**SHAPES[shape], dtype=torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(storage / "model")
+    with torch.device(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    ):  # a billion random numbers: minutes on a CPU
+        LlamaForCausalLM(config).save_pretrained(storage / "model")
     torch.set_default_dtype(torch.float32)
     for file in Path(resolve_model_path("builtin:pystdlib")).glob("tokenizer*"):
         shutil.copy(file, storage / "model")

@@ -15,6 +15,8 @@ from raysweep.model.shape import ModelShape
 from raysweep.shards.memory import PROCESS_BYTES, SIZES, retraining_bytes, saved_activation_bytes
 from raysweep.shards.plan import format_bytes
 
+MOST_CPUS_BESIDE_A_GPU = 8  # assumption: AdamW on the host is bound by its memory beyond
+
 
 @dataclass(frozen=True)
 class RetrainPlan:
@@ -60,13 +62,21 @@ def plan_retraining(
     else:
         number = workers
         _check_number(number, places, use_gpu, list(trials))
-    cpus = 1.0 if use_gpu else float(max(1, int(max(node.cpus for node in nodes)) // number))
+    cpus = _cpus_of_a_worker(nodes, number, use_gpu)
     if not use_gpu:
         _check_compiler()
     largest = 0
     for trial, tokens in trials.items():
         largest = max(largest, _checked(trial, tokens, model, dtype, nodes, number, use_gpu))
     return RetrainPlan(number, use_gpu, cpus, largest)
+
+
+def _cpus_of_a_worker(nodes: Sequence[Node], workers: int, use_gpu: bool) -> float:
+    """Beside a GPU its share of the node's, which offloaded steps and loading use."""
+    if use_gpu:
+        each = min(node.cpus // node.gpus for node in nodes if node.gpus)
+        return float(max(1, min(int(each), MOST_CPUS_BESIDE_A_GPU)))
+    return float(max(1, int(max(node.cpus for node in nodes)) // workers))
 
 
 def _check_compiler() -> None:

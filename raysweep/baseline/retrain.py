@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class _Retraining:
         self.job, self.trial, self.device = job, job.trial, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         began = time.perf_counter()
+        if device.type == "cuda":  # the peak counts from the loading on
+            torch.cuda.reset_peak_memory_stats(device)
         self.ids_ST = torch.from_numpy(np.load(job.ids))
         self.recipe = TrainingRecipe.of(job.trial)
         self.model = self._load()
@@ -66,22 +68,21 @@ class _Retraining:
         self.start_seconds = time.perf_counter() - began
 
     def run(self) -> Retrained:
-        with _device_peak(self.device) as device_peak:
-            watch = Stopwatch(self.device)
-            steps = list(self.recipe.steps(len(self.ids_ST)))
-            for number in range(self.first_step, len(steps)):
-                loss = self._step(steps[number].rows, steps[number].factor)
-                if number == 0:
-                    self.losses[0] = float(loss)
-                if number + 1 == len(steps):
-                    self.losses[1] = float(loss)
-                elif (number + 1) % self.job.checkpoint_steps == 0:
-                    self.seconds += watch.seconds()
-                    self._check(number)
-                    self._save(number + 1)
-                    watch = Stopwatch(self.device)
-            self.seconds += watch.seconds()
-            peak_bytes = device_peak() or self._counted_bytes()
+        watch = Stopwatch(self.device)
+        steps = list(self.recipe.steps(len(self.ids_ST)))
+        for number in range(self.first_step, len(steps)):
+            loss = self._step(steps[number].rows, steps[number].factor)
+            if number == 0:
+                self.losses[0] = float(loss)
+            if number + 1 == len(steps):
+                self.losses[1] = float(loss)
+            elif (number + 1) % self.job.checkpoint_steps == 0:
+                self.seconds += watch.seconds()
+                self._check(number)
+                self._save(number + 1)
+                watch = Stopwatch(self.device)
+        self.seconds += watch.seconds()
+        peak_bytes = self._peak_bytes()
         self._check(len(steps) - 1)
         result = Retrained(
             steps=len(steps),
@@ -177,8 +178,11 @@ class _Retraining:
         dist.all_reduce(shared, op=operation)
         return float(shared)
 
-    def _counted_bytes(self) -> int:
-        """On a CPU: what the memory model says of this model's own numbers."""
+    def _peak_bytes(self) -> int:
+        """The most that the device's allocator had handed out; on a CPU what the memory model says of this model's own
+        numbers."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         largest = max(map(len, self._pieces(torch.arange(min(self.recipe.batch_size, len(self.ids_ST))))))
         return retraining_bytes(
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
@@ -281,13 +285,3 @@ def _merged(block: nn.Module, prefix: str) -> dict[str, Tensor]:
         elif leaf == "bias":
             tensors[f"{prefix}.{name}"] = parameter
     return tensors
-
-
-@contextmanager
-def _device_peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """A call for the most bytes that the device's allocator has handed out within the context; None on a CPU."""
-    if device.type == "cpu":
-        yield lambda: None
-        return
-    torch.cuda.reset_peak_memory_stats(device)
-    yield lambda: torch.cuda.max_memory_allocated(device)

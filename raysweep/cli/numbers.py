@@ -22,14 +22,14 @@ def fixed(value: float, decimals: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3:05 min, 1:02 h."""
+    """4.2 s, 12 s, 3 min 5 s, 1 h 2 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
+        return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d} h"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def clock(seconds: float) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raysweep.cli.console import messages, output, print_json, quiet_libraries
 from raysweep.cli.numbers import count, large
 from raysweep.cli.spaces import load_space
+from raysweep.config.expansion import Sampled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from raysweep.baseline.plan import RetrainPlan
     from raysweep.cluster.nodes import Node
+    from raysweep.config.studies import Open, Study
     from raysweep.launching.prepared import Launch
     from raysweep.shards.memory import ShardMemory
     from raysweep.shards.plan import ShardPlan
@@ -116,6 +118,7 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
             for (recovery, granularity), (planned, to_run) in kinds(prepared, model).items()
         ],
         "calibration_sets": len(model.phases),
+        "studies": [_study_document(prepared, study) for phase in model.phases for study in phase.studies],
         "concurrent_trials": plan.concurrent_trials,
         "cpus_per_shard": plan.cpus,
         "gpus_per_shard": plan.gpus,
@@ -127,6 +130,16 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
         "host_bytes": host_bytes(plan),
         "retraining": None if retraining is None else asdict(retraining),
     }
+
+
+def _study_document(prepared: Launch, study: Study) -> dict[str, Any]:
+    fixed = {name: value for name, value in study.fixed.items() if value is not None}
+    choices = {
+        name: {values.kind: list(values.values)} if isinstance(values, Sampled) else list(values)
+        for name, values in study.open.items()
+    }
+    left = prepared.left_of_study(study)
+    return {"fixed": fixed, "chooses": choices, "trials": study.samples, "to_run": left}
 
 
 def _shard_document(blocks: tuple[int, int], memory: ShardMemory) -> dict[str, Any]:
@@ -146,7 +159,7 @@ def kinds(prepared: Launch, model: PreparedModel) -> dict[tuple[str, str | None]
     for phase in model.phases:
         for study in phase.studies:
             example = next(study.corners()).trial
-            kind = (example.recovery, example.granularity)
+            kind = (example.recovery, "chosen" if "granularity" in study.open else example.granularity)
             planned[kind] += study.samples
             to_run[kind] += prepared.left_of_study(study)
     return {kind: (number, to_run[kind]) for kind, number in planned.items()}
@@ -180,9 +193,35 @@ def _print_model(
     console.print()
     console.print(_trials_table(prepared, model))
     console.print()
+    for words in study_words(model):
+        console.print(Text(words), soft_wrap=True)
+    if any(phase.studies for phase in model.phases):
+        console.print()
     console.print(_memory_table(plan))
     console.print()
     _print_facts(console, plan, node, prepared.retrain_plan(model, [node]))
+
+
+def study_words(model: PreparedModel) -> list[str]:
+    """Optuna chooses learning_rate (loguniform 0.001 to 0.1) in 2 cells: 6 trials each."""
+    sizes: dict[str, list[int]] = defaultdict(list)
+    for phase in model.phases:
+        for study in phase.studies:
+            fields = (f"{name} ({_open_words(values)})" for name, values in study.open.items())
+            sizes[", ".join(fields)].append(study.samples)
+    return [
+        f"Optuna chooses {fields} in {count(len(samples), 'cell')}: {' + '.join(map(str, samples))} trials"
+        if len(set(samples)) > 1
+        else f"Optuna chooses {fields} in {count(len(samples), 'cell')} of {count(samples[0], 'trial')} each"
+        for fields, samples in sizes.items()
+    ]
+
+
+def _open_words(values: Open) -> str:
+    if isinstance(values, Sampled) and values.kind != "choice":
+        return f"{values.kind} {values.values[0]:g} to {values.values[1]:g}"
+    listed = values.values if isinstance(values, Sampled) else values
+    return ", ".join("null" if value is None else str(value) for value in listed)
 
 
 def _print_facts(console: Console, plan: ShardPlan, node: Node, retraining: RetrainPlan | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,13 @@ TITLES = {
 }
 FIRST_TO_GO = (
     "peak_recovery_bytes",
-    "device_seconds_standalone",
-    "device_seconds",
     "output_error_calibration",
+    "device_seconds",
     "model_hash",
+    "device_seconds_standalone",
 )
-"""Columns that a narrow table does without, in this order; then other perplexities. The rest wraps."""
+"""Columns that a narrow table does without, in this order, so that one of cost stays long; then other perplexities. The
+rest wraps."""
 GAP = 2  # characters between columns: one of padding, one of the divider
 
 
@@ -123,6 +124,8 @@ def _format(name: str, numbers: list[Any]) -> Callable[[Any], str]:
         return lambda value: fixed(value / MIB, 1)
     if "seconds" in name:
         return lambda value: fixed(value, 1 if value < 1000 else 0)
+    if name == "learning_rate":
+        return lambda value: f"{value:.3g}"  # of a drawn one more digits say nothing
     return _number_or_word
 
 
@@ -140,10 +143,14 @@ def _rich_table(
     )
     for column in columns:
         made.add_column(
-            column.title, justify="right" if column.right else "left", vertical="bottom", overflow="fold"
+            column.title,
+            justify="right" if column.right else "left",
+            vertical="bottom",
+            overflow="fold",
+            no_wrap=column.right,
         )
     groups = mask_groups(table) if grouped else list(range(len(table)))
-    spaced = grouped and len(table) > 2 * len(set(groups))
+    sections = _sections(columns, groups) if grouped else [0] * len(table)
     for place in range(len(table)):
         repeated = grouped and place > 0 and groups[place] == groups[place - 1]
         style = "dim" if table["recovery"].iloc[place] == "dense" else ""
@@ -157,9 +164,18 @@ def _rich_table(
             )
             for column, cell in zip(columns, cells, strict=True)
         ]
-        ends = place + 1 < len(table) and groups[place] != groups[place + 1]
-        made.add_row(*marked, end_section=spaced and ends)
+        ends = place + 1 < len(table) and sections[place] != sections[place + 1]
+        made.add_row(*marked, end_section=ends)
     return made
+
+
+def _sections(columns: list[ColumnText], groups: list[int]) -> Sequence[object]:
+    """By row, what changes where a gap belongs: the mask; where masks have few rows, what the first column says, if
+    that is less."""
+    if len(groups) > 2 * len(set(groups)):
+        return groups
+    leading = columns[0].cells
+    return leading if 2 * len(set(leading)) <= len(set(groups)) else [0] * len(groups)
 
 
 def _cell(column: ColumnText, place: int, repeated: bool) -> str:
@@ -180,9 +196,12 @@ def _print_caption(
 
     names = [name.removeprefix("perplexity_") for name in map(str, rows) if name.startswith("perplexity_")]
     measured_alike = rows["evaluation_protocol"].nunique() <= 1
-    words = [*constant_words(constants), *([f"perplexity on {names[0]}"] if names and measured_alike else [])]
+    of_all, of_recovered = constant_words(constants)
+    of_all += [f"perplexity on {names[0]}"] if names and measured_alike else []
     console.print()
-    console.print(Text("All: " + ", ".join(words), style="dim"))
+    console.print(Text("All: " + ", ".join(of_all), style="dim"))
+    if of_recovered:
+        console.print(Text("Recovered with: " + ", ".join(of_recovered), style="dim"))
     if marked and console.color_system is not None:
         console.print(Text("Green: best of its cell", style="dim"))
     if dropped:
@@ -190,21 +209,24 @@ def _print_caption(
         console.print(Text(f"A wider terminal (COLUMNS=120) or --json also shows {gone}", style="dim"))
 
 
-def constant_words(constants: Mapping[str, Any]) -> list[str]:
-    """What all trials have in common, as far as it is not the usual: `sparsity 0.6`, `epochs 3`."""
-    from raysweep.config.field_groups import RETRAIN_DEFAULTS
+def constant_words(constants: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What all trials have in common (`sparsity 0.6`), and what all have that recover (`epochs 3`); as far as it is not
+    the usual."""
+    from raysweep.config.field_groups import RECOVERY_FIELDS, RETRAIN_DEFAULTS, RETRAIN_FIELDS
     from raysweep.config.fields import default_of, has_settled_default
     from raysweep.config.trial import Trial
 
-    words = [str(constants[name]) for name in ("model", "dtype", "criterion") if name in constants]
+    of_all = [str(constants[name]) for name in ("model", "dtype", "criterion") if name in constants]
+    of_recovered: list[str] = []
     for name, value in constants.items():
         info = Trial.model_fields.get(name)
         usual = info is not None and has_settled_default(info) and value == default_of(info)
         usual |= RETRAIN_DEFAULTS.get(name) == value
         if info is None or usual or name in ("criterion", "seed"):
             continue
+        words = of_recovered if name in (*RECOVERY_FIELDS, *RETRAIN_FIELDS) else of_all
         words.append(f"{name.replace('_', ' ')} {_number_or_word(value)}")
-    return [*words, *_calibration_words(constants)]
+    return [*of_all, *_calibration_words(constants)], of_recovered
 
 
 def _calibration_words(constants: Mapping[str, Any]) -> list[str]:

@@ -65,6 +65,7 @@ def build_space(document: Document) -> SearchSpace:
         groups=read_groups(document, root["sweep"], search),
         search=search,
         execution=_section(ExecutionConfig, document, root, "execution"),
+        document=document,
     )
     _check_metric(space, document)
     _check_cells(space, document)

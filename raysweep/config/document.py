@@ -227,7 +227,8 @@ def _check_step(holder: Any, part: str | int, done: KeyPath, key: str) -> None:
             raise UsageError(f"--set {key}: {place} is no list, but {part} is an index", allowed="a key")
     elif isinstance(holder, list):
         if not isinstance(part, int) or part > len(holder):
-            allowed = f"an index from 0 to {len(holder)}, such as {place}.0"
+            present = {0: "", 1: "0, "}.get(len(holder), f"0 to {len(holder) - 1}, ")
+            allowed = f"as an index {present}or {len(holder)} for a new one"
             raise UsageError(f"--set {key}: {place} is a list of {len(holder)}", allowed=allowed)
     else:
         raise UsageError(f"--set {key}: {place} is one value and has no keys", remedy=f"set {place} itself")

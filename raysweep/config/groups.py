@@ -20,7 +20,7 @@ from raysweep.config.fields import default_of, has_settled_default, takes_real_n
 from raysweep.config.sections import SearchConfig
 from raysweep.config.trial import Trial
 from raysweep.config.validation import checked_value, expect_mapping, missing_key, shown
-from raysweep.errors import UsageError
+from raysweep.errors import UsageError, nearest_name
 
 SAMPLED_KINDS = ("loguniform", "uniform", "choice")
 
@@ -112,7 +112,10 @@ def _sampled(
     shape = ", ".join("{choice: [...]}" if kind == "choice" else f"{{{kind}: [low, high]}}" for kind in kinds)
     if len(data) != 1 or next(iter(data)) not in kinds:
         raise UsageError(
-            f"{name} cannot be {shown(data)}", where=where, allowed=f"a value, a list, or {shape}"
+            f"{name} cannot be {shown(data)}",
+            where=where,
+            allowed=f"a value, a list, or {shape}",
+            nearest=nearest_name(next(iter(data)), list(kinds)) if len(data) == 1 else None,
         )
     if search.algorithm == "grid":
         raise UsageError(

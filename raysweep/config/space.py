@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from raysweep.config.sections import (
 )
 from raysweep.config.studies import Study, open_fields, studies_of
 from raysweep.config.trial import Trial
-from raysweep.config.validation import check_name
+from raysweep.config.validation import check_name, relocated
+from raysweep.errors import UsageError
 
 __all__ = [
     "CalibrationConfig",
@@ -46,6 +47,7 @@ class SearchSpace:
 
     model_axes, calibration_axes: for each field of the section its values (one, or several of an axis)
     groups: for each group of the sweep, and each field in it, its values or how they are drawn
+    document: what it was read from, for the places of what proves wrong later
     """
 
     name: str
@@ -56,6 +58,7 @@ class SearchSpace:
     groups: tuple[Group, ...]
     search: SearchConfig
     execution: ExecutionConfig
+    document: Document = field(compare=False, repr=False)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
@@ -118,11 +121,25 @@ class SearchSpace:
     def _trials(self, default_seed: int) -> dict[Trial, None]:
         """The distinct trials of one calibration set, in the order of the file."""
         return dict.fromkeys(
-            Trial.model_validate(with_seed(point, default_seed))
+            trial
             for index, group in enumerate(self.groups)
             if not (self.search.algorithm == "optuna" and open_fields(group, self.search.compare_within))
-            for point in group_points(group, index, self.search.num_samples or 1, self.search.seed)
+            for trial in self._group_trials(index, default_seed)
         )
+
+    def _group_trials(self, index: int, default_seed: int) -> Iterator[Trial]:
+        points_of = group_points(self.groups[index], index, self.search.num_samples or 1, self.search.seed)
+        return (Trial.model_validate(with_seed(point, default_seed)) for point in points_of)
+
+    def refusal(self, planned: PlannedTrial, error: UsageError) -> UsageError:
+        """What is wrong with a trial (`where` is the field) with file and line of the first group that asks for it."""
+        seed = planned.calibration.seed if planned.calibration else 0
+        for index in range(len(self.groups)):
+            alone = replace(self, groups=(self.groups[index],))
+            corners = (corner.trial for study in studies_of(alone) for corner in study.corners())
+            if planned.trial in corners or planned.trial in self._group_trials(index, seed):
+                return relocated(error, self.document, ("sweep", index))
+        return error.inside("sweep: ")
 
     def evaluation_protocol(self) -> dict[str, Any]:
         """How trials are measured, for their identity; the texts themselves enter it by their hashes."""

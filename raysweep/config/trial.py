@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
@@ -218,6 +219,10 @@ class Trial(BaseModel):
     def dense(cls) -> Self:
         """The unpruned model, which is a row of its own."""
         return cls(recovery="dense")
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """What says something of it."""
+        return ((name, value) for name, value in self if value is not None)
 
     @property
     def is_dense(self) -> bool:

@@ -90,7 +90,8 @@ class ModelRun:
         for key, value in _known_results(prepared, model, phase, info).items():
             group.share(key, "earlier launch", partial(_the_same, value))
         columns = _phase_columns(prepared.space, model, phase, self.plan, info, self.runner)
-        rows = RowContext(prepared.folder, tuple(model.evaluation), columns)
+        keep = {} if retrained else self.retraining.starts(prepared.remaining(phase, retrained=True))
+        rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep)
         self.recorder.begin(self.plan.concurrent_trials)
         proposals = Proposals(
             prepared.remaining(phase, retrained),

@@ -63,6 +63,13 @@ class Retraining:
         folders = self._folders(trial)
         return not is_over(folders.weights) and not is_start(folders.start)
 
+    def starts(self, trials: Sequence[SweepTrial]) -> dict[str, Path]:
+        """Folders of the start weights that some of the trials lack, by their identity: a trial of the sweep that
+        makes them anyway writes them there."""
+        return {
+            str(trial.start_id): self._folders(trial).start for trial in trials if self.lacks_start(trial)
+        }
+
     def write_starts(
         self, group: ShardGroup, trials: Sequence[SweepTrial], tell: Callable[[str], None]
     ) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,6 +183,12 @@ def _blocks_of(
     ids_ST = _checked_ids(calibration, model.config.get_text_config().vocab_size)
     with _frozen(model):
         shard = ModelShard.whole(model)
+        if shard.device.type == "cpu" and shard.dtype != torch.float32:
+            warnings.warn(
+                f"the model is {str(shard.dtype).removeprefix('torch.')} on a CPU, most of which are several times "
+                "faster in float32: from_pretrained(..., dtype=torch.float32)",
+                stacklevel=4,  # of the caller of `prune` or `reconstruct`, behind the context manager
+            )
         blocks = BlockRange(shard)
         blocks.keep_halves = keep_halves
         for rows in batches(ids_ST.shape[0], ids_ST.shape[1], shard.device):

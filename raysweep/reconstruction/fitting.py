@@ -19,20 +19,17 @@ Shapes = Mapping[str, tuple[int, int]]
 """(O, I) of linears by full name."""
 
 
-def check_trial(trial: Trial, linears: Shapes, blocks: int, prefix: str = "") -> None:
-    """Refuses what the model has no room for. Raises UsageError, whose `where` is `prefix` and the field.
+def check_trial(trial: Trial, linears: Shapes, blocks: int) -> None:
+    """Refuses what the model has no room for. Raises UsageError, whose `where` is the field.
 
     linears: of the decoder blocks;  blocks: how many there are
     """
-    try:
-        _check_names(trial, list(linears))
-        _check_pattern(trial, linears)
-        if trial.granularity is not None:
-            _check_window(trial, blocks)
-        if trial.trainable in LORA:
-            _check_rank(trial, linears)
-    except UsageError as error:
-        raise error.inside(prefix) from None
+    _check_names(trial, list(linears))
+    _check_pattern(trial, linears)
+    if trial.granularity is not None:
+        _check_window(trial, blocks)
+    if trial.trainable in LORA:
+        _check_rank(trial, linears)
 
 
 def _check_names(trial: Trial, names: list[str]) -> None:

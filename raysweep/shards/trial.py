@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,13 @@ def run_in_rungs(
     rungs: Sequence[float],
     metric: str | None = None,
     retraining: RetrainingFolders | None = None,
+    keep: Path | None = None,
 ) -> Generator[Rung | Outcome]:
     """The same with a halt at each of `rungs`, fractions of the blocks; the outcome comes last.
 
     metric: the column to be measured at a rung. Closing the iterator between two of them ends the trial there.
     retraining: of a trial that was retrained, of which only the measuring is left
+    keep: a folder for the recovered weights, as `write_start` writes them: retraining starts from them
     """
     started = time.monotonic()
     run = _Run(group, name, order)
@@ -71,9 +74,9 @@ def run_in_rungs(
     elif retraining is not None:
         outcome = run.retrained(trial, retraining)
     else:
-        outcome = yield from run.reconstructed(trial, rungs, metric)
-    outcome.columns["seconds_total"] = time.monotonic() - started
-    yield outcome
+        outcome = yield from run.reconstructed(trial, rungs, metric, keep)
+    before = outcome.columns.get("seconds_total", 0.0)
+    yield replace(outcome, columns=outcome.columns | {"seconds_total": before + time.monotonic() - started})
 
 
 def write_start(group: ShardGroup, trial: Trial, name: str, order: int, folder: Path, owner: str) -> None:
@@ -135,13 +138,15 @@ class _Run:
         return Outcome(columns, self._placed([*pruned.linear_rows, *block_rows(pruned.quality)]))
 
     def reconstructed(
-        self, trial: Trial, rungs: Sequence[float], metric: str | None
+        self, trial: Trial, rungs: Sequence[float], metric: str | None, keep: Path | None
     ) -> Generator[Rung, None, Outcome]:
         masks = self._shared_masks(trial)
         try:
             self.calls.everywhere("begin", self.name)
             recovery = Recovery(self.calls, trial)
             yield from self._up_to_the_last(recovery, rungs, metric, masks)
+            if keep is not None:
+                self._write_weights(masks, keep, owner=self.name)
             linear_rows = self._linear_rows()
             quality = self._evaluate(self.name, self.name, list(self.info.texts))
             finished = self._finish(self.name)
@@ -183,12 +188,9 @@ class _Run:
                 self._prune(self.name, trial)
             else:
                 Recovery(self.calls, trial.start).go_on(1.0)
-            finished = [*masks, *self._finish(self.name)]
-            self.calls.everywhere("write_weights", self.name, folder)
+            self._write_weights(masks, folder, owner)
         finally:
             self.calls.release(self.name)
-        columns = self._cost_columns(finished)
-        StartCost(owner, columns["device_seconds"], columns["device_seconds_standalone"]).write(folder)
 
     # Their parts
 
@@ -212,6 +214,12 @@ class _Run:
         if value is not None and not math.isfinite(value):
             raise NumericalError(f"{metric} is {value} with a part of the model recovered")
         return value, finished
+
+    def _write_weights(self, masks: Finished, folder: Path, owner: str) -> None:
+        """Writes the weights as they are by block, and what they took so far."""
+        columns = self._cost_columns([*masks, *self._finish(self.name)])
+        self.calls.everywhere("write_weights", self.name, folder)
+        StartCost(owner, columns["device_seconds"], columns["device_seconds_standalone"]).write(folder)
 
     def _shared_masks(self, trial: Trial) -> Finished:
         """Masks behind pruned blocks are made by one pass along the chain, for all trials that share them.
@@ -355,6 +363,7 @@ class _Run:
         own_start = start.seconds if start.owner == self.name else 0.0
         alone = measuring["device_seconds_standalone"] + cost.seconds + start.standalone
         return measuring | {
+            "seconds_total": cost.start_seconds + cost.seconds / cost.workers,  # the measuring comes on top
             "seconds_recovery": cost.seconds + own_start,
             "device_seconds": measuring["device_seconds"] + cost.seconds + own_start,
             "device_seconds_standalone": alone,

@@ -117,9 +117,12 @@ class _Preparation:
 
     def model(self, planned: list[PlannedTrial], studies: list[Study], first_number: int) -> PreparedModel:
         corners = [corner for study in studies for corner in study.corners()]
-        possible = dict.fromkeys(one.trial for one in (*planned, *corners) if not one.trial.is_dense)
-        for trial in possible:
-            check_trial(trial, self.shape.linears, len(self.shape.blocks), "sweep: ")
+        possible = {one.trial: one for one in (*planned, *corners) if not one.trial.is_dense}
+        for trial, one in possible.items():
+            try:
+                self._check(trial)
+            except UsageError as error:
+                raise self.space.refusal(one, error) from None
         criteria = own_criteria(possible)
         for criterion in criteria.values():
             criterion.check(self.shape)
@@ -174,6 +177,14 @@ class _Preparation:
             {name: own.for_shards for name, own in criteria.items()},
             {tokens.content_hash: tokens for tokens in (*calibrations.values(), *data.values())},
         )
+
+    def _check(self, trial: Trial) -> None:
+        check_trial(trial, self.shape.linears, len(self.shape.blocks))
+        if trial.start is not None:
+            try:
+                self._check(trial.start)
+            except UsageError as error:
+                raise error.inside("start_from: ") from None
 
     def _calibration(self, config: CalibrationConfig) -> TokenSet:
         return self._checked(

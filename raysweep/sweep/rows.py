@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ class RowContext:
     """What all rows of one phase have in common.
 
     folder: of the sweep;  names: of the evaluation entries;  columns: equal in every row
+    keep: where the weights of some trials are written, by recovery_id
     """
 
     folder: Path
     names: tuple[str, ...]
     columns: Mapping[str, Any]
+    keep: Mapping[str, Path] = field(default_factory=dict)
 
     def write(
         self, trial: SweepTrial, outcome: Outcome, rungs: Sequence[Rung], started_at: datetime
@@ -98,7 +100,8 @@ def run_in_steps(
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
-        with closing(run_in_rungs(*arguments, retraining=trial.retraining(rows.folder))) as steps:
+        folders, keep = trial.retraining(rows.folder), rows.keep.get(trial.recovery_id)
+        with closing(run_in_rungs(*arguments, retraining=folders, keep=keep)) as steps:
             for found in steps:
                 if isinstance(found, Rung):
                     passed.append(found)

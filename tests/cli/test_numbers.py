@@ -14,11 +14,11 @@ from raysweep.cli.numbers import clock, count, decimals_for, duration, fixed, la
         (3.14, "3.1 s"),
         (9.96, "10 s"),
         (12.4, "12 s"),
-        (59.7, "1:00 min"),
-        (125, "2:05 min"),
-        (3599.8, "1:00 h"),
-        (7384, "2:03 h"),
-        (100_000, "27:47 h"),
+        (59.7, "1 min 0 s"),
+        (125, "2 min 5 s"),
+        (3599.8, "1 h 0 min"),
+        (7384, "2 h 3 min"),
+        (100_000, "27 h 47 min"),
     ],
 )
 def test_durations(seconds, text):

@@ -11,6 +11,8 @@ from raysweep.errors import UsageError
 from raysweep.launching.launch import launch, prepare_launch
 from raysweep.launching.retraining import Retraining
 from raysweep.results.reader import load_results, load_units
+from raysweep.shards.recovery import Recovery
+from raysweep.shards.retrained import RETRAINING, StartCost
 from tests.frames import assert_same_numbers
 
 MASK = {"criterion": "wanda", "sparsity": 0.5}
@@ -40,6 +42,7 @@ def test_one_launch_does_it_all_and_leaves_nothing_but_rows(retrained, tmp_path)
     costs = ("seconds_recovery", "device_seconds", "peak_recovery_bytes", "training_flops", "tokens_trained")
     assert rows[[*costs]].gt(0).all().all()
     assert (rows.device_seconds_standalone >= rows.device_seconds).all()
+    assert (rows.seconds_total > rows.seconds_recovery).all()
     assert (rows.optimizer_steps == 6).all()
     assert (rows.tokens_unique == 6 * 32).all()
     assert (rows.tokens_trained == 2 * 6 * 32).all()
@@ -59,6 +62,28 @@ def test_retraining_after_reconstruction_starts_where_it_ended(make_space, tmp_p
     fresh, continued = rows.loc["retrain"].sort_values("start_from", na_position="first").perplexity
     assert fresh == pytest.approx(rows.loc["none"].perplexity, rel=1e-6)
     assert continued == pytest.approx(rows.loc["reconstruct"].perplexity, rel=1e-6)
+
+
+def test_start_weights_that_a_trial_makes_anyway_are_made_once(make_space, tmp_path, monkeypatch):
+    """The reconstruction writes them, and its row pays; without it in the sweep the retraining does."""
+    finished: list[str] = []
+    go_on = Recovery.go_on
+
+    def counted(self, fraction):
+        finished.append(self.calls.name)
+        return go_on(self, fraction)
+
+    monkeypatch.setattr(Recovery, "go_on", counted)
+    monkeypatch.setattr(Retraining, "clean_up", lambda *_: None)
+    alone = launch(make_space(sweep=SWEEP[4:]), storage=tmp_path / "alone", in_process=True)
+    assert len(finished) == 1
+    both = launch(make_space(sweep=[SWEEP[1], *SWEEP[4:]]), storage=tmp_path / "both", in_process=True)
+    assert len(finished) == 2
+    (start,) = (tmp_path / "both" / "tiny" / RETRAINING).glob("start-*")
+    assert StartCost.read(start).owner == both[both.recovery == "reconstruct"].trial_id.item()
+    retrained, other = both[both.recovery == "retrain"], alone[alone.recovery == "retrain"]
+    assert retrained.perplexity.item() == other.perplexity.item()
+    assert retrained.device_seconds_standalone.item() > retrained.device_seconds.item()
 
 
 def test_text_of_its_own_is_counted_and_part_of_the_identity(make_space, space_dict, tmp_path):

@@ -37,7 +37,7 @@ def twin(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("twin")
 
 
-@pytest.mark.parametrize(("shards", "concurrent"), [(2, 4), (3, 1)])
+@pytest.mark.parametrize(("shards", "concurrent"), [(2, 4), pytest.param(3, 1, marks=pytest.mark.long)])
 def test_ray_and_the_twin_in_process_give_the_same_numbers(
     make_space, tmp_path, twin, tiny_llama, cluster, shards, concurrent
 ):

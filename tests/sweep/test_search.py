@@ -218,6 +218,7 @@ LADDER = [
 ]
 
 
+@pytest.mark.long
 def test_successive_halving_stops_trials_and_changes_no_number_of_the_others(
     make_space, tmp_path, no_cluster
 ):

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import raysweep
+from raysweep.config.dialect import dump_yaml
+from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
 from raysweep.launching.launch import launch
 from raysweep.model.loading import ModelSource
@@ -305,6 +307,46 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=said):
         launch(study_space(tiny_llama, tiny_text, 1, [group]), storage=tmp_path, in_process=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "place"),
+    [
+        ("granularity: [block, 'window:5']", "granularity"),
+        ("granularity: block, lora_rank: {choice: [4, 99]}, trainable: lora", "lora_rank"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_what_does_not_fit_the_model_is_refused_with_file_line_and_group(
+    tiny_llama, tiny_text, tmp_path, group, place, algorithm
+):
+    first = {"recovery": "none", "criterion": "wanda", "sparsity": 0.5}
+    whole = study_space(tiny_llama, tiny_text, 1, [first]).to_dict()
+    whole["search"] |= {"algorithm": algorithm, "num_samples": 8}
+    del whole["sweep"]
+    text = dump_yaml(whole) + "\n".join(
+        [
+            "sweep:",
+            "  - {recovery: none, criterion: wanda, sparsity: 0.5}",
+            "  - {recovery: reconstruct, criterion: wanda, sparsity: 0.5, learning_rate: 0.01, "
+            + group
+            + "}",
+        ]
+    )
+    space = SearchSpace.from_text(text, source="mine.yaml")
+    with pytest.raises(UsageError) as caught:
+        launch(space, storage=tmp_path, in_process=True)
+    assert caught.value.where == f"mine.yaml:{len(text.splitlines())}: sweep[1].{place}"
+
+
+def test_what_retraining_starts_from_is_checked_too(tiny_llama, tiny_text, tmp_path):
+    start = {"granularity": "window:5", "learning_rate": 0.01}
+    group = {"recovery": "retrain", "criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
+    space = study_space(tiny_llama, tiny_text, 1, [group | {"start_from": start}])
+    with pytest.raises(
+        UsageError, match=r"sweep\[0\]\.start_from: granularity: granularity window:5 is longer"
+    ):
+        launch(space, storage=tmp_path, in_process=True)
 
 
 @pytest.mark.parametrize(
