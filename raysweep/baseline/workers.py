@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,24 @@ def retrain_on_ray(jobs: Sequence[RetrainJob], plan: RetrainPlan, storage: Path,
             failure_config=FailureConfig(max_failures=ATTEMPTS * len(jobs)),
         ),
     )
-    trainer.fit()
+    _beside_the_main_thread(trainer.fit)
+
+
+def _beside_the_main_thread(call: Callable[[], object]) -> None:
+    """Waits for the call in a thread of its own: in the main one Train takes Ctrl-C for itself."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def retrain_here(jobs: Sequence[RetrainJob], threads: int) -> None:

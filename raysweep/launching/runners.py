@@ -102,7 +102,8 @@ class OnRay:
         self.dashboard = cluster.dashboard
         self._nodes, self._here = cluster.nodes, cluster.here
         self._phases = 0
-        threading.Thread(target=_import_tune, daemon=True).start()  # while the shards load
+        self._importing = threading.Thread(target=_import_tune, daemon=True)
+        self._importing.start()  # while the shards load
 
     def nodes(self) -> Sequence[Node]:
         return self._nodes
@@ -134,9 +135,9 @@ class OnRay:
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_on_ray
 
-        retrain_on_ray(
-            jobs, plan, folder, f"retraining-{secrets.token_hex(4)}"
-        )  # Train would go on with an old one
+        self._importing.join()  # Tune and Train cannot be imported side by side
+        name = f"retraining-{secrets.token_hex(4)}"  # Train would go on with an old one
+        retrain_on_ray(jobs, plan, folder, name)
 
 
 def _import_tune() -> None:

@@ -35,6 +35,27 @@ def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
     assert list(here.iterdir()) == []
 
 
+def test_what_a_study_chooses_is_named(raysweep, space_file):
+    """Five trials in a cell of its own, beside what is listed."""
+    changes = [
+        "search={algorithm: optuna, num_samples: 5, compare_within: [recovery, criterion]}",
+        "sweep.1.learning_rate={loguniform: [0.001, 0.1]}",
+        "sweep.1.granularity=[block, subblock]",
+    ]
+    settings = [part for change in changes for part in ("--set", change)]
+    (model,) = raysweep("plan", space_file, *settings, "--json").json["models"]
+    (study,) = model["studies"]
+    assert study["chooses"] == {
+        "granularity": ["block", "subblock"],
+        "learning_rate": {"loguniform": [0.001, 0.1]},
+    }
+    assert (study["trials"], study["to_run"], study["fixed"]["criterion"]) == (5, 5, "wanda")
+    assert {"recovery": "reconstruct", "granularity": "chosen", "planned": 5, "to_run": 5} in model["trials"]
+    text = raysweep("plan", space_file, *settings).out
+    chosen = "granularity (block, subblock), learning_rate (loguniform 0.001 to 0.1)"
+    assert f"Optuna chooses {chosen} in 1 cell of 5 trials each" in text
+
+
 def test_parameters_are_those_of_the_model(raysweep, space_file, tiny_llama):
     from transformers import AutoModelForCausalLM
 

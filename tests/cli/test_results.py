@@ -51,6 +51,25 @@ def test_what_has_no_room_is_named(raysweep, here, monkeypatch):
     assert "3.0" in numbers_of(wide)
 
 
+def test_masks_of_one_or_two_rows_are_parted_by_what_comes_first(raysweep, here):
+    """A gap behind every sparsity, not behind every mask; what only recoveries have stands in a line of its own."""
+    masks = [
+        (sparsity, criterion) for sparsity in (0.5, 0.6) for criterion in ("magnitude", "random", "wanda")
+    ]
+    made = [row(0, "dense")]
+    for number, (sparsity, criterion) in enumerate(masks, start=1):
+        made.append(row(10 * number, "none", criterion=criterion, sparsity=sparsity))
+        made.append(row(10 * number + 1, criterion=criterion, sparsity=sparsity, learning_rate=0.00123456))
+    write_sweep(here / "raysweep-results" / "a", made)
+    text = raysweep("results").out
+    table, caption = text.split("\n\nAll: ") if "\n\nAll: " in text else ("", text)
+    blank = [place for place, line in enumerate(table.splitlines()) if not line.strip()]
+    first = table.splitlines().index(next(line for line in table.splitlines() if "dense" in line))
+    assert [place - first for place in blank] == [1, 8]
+    assert "Recovered with: granularity subblock, learning rate 0.00123456" in caption
+    assert "granularity" not in caption.split("Recovered with")[0]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
 def test_every_column_is_either_shown_or_named(tmp_path, width):
     rows = load_results(write_sweep(tmp_path / "a", quickstart_rows()))

@@ -277,6 +277,18 @@ def test_streams_and_statistics_behind_pruned_blocks_are_choices_of_both_calls()
         raysweep.reconstruct(model, masks["pruned"], IDS, **RECONSTRUCT, statistics_stream="recovered")
 
 
+def test_a_16_bit_model_on_a_cpu_is_said_to_be_slow():
+    with pytest.warns(UserWarning, match="the model is bfloat16 on a CPU") as caught:
+        pruned = raysweep.prune(
+            make_model("llama").bfloat16(), token_ids(2, 8), criterion="magnitude", sparsity=0.5
+        )
+    assert caught[0].filename == __file__
+    assert repr(pruned) == (
+        "Pruned(trial=Trial(recovery='none', criterion='magnitude', sparsity=0.5, pattern='unstructured', "
+        "comparison_group='row'))"
+    )
+
+
 def test_targets_that_name_no_linear_are_refused():
     with pytest.raises(UsageError, match="'up_prj' matches no linear") as caught:
         raysweep.prune(make_model("llama"), IDS, criterion="wanda", sparsity=0.5, targets=["up_prj"])
