@@ -40,7 +40,7 @@ class Block:
         self.module, self.prefix, self.index = module, prefix, index
         self.hidden_size = hidden_size
         self.linears = block_linears(module, prefix)
-        self._arguments = arguments
+        self.arguments = arguments
 
     def run(
         self,
@@ -53,7 +53,7 @@ class Block:
         instead: tensors, by full name, that stand in for the block's parameters and through which gradients flow
         """
         samples, tokens, _ = hidden_BTH.shape
-        arguments, keywords = self._arguments(samples, tokens)
+        arguments, keywords = self.arguments(samples, tokens)
         module = self.module if module is None else module
         if not instead:
             return hidden_of(module(hidden_BTH, *arguments, **keywords))
@@ -79,7 +79,7 @@ class Block:
         """
         seen: list[tuple[Tensor, list[str]]] = []  # the tensors are kept, so that no address is used twice
         with self.watch_inputs(lambda name, x: _join_group(seen, name, x), self.linears), torch.no_grad():
-            self.run(self._probe())
+            self.run(self.probe())
         groups = [names for _, names in seen]
         idle = self.linears.keys() - {name for names in groups for name in names}
         if idle:
@@ -98,9 +98,9 @@ class Block:
     @cached_property
     def halves(self) -> Halves:
         """The attention and the MLP half. Raises UsageError when the block is no sum of the two."""
-        return find_halves(self.module, self.prefix, self.run, self._probe())
+        return find_halves(self.module, self.prefix, self.run, self.probe())
 
-    def _probe(self) -> Tensor:
+    def probe(self) -> Tensor:
         """Hidden states of one sample, noise of a fixed seed, on the block's device and in its dtype."""
         parameter = next(self.module.parameters())
         generator = torch.Generator().manual_seed(0)

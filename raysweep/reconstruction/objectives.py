@@ -19,6 +19,7 @@ from raysweep.reconstruction.activations import TextActivations, batches, fetch,
 from raysweep.reconstruction.losses import LOSSES, batch_error
 from raysweep.reconstruction.measures import CALIBRATION, TextError
 from raysweep.reconstruction.profile import UnitProfile, profile_step
+from raysweep.reconstruction.programs import run_compiled
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.units import Unit, units_of
 
@@ -27,7 +28,12 @@ Instead = Mapping[str, Tensor] | None
 
 
 class Objective(Protocol):
-    """A unit of one trial on its way back to the dense unit."""
+    """A unit of one trial on its way back to the dense unit.
+
+    compiles: whether `run` is compiled where other tensors stand in for parameters, as in training
+    """
+
+    compiles: bool
 
     def parameter_names(self) -> list[str]:
         """What may be trained: full names of parameters."""
@@ -84,6 +90,7 @@ class ModuleObjective:
         self.profiles = [self._profile(unit, block) for block in unit.blocks]  # while the blocks are dense
         self._names = self._parameter_names()
         self.own_targets: dict[str, Tensor] = {}
+        self.compiles = False
 
     def parameter_names(self) -> list[str]:
         """Those that the output depends on, and at granularity subblock no other unit's output.
@@ -93,11 +100,12 @@ class ModuleObjective:
         return self._names
 
     def run(self, inputs_BTH: Tensor, instead: Instead = None) -> Tensor:
+        run = run_compiled if self.compiles and instead else Block.run
         if self.unit.half is not None:
-            return self.unit.block.run(inputs_BTH, self.unit.module, instead)
+            return run(self.unit.block, inputs_BTH, self.unit.module, instead)
         for block in self.unit.blocks:
             mine = {name: t for name, t in (instead or {}).items() if name.startswith(f"{block.prefix}.")}
-            inputs_BTH = block.run(inputs_BTH, instead=mine)
+            inputs_BTH = run(block, inputs_BTH, block.module, mine)
         return inputs_BTH
 
     def inputs(self, text: str) -> Tensor:
@@ -185,7 +193,9 @@ def _full(block: Block, profile: UnitProfile) -> list[str]:
 
 
 class _Matrix:
-    """A matrix alone: what its two objectives share."""
+    """A matrix alone: what its two objectives share. One product: there is nothing to compile."""
+
+    compiles = False
 
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, block: Block, linear: Linear) -> None:
         self.blocks, self.name, self.trial, self.block, self.linear = blocks, name, trial, block, linear

@@ -57,7 +57,7 @@ class MaskedOptimizer:
         self.parameters, self.learning_rate = list(parameters), learning_rate
         self._low = [parameter.dtype != torch.float32 for parameter in self.parameters]
         self.masters = [
-            _master(parameter) if low else parameter
+            master_of(parameter) if low else parameter
             for parameter, low in zip(self.parameters, self._low, strict=True)
         ]
         pairs = zip(self.masters, masks, strict=True)
@@ -113,13 +113,19 @@ class MaskedOptimizer:
 
     def check(self) -> None:
         """Raises NumericalError when a parameter is no longer finite."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
-            raise NumericalError(
-                f"the weights are not finite after training at learning rate {self.learning_rate:g}: lower it"
-            )
+        check_finite(self.parameters, self.learning_rate)
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
+def check_finite(parameters: Iterable[Tensor], learning_rate: float) -> None:
+    """Raises NumericalError when a parameter is no longer finite."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise NumericalError(
+            f"the weights are not finite after training at learning rate {learning_rate:g}: lower it"
+        )
+
+
+def master_of(parameter: Tensor) -> nn.Parameter:
+    """A float32 copy on which steps are taken."""
     return nn.Parameter(parameter.detach().float())
 
 

@@ -11,11 +11,12 @@ import torch
 
 from raysweep.config.trial import Trial
 from raysweep.pruning.recipe import MaskRecipe
+from raysweep.reconstruction.device_stage import DeviceStage
 from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, Cost, Errors, UnitResult
 from raysweep.reconstruction.objectives import Objective, objective_of
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.solving import Solver
-from raysweep.reconstruction.stage import Stage
+from raysweep.reconstruction.stage import Stage, UnitTraining
 from raysweep.reconstruction.units import Unit, units_of
 
 
@@ -92,7 +93,8 @@ def _recovered(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> UnitR
         measured = objective_of(blocks, name, trial, unit)
         before = _errors_before(blocks, trial, unit, measured)
         with _memory_peak(blocks.device) as device_peak:
-            stage = Stage(blocks, name, trial, unit, measured)
+            kind = Stage if blocks.device.type == "cpu" else DeviceStage
+            stage = kind(blocks, name, trial, unit, measured)
             stage.train()
             cost = stage_cost(stage)
             peak_bytes = device_peak() or cost.peak_bytes
@@ -109,7 +111,7 @@ def _solved(solver: Solver) -> Cost:
     )
 
 
-def stage_cost(stage: Stage) -> Cost:
+def stage_cost(stage: UnitTraining) -> Cost:
     """What the training of a unit, or of its part, took, by count."""
     return Cost(
         tuple(stage.unit.linears), len(stage.steps), stage.flops, stage.trainable_parameters, stage.nbytes

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from raysweep.config.trial import Trial
@@ -18,12 +20,26 @@ from raysweep.reconstruction.training import TrainingRecipe
 from raysweep.reconstruction.units import Unit
 
 
-class Stage:
-    """Of a unit that reaches over several ranges each has one stage: activations go forward through them, the last
-    takes the loss, gradients come back, and every stage steps its own parameters. A unit within a range is one stage.
+class Optimizer(Protocol):
+    """What trains the parameters."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its state, with gradients."""
+        ...
+
+    def check(self) -> None:
+        """Raises NumericalError when a parameter is no longer finite."""
+        ...
+
+
+class UnitTraining:
+    """What is trained of a unit, or of the part of it in one range, on what and towards what.
 
     Made while the blocks are dense. Holds what it trains itself, so that other trials may run in between.
     """
+
+    optimizer: Optimizer
 
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, objective: Objective) -> None:
         self.blocks, self.unit, self.recipe = blocks, unit, TrainingRecipe.of(trial)
@@ -34,7 +50,42 @@ class Stage:
         self._inputs = self.objective.inputs(CALIBRATION) if unit.is_first else None
         self._targets = self.objective.targets(CALIBRATION) if unit.is_last else None
         self.trainable = trainable_of(blocks, name, trial, unit, self.objective.parameter_names())
-        self._optimizer = MaskedOptimizer(
+
+    def finish(self) -> None:
+        """Puts what was trained into the trial's weights. Raises NumericalError when it is not finite."""
+        self.optimizer.check()
+        self.trainable.finish()
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.trainable.parameters)
+
+    @property
+    def nbytes(self) -> int:
+        """Counted: what is trained, the optimizer's state, and what a step holds."""
+        parameters = sum(parameter.nbytes for parameter in self.trainable.parameters)
+        return parameters + self.optimizer.nbytes + self.objective.step_bytes()
+
+    @property
+    def flops(self) -> int:
+        """Of the products of all steps."""
+        return self.objective.flops(sum(len(step.rows) for step in self.steps))
+
+    @property
+    def _given_inputs(self) -> Tensor:
+        if self._inputs is None:
+            raise RuntimeError("this stage gets its inputs from the one before")
+        return self._inputs
+
+
+class Stage(UnitTraining):
+    """Of a unit that reaches over several ranges each has one stage: activations go forward through them, the last
+    takes the loss, gradients come back, and every stage steps its own parameters. A unit within a range is one stage.
+    """
+
+    def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, objective: Objective) -> None:
+        super().__init__(blocks, name, trial, unit, objective)
+        self.optimizer: MaskedOptimizer = MaskedOptimizer(
             self.recipe.optimizer, self.trainable.parameters, self.trainable.masks, self.recipe.learning_rate
         )
         self._input: Tensor | None = None
@@ -71,42 +122,16 @@ class Stage:
             self._loss.mean(output_BTH, self._target(number, output_BTH)).backward()
         else:
             output_BTH.backward(gradient_BTH.to(output_BTH))
-        self._optimizer.gather()
+        self.optimizer.gather()
         return input_BTH.grad
 
     def squares(self) -> list[float]:
         """Squared norms of the gathered gradients, where they are clipped; else nothing."""
-        return [] if self.recipe.max_grad_norm is None else self._optimizer.squares()
+        return [] if self.recipe.max_grad_norm is None else self.optimizer.squares()
 
     def step(self, number: int, clip: float) -> None:
         """Steps on the gathered gradients times `clip`."""
-        self._optimizer.step(self.steps[number].factor, clip)
-
-    def finish(self) -> None:
-        """Puts what was trained into the trial's weights. Raises NumericalError when it is not finite."""
-        self._optimizer.check()
-        self.trainable.finish()
-
-    @property
-    def trainable_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.trainable.parameters)
-
-    @property
-    def nbytes(self) -> int:
-        """Counted: what is trained, the optimizer's state, and what a step holds."""
-        parameters = sum(parameter.nbytes for parameter in self.trainable.parameters)
-        return parameters + self._optimizer.nbytes + self.objective.step_bytes()
-
-    @property
-    def flops(self) -> int:
-        """Of the products of all steps."""
-        return self.objective.flops(sum(len(step.rows) for step in self.steps))
-
-    @property
-    def _given_inputs(self) -> Tensor:
-        if self._inputs is None:
-            raise RuntimeError("this stage gets its inputs from the one before")
-        return self._inputs
+        self.optimizer.step(self.steps[number].factor, clip)
 
     def _target(self, number: int, output_BTH: Tensor) -> Tensor:
         if self._targets is None:

@@ -52,7 +52,7 @@ def naive_lora(blocks, trial, unit, norms: bool) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0, foreach=False, fused=False)
     x = blocks.texts[CALIBRATION].activations.inputs[block.index]
     target = blocks.texts[CALIBRATION].activations.inputs[block.index + 1]
-    arguments = block._arguments
+    arguments = block.arguments
     steps = trial.epochs * math.ceil(SAMPLES / trial.batch_size)
     for step in range(steps):
         first = step % math.ceil(SAMPLES / trial.batch_size) * trial.batch_size

@@ -1,0 +1,106 @@
+"""The samples of every step on the device: read ahead by a thread, and copied on a stream of their own."""
+
+# S samples, B samples of a step
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Queue
+
+import torch
+from torch import Tensor
+
+AHEAD = 2  # steps whose samples are on their way or there
+
+
+@dataclass
+class _Slot:
+    """Room for the samples of one step: where the host puts them, where the device finds them."""
+
+    pinned: list[Tensor]
+    device: list[Tensor]
+    copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    used: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    samples: int = 0
+
+
+@contextmanager
+def feed(
+    sources: Sequence[Tensor], steps: Sequence[Tensor], device: torch.device
+) -> Iterator[Iterator[list[Tensor]]]:
+    """Within the context an iterator over steps: the samples of each source, good until the next one is asked for.
+
+    sources: (S, ...) on the host, or all on the device;  steps: by step, which samples, int64 (B,)
+    """
+    if all(source.device == device for source in sources):
+        yield ([source[rows_B.to(device)] for source in sources] for rows_B in steps)
+        return
+    reader = _Reader(sources, steps, device)
+    try:
+        yield iter(reader)
+    finally:
+        reader.close()
+
+
+class _Reader:
+    def __init__(self, sources: Sequence[Tensor], steps: Sequence[Tensor], device: torch.device) -> None:
+        self._sources, self._steps, self._device = sources, steps, device
+        self._free: Queue[_Slot | None] = Queue()
+        self._ready: Queue[_Slot | BaseException] = Queue()
+        largest = max(map(len, steps), default=0)
+        for _ in range(min(AHEAD, len(steps))):
+            shapes = [(largest, *source.shape[1:]) for source in sources]
+            self._free.put(
+                _Slot(
+                    [
+                        torch.empty(s, dtype=x.dtype, pin_memory=True)
+                        for s, x in zip(shapes, sources, strict=True)
+                    ],
+                    [
+                        torch.empty(s, dtype=x.dtype, device=device)
+                        for s, x in zip(shapes, sources, strict=True)
+                    ],
+                )
+            )
+        self._thread = threading.Thread(target=self._read_all, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for _ in self._steps:
+            slot = self._ready.get()
+            if isinstance(slot, BaseException):
+                raise slot
+            torch.cuda.current_stream(self._device).wait_event(slot.copied)
+            yield [tensor[: slot.samples] for tensor in slot.device]
+            slot.used.record(torch.cuda.current_stream(self._device))
+            self._free.put(slot)
+
+    def close(self) -> None:
+        self._free.put(None)
+        self._thread.join()
+
+    def _read_all(self) -> None:
+        try:
+            stream = torch.cuda.Stream(self._device)
+            for rows_B in self._steps:
+                slot = self._free.get()
+                if slot is None:
+                    return
+                self._read(slot, rows_B, stream)
+                self._ready.put(slot)
+        except BaseException as error:  # the loop that waits for it must hear of it
+            self._ready.put(error)
+
+    def _read(self, slot: _Slot, rows_B: Tensor, stream: torch.cuda.Stream) -> None:
+        slot.samples = len(rows_B)
+        slot.copied.synchronize()  # what the host is about to overwrite
+        for source, pinned in zip(self._sources, slot.pinned, strict=True):
+            torch.index_select(source, 0, rows_B, out=pinned[: slot.samples])
+        stream.wait_event(slot.used)
+        with torch.cuda.stream(stream):
+            for pinned, there in zip(slot.pinned, slot.device, strict=True):
+                there[: slot.samples].copy_(pinned[: slot.samples], non_blocking=True)
+            slot.copied.record(stream)
