@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +177,17 @@ def main() -> None:
             error=row["error"],
             device=row["device_name"],
             devices=row["devices"],
-            seconds_recovery=round(row["seconds_recovery"], 1),
+            seconds_by_phase={
+                phase: round(row[f"seconds_{phase}"], 1)
+                for phase in ("statistics", "mask", "recovery", "evaluation", "total")
+            },
             standalone_seconds=round(row["device_seconds_standalone"], 1),
             peak_recovery_gib=round(row["peak_recovery_bytes"] / 2**30, 3),
             training_petaflops=round(row["training_flops"] / 1e15, 4),
             tokens=row["tokens_trained"],
         )
+    for (stage, begin), (_, end) in pairwise(clock.stages):
+        report("on the clock", stage=stage, seconds=round(end - begin, 1))
     overhead(clock)
 
 

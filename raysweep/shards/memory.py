@@ -24,6 +24,7 @@ FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
 SAVED_PER_LINEAR_OUTPUT = 2.5
 STATISTICS_SIZE = 4  # Gram matrices are float32
+STEPS_GIVEN = 3  # whose inputs and targets a GPU holds: one in hand, two on their way
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,12 @@ def _largest_recovery(blocks: Sequence[BlockShape], model: ModelShape, size: int
 
 
 def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workload) -> int:
-    """Gradients, moments, masks as float32 and, below float32, masters; activations of one step."""
+    """Gradients, moments, masks as float32 and, below float32, masters; activations of one step, and inputs and targets
+    of it and of those that are read ahead."""
     state = block.parameters * (size + 3 * 4 + (8 if size < 4 else 0))
     tokens = work.batch_size * max((tokens for _, tokens in work.texts), default=0)
-    return state + int(tokens * size * _saved_per_token(block, model))
+    given = 2 * STEPS_GIVEN * (_widest_input(block) if work.matrices else model.hidden)
+    return state + int(tokens * size * (_saved_per_token(block, model) + given))
 
 
 def _evaluation_bytes(model: ModelShape, size: int, work: Workload, last: bool) -> int:
