@@ -83,6 +83,7 @@ def make_range(shape: dict[str, Any]) -> BlockRange:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval().requires_grad_(False)
     blocks = BlockRange(ModelShard.whole(model))
+    blocks.compiles = True
     for rows in batches(shape["samples"], shape["tokens"], blocks.device):
         size = (rows.stop - rows.start, shape["tokens"], shape["hidden_size"])
         blocks.dense_pass(CALIBRATION, shape["samples"], rows, torch.randn(size, device="cuda").bfloat16())
@@ -136,7 +137,7 @@ def measure(
 
 
 def plain_loop(
-    blocks: BlockRange, shape: dict[str, Any], batch: int, attention: str = "sdpa", steps: int = 10
+    blocks: BlockRange, shape: dict[str, Any], batch: int, attention: str, foreach: bool, steps: int = 10
 ) -> float:
     """Milliseconds of a step of the common loop on the same block."""
     block = blocks.blocks[0]
@@ -148,7 +149,7 @@ def plain_loop(
         f"{block.prefix}.{name}": nn.Parameter(p.detach().float())
         for name, p in block.module.named_parameters()
     }
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4, weight_decay=0.0, foreach=foreach)
     scaler = torch.amp.GradScaler("cuda")
     inputs = blocks.texts[CALIBRATION].activations.inputs
     given, target = (inputs[place][:batch].to("cuda").float() for place in (0, 1))
@@ -239,10 +240,14 @@ def main() -> None:
     for batch in shape["batches"]:
         steps: dict[str, Any] = {"batch_size": batch, "epochs": max(1, 32 * batch // shape["samples"])}
         own = measure(blocks, shape, peak, "block", 0, **steps)
-        for attention in ("sdpa", "eager"):
-            plain = plain_loop(blocks, shape, batch, attention)
+        blocks.compiles = False
+        report("the same, not compiled")
+        measure(blocks, shape, peak, "block", 0, **steps)
+        blocks.compiles = True
+        for attention, foreach in (("sdpa", True), ("eager", True), ("eager", False)):
+            plain = plain_loop(blocks, shape, batch, attention, foreach)
             report(
-                f"plain loop, block, attention {attention}",
+                f"plain loop, block, attention {attention}, AdamW {'foreach' if foreach else 'one by one'}",
                 tokens=batch * shape["tokens"],
                 ms=round(plain, 3),
                 ratio=round(plain / own, 2),

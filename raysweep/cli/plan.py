@@ -35,7 +35,7 @@ DEVICE_PARTS = {
     "masks": "masks",
     "factoring": "factoring of Gram matrices",
 }
-HOST_PARTS = {
+STORED_PARTS = {
     "activations": "activations at block boundaries",
     "kept": "inputs and factors that are kept",
     "streams": "activations of trials in flight",
@@ -124,6 +124,8 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
         "gpus_per_shard": plan.gpus,
         "threads_per_shard": plan.threads,
         "shares_cores": plan.shares_cores,
+        "activation_store": "device" if plan.stored_on_device else "host",
+        "compiles": plan.compiles,
         "shards": [
             _shard_document(blocks, memory) for blocks, memory in zip(plan.ranges, plan.memory, strict=True)
         ],
@@ -293,10 +295,12 @@ def _memory_table(plan: ShardPlan) -> Table:
 
     for part, title in DEVICE_PARTS.items():
         add(title, attrgetter(part))
-    if plan.device == "cuda":
+    if plan.device == "cuda" and not plan.stored_on_device:
         add("on the GPU", attrgetter("device"), sums=True)
-    for part, title in HOST_PARTS.items():
+    for part, title in STORED_PARTS.items():
         add(title, attrgetter(part))
+    if plan.stored_on_device:
+        add("on the GPU", attrgetter("device"), sums=True)
     add("process with its libraries", lambda _: PROCESS_BYTES)
     add(
         *(("on the host", attrgetter("host")) if plan.device == "cuda" else ("total", attrgetter("total"))),

@@ -46,13 +46,15 @@ class TextActivations:
         return next(iter(self.inputs.values())).shape[1]
 
 
-def keep_rows(kept: dict[Key, Tensor], key: Key, samples: int, rows: slice, batch: Tensor) -> None:
-    """Writes one batch (B, ...) into `kept[key]` (S, ...), on the host; the first batch takes the storage."""
+def keep_rows(
+    kept: dict[Key, Tensor], key: Key, samples: int, rows: slice, batch: Tensor, store: torch.device
+) -> None:
+    """Writes one batch (B, ...) into `kept[key]` (S, ...) on `store`; the first batch takes the storage."""
     if key not in kept:
-        kept[key] = torch.empty(samples, *batch.shape[1:], dtype=batch.dtype)
+        kept[key] = torch.empty(samples, *batch.shape[1:], dtype=batch.dtype, device=store)
     kept[key][rows] = batch
 
 
 def fetch(stored_STH: Tensor, rows: slice | Tensor, device: torch.device) -> Tensor:
-    """A batch of stored activations on `device`. Chosen rows are copied; a slice on the CPU is a view."""
+    """A batch of stored activations on `device`. Chosen rows are copied; a slice of what lies there is a view."""
     return stored_STH[rows].to(device, non_blocking=True)

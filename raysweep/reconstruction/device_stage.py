@@ -1,4 +1,4 @@
-"""The training of a unit on a GPU: every step replayed as one graph, compiled where its arithmetic is worth it."""
+"""The training of a unit on a GPU: every step replayed as one graph, and compiled where that pays."""
 
 # B samples of a batch, T tokens of a sample, H hidden
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,15 +16,12 @@ from raysweep.config.trial import Trial
 from raysweep.reconstruction.device_optimizer import DeviceOptimizer
 from raysweep.reconstruction.feed import feed
 from raysweep.reconstruction.losses import Loss
-from raysweep.reconstruction.objectives import Objective, batch_size_of
+from raysweep.reconstruction.objectives import Objective
 from raysweep.reconstruction.programs import compiled
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.stage import UnitTraining
 from raysweep.reconstruction.units import Unit
 
-COMPILE_FROM_FLOPS = (
-    1e11  # of a step: a fifth of a millisecond; below, launches are what costs, and a graph has none
-)
 GRAPH_FROM_STEPS = 4  # recording takes about the time of two steps
 
 
@@ -36,8 +34,7 @@ class DeviceStage(UnitTraining):
 
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, objective: Objective) -> None:
         super().__init__(blocks, name, trial, unit, objective)
-        self._compiles = objective.flops(batch_size_of(blocks, trial)) >= COMPILE_FROM_FLOPS
-        objective.compiles = self._compiles
+        self._compiles = objective.compiles = blocks.compiles
         self.optimizer: DeviceOptimizer = DeviceOptimizer(
             self.recipe, self.trainable.parameters, self.trainable.masks, self._compiles
         )
@@ -104,13 +101,19 @@ class _Graph:
         self._graph.replay()
 
 
+@cache
+def _graph_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all units: memory that was freed on a stream, or in a graph's pool on it, is taken again only there."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
     """Graphs are recorded beside the default stream; what is on that comes first, and waits for what was done here."""
     if device.type == "cpu":
         yield
         return
-    default, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    default, side = torch.cuda.current_stream(device), _graph_stream(device)
     side.wait_stream(default)
     with torch.cuda.stream(side):
         yield

@@ -13,6 +13,8 @@ from queue import Queue
 import torch
 from torch import Tensor
 
+from raysweep.reconstruction.activations import batches
+
 AHEAD = 2  # steps whose samples are on their way or there
 
 
@@ -28,6 +30,18 @@ class _Slot:
 
 
 @contextmanager
+def in_batches(sources: Sequence[Tensor], device: torch.device) -> Iterator[Iterator[list[Tensor]]]:
+    """All samples of the sources in order, in the batches of every forward pass; as `feed` gives steps."""
+    samples, tokens = sources[0].shape[:2]
+    rows = batches(samples, tokens, device)
+    if all(source.device == device for source in sources):
+        yield ([source[each] for source in sources] for each in rows)  # views
+        return
+    with feed(sources, [torch.arange(each.start, each.stop) for each in rows], device) as given:
+        yield given
+
+
+@contextmanager
 def feed(
     sources: Sequence[Tensor], steps: Sequence[Tensor], device: torch.device
 ) -> Iterator[Iterator[list[Tensor]]]:
@@ -36,7 +50,9 @@ def feed(
     sources: (S, ...) on the host, or all on the device;  steps: by step, which samples, int64 (B,)
     """
     if all(source.device == device for source in sources):
-        yield ([source[rows_B.to(device)] for source in sources] for rows_B in steps)
+        order = torch.cat(list(steps)).to(device) if steps else torch.empty(0)
+        parts = order.split([len(rows_B) for rows_B in steps])
+        yield ([source[rows_B] for source in sources] for rows_B in parts)
         return
     reader = _Reader(sources, steps, device)
     try:

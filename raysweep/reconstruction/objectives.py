@@ -16,6 +16,7 @@ from raysweep.config.trial import Trial
 from raysweep.model.linears import Linear
 from raysweep.model.structure import Block
 from raysweep.reconstruction.activations import TextActivations, batches, fetch, keep_rows
+from raysweep.reconstruction.feed import in_batches
 from raysweep.reconstruction.losses import LOSSES, batch_error
 from raysweep.reconstruction.measures import CALIBRATION, TextError
 from raysweep.reconstruction.profile import UnitProfile, profile_step
@@ -124,10 +125,12 @@ class ModuleObjective:
     def error(self, text: str) -> TextError:
         inputs_STH, targets_STH = self.inputs(text), self.targets(text)
         loss, total = LOSSES[str(self.trial.loss)], TextError()
-        with self.blocks.using_all(self.name, self.unit.blocks):
-            for rows in batches(inputs_STH.shape[0], inputs_STH.shape[1], self.blocks.device):
-                target_BTH = fetch(targets_STH, rows, self.blocks.device)
-                total += batch_error(loss, self.run(fetch(inputs_STH, rows, self.blocks.device)), target_BTH)
+        with (
+            self.blocks.using_all(self.name, self.unit.blocks),
+            in_batches([inputs_STH, targets_STH], self.blocks.device) as given,
+        ):
+            for input_BTH, target_BTH in given:
+                total += batch_error(loss, self.run(input_BTH), target_BTH)
         return total
 
     def flops(self, samples: int) -> int:
@@ -271,20 +274,23 @@ class MatrixOnTokens(_Matrix):
             self.inputs(text) if own else dense_linear_inputs(self.blocks, text, self.block, self.linear)
         )
         samples, tokens, _ = inputs_STI.shape
-        targets_STO = torch.empty(samples, tokens, self.dense_OI.shape[0], dtype=inputs_STI.dtype)
+        size = (samples, tokens, self.dense_OI.shape[0])
+        targets_STO = torch.empty(size, dtype=inputs_STI.dtype, device=self.blocks.store)
         for rows in batches(samples, tokens, self.blocks.device):
             inputs_BTI = fetch(inputs_STI, rows, self.blocks.device)
-            targets_STO[rows] = functional.linear(inputs_BTI, self.dense_OI, self.dense_bias_O).cpu()
+            targets_STO[rows] = functional.linear(inputs_BTI, self.dense_OI, self.dense_bias_O)
         return targets_STO
 
     @torch.no_grad()
     def error(self, text: str) -> TextError:
         inputs_STI, targets_STO = self.inputs(text), self.targets(text)
         loss, total = LOSSES[str(self.trial.loss)], TextError()
-        with self.blocks.using(self.name, self.block):
-            for rows in batches(inputs_STI.shape[0], inputs_STI.shape[1], self.blocks.device):
-                output_BTO = self.run(fetch(inputs_STI, rows, self.blocks.device))
-                total += batch_error(loss, output_BTO, fetch(targets_STO, rows, self.blocks.device))
+        with (
+            self.blocks.using(self.name, self.block),
+            in_batches([inputs_STI, targets_STO], self.blocks.device) as given,
+        ):
+            for input_BTI, target_BTO in given:
+                total += batch_error(loss, self.run(input_BTI), target_BTO)
         return total
 
 
@@ -322,7 +328,7 @@ def _linear_inputs(
     kept: dict[str, Tensor] = {}
 
     def keep(rows: slice, name: str, x: Tensor) -> None:
-        keep_rows(kept, name, samples, rows, x.reshape(rows.stop - rows.start, tokens, -1))
+        keep_rows(kept, name, samples, rows, x.reshape(rows.stop - rows.start, tokens, -1), blocks.store)
 
     for rows in batches(samples, tokens, blocks.device):
         with block.watch_inputs(partial(keep, rows), leaders):

@@ -42,7 +42,8 @@ class UnitPart:
         """A batch through the dense blocks: where it ends it is what the unit should give (target_stream `pruned`)."""
         output_BTH = self.objective.run(self._input(text, rows, hidden_BTH))
         if self.unit.is_last:
-            keep_rows(self.objective.own_targets, text, self._samples(text), rows, output_BTH)
+            samples, store = self._samples(text), self.blocks.store
+            keep_rows(self.objective.own_targets, text, samples, rows, output_BTH, store)
         return output_BTH
 
     @torch.no_grad()

@@ -61,6 +61,7 @@ class BlockRange:
     batch by batch, under a name of the caller's choice, until it is released.
 
     keep_halves: whether the dense pass keeps what flows between the halves of a block
+    store: the device that activations are kept on;  compiles: whether training on a GPU is compiled
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
     weights, layers: by trial, its weights, and what pruning did to each linear (by full name)
     streams: by name and text, activations (S, T, H) on their way through the blocks with a trial's weights; where they
@@ -75,6 +76,8 @@ class BlockRange:
         self.knowledge = Knowledge(self.device, knowledge_bytes)
         self.texts: dict[str, RangeText] = {}
         self.keep_halves = True
+        self.store = torch.device("cpu")
+        self.compiles = False
         self.own_criteria: dict[str, OwnFunction | Path] = {}
         self.dense_seconds = 0.0
         self.dense_batches = 0
@@ -101,9 +104,9 @@ class BlockRange:
         inputs = entry.activations.inputs
         hidden_BTH = hidden_BTH.to(self.device)
         for block in self.blocks.values():
-            keep_rows(inputs, block.index, samples, rows, hidden_BTH)
+            keep_rows(inputs, block.index, samples, rows, hidden_BTH, self.store)
             hidden_BTH = self._dense_block(block, entry, rows, hidden_BTH)
-        keep_rows(inputs, self.shard.stop, samples, rows, hidden_BTH)
+        keep_rows(inputs, self.shard.stop, samples, rows, hidden_BTH, self.store)
         self.dense_seconds += watch.seconds()
         self.dense_batches += 1
         return hidden_BTH
@@ -119,12 +122,12 @@ class BlockRange:
             with watched():
                 output_BTH = block.run(hidden_BTH)
             middle_BTH, mlp_BTH = block.run(hidden_BTH, halves.attention), block.run(hidden_BTH, halves.mlp)
-            keep_rows(kept.mlp_outputs, block.index, kept.samples, rows, mlp_BTH)
+            keep_rows(kept.mlp_outputs, block.index, kept.samples, rows, mlp_BTH, self.store)
         else:
             with watched():
                 middle_BTH = block.run(hidden_BTH, halves.attention)
                 output_BTH = block.run(middle_BTH, halves.mlp)
-        keep_rows(kept.middles, block.index, kept.samples, rows, middle_BTH)
+        keep_rows(kept.middles, block.index, kept.samples, rows, middle_BTH, self.store)
         return output_BTH
 
     def statistics(self, text: str, linear: Linear, block: Block) -> InputStatistics:
@@ -323,7 +326,7 @@ class BlockRange:
 
         def make() -> list[float]:
             pieces = batches(target_STH.shape[0], target_STH.shape[1], self.device)
-            return [total for rows in pieces for total in squared_sums(target_STH[rows])]
+            return [total for rows in pieces for total in squared_sums(fetch(target_STH, rows, self.device))]
 
         return self.knowledge.get(("target_power", text, index), make)
 
@@ -331,7 +334,7 @@ class BlockRange:
 
     def enter_stream(self, stream: str, text: str, samples: int, rows: slice, hidden_BTH: Tensor) -> None:
         """Takes in one batch of a text that has come from the blocks before this range."""
-        keep_rows(self.streams.setdefault(stream, {}), text, samples, rows, hidden_BTH)
+        keep_rows(self.streams.setdefault(stream, {}), text, samples, rows, hidden_BTH, self.store)
 
     @torch.no_grad()
     def advance(self, stream: str, run: Run) -> None:

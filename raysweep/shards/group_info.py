@@ -16,6 +16,7 @@ class ShardSpec:
 
     start, stop: its blocks;  dtype: resolved;  device: cpu or cuda;  threads: of the CPU, for one operation
     knowledge_bytes: how much of what it has worked out it may keep
+    stored_on_device: whether it keeps activations on its device;  compiles: whether it compiles training there
     """
 
     model_path: str
@@ -27,6 +28,8 @@ class ShardSpec:
     device: str = "cpu"
     threads: int = 1
     knowledge_bytes: int = 2 << 30
+    stored_on_device: bool = False
+    compiles: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class ShardMemory:
     and what is being made
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
     what their units should give
+    stored_on_device: whether activations are, with what is kept and streams
     """
 
     weights: int
@@ -81,14 +82,21 @@ class ShardMemory:
     factoring: int
     kept: int
     streams: int
+    stored_on_device: bool = False
 
     @property
     def device(self) -> int:
-        return sum(getattr(self, part) for part in DEVICE_PARTS)
+        computing: int = sum(getattr(self, part) for part in DEVICE_PARTS)
+        return computing + self.stored * self.stored_on_device
 
     @property
     def host(self) -> int:
-        return PROCESS_BYTES + self.activations + self.kept + self.streams
+        return PROCESS_BYTES + self.stored * (not self.stored_on_device)
+
+    @property
+    def stored(self) -> int:
+        """Activations and what is made of them, wherever they are."""
+        return self.activations + self.kept + self.streams
 
     @property
     def total(self) -> int:

@@ -21,11 +21,15 @@ SPARE_SHARE = (
 )
 
 
+STORE_SHARE = 0.7  # of a GPU's memory, within which all must fit for activations to be kept there; assumption
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """ranges: blocks (start, stop) by shard;  device: cpu or cuda;  cpus, gpus: that one shard reserves
     memory: by shard, with what it may keep;  shares_cores: more shards than cores
     knowledge_bytes: limit of the masks and inputs of linears that one shard keeps
+    stored_on_device: whether activations are kept on the device;  compiles: whether training is compiled there
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -38,6 +42,8 @@ class ShardPlan:
     memory: tuple[ShardMemory, ...]
     knowledge_bytes: int
     shares_cores: bool
+    stored_on_device: bool = False
+    compiles: bool = False
 
     @property
     def shards(self) -> int:
@@ -61,10 +67,14 @@ def make_plan(
     shards: int | None = None,
     threads: int = 1,
     concurrent_trials: int | None = None,
+    store: str = "auto",
+    compiles: bool = False,
 ) -> ShardPlan:
     """The plan for a model on these nodes. None leaves a choice to the plan: as many shards as there are places, or as
-    many fewer as fit (each is a process with libraries of its own), and three trials in flight, or fewer. Raises
-    CapacityError.
+    many fewer as fit (each is a process with libraries of its own), and three trials in flight, or fewer.
+
+    store: where activations are kept: device, host, or auto;  compiles: training on a device
+    Raises CapacityError.
     """
     device = "cuda" if any(node.gpus for node in nodes) else "cpu"
     wanted = 1.0 if device == "cuda" else float(threads)
@@ -87,8 +97,9 @@ def make_plan(
             memory=(),
             knowledge_bytes=0,
             shares_cores=device == "cpu" and count > places,
+            compiles=compiles and device == "cuda",
         )
-        return _with_memory(plan, model, nodes, work, fewer=concurrent_trials is None)
+        return _with_store(plan, model, nodes, work, fewer=concurrent_trials is None, store=store)
 
     try:
         return with_shards(most)
@@ -128,13 +139,29 @@ def _reserved_cpus(nodes: Sequence[Node], shards: int, wanted: float, device: st
     return LEAST_CPUS
 
 
+def _with_store(
+    plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload, fewer: bool, store: str
+) -> ShardPlan:
+    """The plan with its memory: activations on the device if they are to be, or where all fits there with room."""
+    on_device = replace(plan, stored_on_device=True)
+    if plan.device == "cuda" and store == "device":
+        return _with_memory(on_device, model, nodes, work, fewer)
+    if plan.device == "cuda" and store == "auto":
+        roomy = [replace(node, gpu_bytes=int(node.gpu_bytes * STORE_SHARE)) for node in nodes]
+        with suppress(CapacityError):
+            return _with_memory(on_device, model, roomy, work, fewer=False)
+    return _with_memory(plan, model, nodes, work, fewer)
+
+
 def _with_memory(
     plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload, fewer: bool
 ) -> ShardPlan:
     """The plan with its memory; `fewer`: with as many fewer trials in flight as it takes to fit."""
     work = replace(work, concurrent_trials=plan.concurrent_trials)
-    memory = tuple(shard_memory(model, start, stop, plan.dtype, work) for start, stop in plan.ranges)
-    least = replace(plan, memory=memory)
+    shards = (shard_memory(model, start, stop, plan.dtype, work) for start, stop in plan.ranges)
+    least = replace(
+        plan, memory=tuple(replace(memory, stored_on_device=plan.stored_on_device) for memory in shards)
+    )
     try:
         _check_fit(least, nodes)
     except CapacityError:
@@ -152,9 +179,12 @@ def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], w
         keepable_bytes(model.blocks[start:stop], SIZES[plan.dtype], work) for start, stop in plan.ranges
     ]
     everything, least = max(map(sum, keepable)), max(map(max, keepable))
-    there = sum(node.memory_bytes for node in nodes)
-    spare = max(0, there - host_bytes(plan)) if there else everything * plan.shards
-    kept = min(everything, least + int(SPARE_SHARE * spare / plan.shards))
+    if plan.stored_on_device:
+        spare = _least_gpu(nodes) - max(memory.device for memory in plan.memory)
+    else:
+        there = sum(node.memory_bytes for node in nodes)
+        spare = max(0, there - host_bytes(plan)) // plan.shards if there else everything
+    kept = min(everything, least + int(SPARE_SHARE * spare))
     return replace(
         plan,
         memory=tuple(memory.keeping(kept, mine) for memory, mine in zip(plan.memory, keepable, strict=True)),
@@ -176,11 +206,15 @@ def _check_fit(plan: ShardPlan, nodes: Sequence[Node]) -> None:
         _check_bytes(
             "of device memory",
             max(memory.device for memory in plan.memory),
-            min(n.gpu_bytes for n in nodes if n.gpus),
+            _least_gpu(nodes),
         )
     _check_bytes("of host memory", host_bytes(plan), sum(node.memory_bytes for node in nodes))
     largest = max(_host_bytes(plan, memory) for memory in plan.memory)
     _check_bytes("of host memory on one node", largest, max(node.memory_bytes for node in nodes))
+
+
+def _least_gpu(nodes: Sequence[Node]) -> int:
+    return min(node.gpu_bytes for node in nodes if node.gpus)
 
 
 def _check_bytes(kind: str, needed: int, there: int) -> None:

@@ -56,6 +56,8 @@ def shard_specs(plan: ShardPlan, source: ModelSource) -> list[ShardSpec]:
             device=plan.device,
             threads=plan.threads,
             knowledge_bytes=plan.knowledge_bytes,
+            stored_on_device=plan.stored_on_device,
+            compiles=plan.compiles,
         )
         for start, stop in plan.ranges
     ]

@@ -53,6 +53,9 @@ class ShardWorker:
         source = ModelSource(spec.model_path, spec.revision, spec.trust_remote_code)
         self.shard = ModelShard.load(source, spec.start, spec.stop, spec.dtype, spec.device)
         self.blocks = BlockRange(self.shard, spec.knowledge_bytes)
+        self.blocks.compiles = spec.compiles
+        if spec.stored_on_device:
+            self.blocks.store = self.blocks.device
         self._ids: dict[str, Tensor] = {}
         self._parts: dict[str, UnitPart] = {}
         self._part_began: dict[str, float] = {}

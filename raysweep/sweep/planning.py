@@ -14,6 +14,9 @@ from raysweep.shards.memory import Workload
 from raysweep.shards.plan import ShardPlan, make_plan
 from raysweep.sweep.prepare import Phase, PreparedModel
 
+COMPILE_FROM_FLOPS = 3e16
+"""Of a sweep's training on units. Compiling takes half a minute (H100, 1.2B shape: 26 s), and pays by about here."""
+
 
 def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Sequence[Node]) -> list[ShardPlan]:
     """One plan per model, on all nodes. Raises CapacityError when one cannot fit."""
@@ -27,6 +30,9 @@ def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Seque
             shards=None if execution.shards == "auto" else execution.shards,
             threads=execution.threads_per_worker,
             concurrent_trials=None if execution.concurrent_trials == "auto" else execution.concurrent_trials,
+            store=execution.activation_store,
+            compiles=execution.compile == "always"
+            or (execution.compile == "auto" and training_flops(model, space) >= COMPILE_FROM_FLOPS),
         )
         for model in models
     ]
@@ -57,6 +63,20 @@ def workload(model: PreparedModel) -> Workload:
         exact=any(trial.optimizer == "exact" for trial in trials),
         outputs=any(map(_trains_towards_outputs, trials)),
     )
+
+
+def training_flops(model: PreparedModel, space: SearchSpace) -> float:
+    """Of all steps on units of more than a matrix that the space asks for on this model, finished or not: six a weight
+    and token."""
+    trials = [one for one in space.typical() if one.model == model.config and one.calibration is not None]
+    tokens = {phase.calibration: len(phase.tokens) * phase.tokens.sequence_length for phase in model.phases}
+    weights = sum(outputs * inputs for outputs, inputs in model.shape.linears.values())
+    epochs = sum(
+        (one.trial.epochs or 0) * tokens[one.calibration]
+        for one in trials
+        if one.trial.recovery == "reconstruct" and one.trial.granularity != "matrix" and one.calibration
+    )
+    return 6.0 * weights * epochs
 
 
 def _recipes(phase: Phase) -> set[MaskRecipe]:

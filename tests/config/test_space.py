@@ -166,7 +166,7 @@ def test_mistakes_are_refused_with_their_place(old, new, where, said):
         ("execution.shards=two", "auto, or a whole number from 1"),
         ("execution.shards=true", "auto, or a whole number from 1"),
         ("execution.keep=best", "unknown key 'keep'"),
-        ("execution.activation_store=disk", "auto | memory"),
+        ("execution.activation_store=disk", "auto | device | host"),
         ("execution=3", "keys"),
         ("sweep=[]", "no trial at all"),
         ("sweep=null", "no trial at all"),

@@ -9,7 +9,6 @@ import torch
 
 from raysweep.errors import NumericalError
 from raysweep.pruning.recipe import MaskRecipe
-from raysweep.reconstruction import device_stage
 from raysweep.reconstruction.device_stage import DeviceStage
 from raysweep.reconstruction.objectives import objective_of
 from raysweep.reconstruction.programs import _TEMPLATES
@@ -72,10 +71,10 @@ def test_divergence_is_an_error():
 
 
 @pytest.mark.long
-def test_blocks_of_one_structure_are_compiled_once(monkeypatch):
+def test_blocks_of_one_structure_are_compiled_once():
     """With the compiler of torch, which takes its time."""
-    monkeypatch.setattr(device_stage, "COMPILE_FROM_FLOPS", 0)
     blocks = range_of(make_model("llama"))
+    blocks.compiles = True
     before, compiled = len(_TEMPLATES), []
     torch._dynamo.callback.on_compile_start(lambda *_: compiled.append(1))
     for unit in ("0", "1"):
