@@ -32,7 +32,7 @@ from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.objectives import objective_of
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import units_in
-from raysweep.reconstruction.stage import Stage
+from raysweep.reconstruction.stage import Stage, UnitTraining
 
 SHAPES = {
     "8b": {
@@ -90,7 +90,9 @@ def make_range(shape: dict[str, Any]) -> BlockRange:
     return blocks
 
 
-def stage_of(kind: type[Stage], blocks: BlockRange, granularity: str, place: int, **fields: Any) -> Stage:
+def stage_of(
+    kind: type[Stage] | type[DeviceStage], blocks: BlockRange, granularity: str, place: int, **fields: Any
+) -> Stage | DeviceStage:
     """A unit of a pruned trial, ready to be trained."""
     trial = Trial(
         recovery="reconstruct",
@@ -107,7 +109,7 @@ def stage_of(kind: type[Stage], blocks: BlockRange, granularity: str, place: int
     return kind(blocks, "trial", trial, unit, objective_of(blocks, "trial", trial, unit))
 
 
-def six_per_weight(stage: Stage, shape: dict[str, Any], batch: int) -> float:
+def six_per_weight(stage: UnitTraining, shape: dict[str, Any], batch: int) -> float:
     """Operations of a step by the common count: 6 a weight and token, and causal attention where the unit has it."""
     weights = sum(linear.weight_OI.numel() for linear in stage.unit.linears.values())
     attention = stage.unit.linear is None and stage.unit.half != "mlp"

@@ -5,13 +5,6 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any, Self
 
-_ABBREVIATIONS = {
-    "lr": "learning_rate",
-    "bs": "batch_size",
-    "seq_len": "sequence_length",
-    "nsamples": "num_samples",
-}
-
 
 class RaysweepError(Exception):
     """Something went wrong that raysweep can name. Ends a command with status 1, without a traceback.
@@ -96,8 +89,8 @@ def first_line(error: BaseException) -> str:
 
 def nearest_name(name: str, known: list[str]) -> str | None:
     """The known name closest to `name`, or None when nothing is close."""
-    wanted = _ABBREVIATIONS.get(name, name).replace("_", "")
-    alike = next((other for other in known if other.replace("_", "") == wanted), None)  # log_uniform
+    joined = str(name).replace("_", "")
+    alike = next((other for other in known if other.replace("_", "") == joined), None)  # log_uniform
     matches = [alike] if alike else get_close_matches(str(name), known, n=1, cutoff=0.6)
     return matches[0] if matches else None
 

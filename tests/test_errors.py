@@ -70,5 +70,4 @@ def test_nearest_name_is_close_or_absent():
     assert nearest_name("sparcity", known) == "sparsity"
     assert nearest_name("learningrate", known) == "learning_rate"
     assert nearest_name("quux", known) is None
-    assert nearest_name("lr", known) == "learning_rate"
     assert nearest_name("log_uniform", ["uniform", "loguniform"]) == "loguniform"

@@ -72,9 +72,9 @@ def plan_retraining(
 
 
 def _cpus_of_a_worker(nodes: Sequence[Node], workers: int, use_gpu: bool) -> float:
-    """Beside a GPU its share of the node's, which offloaded steps and loading use."""
+    """Beside a GPU half its share of the node's, which offloaded steps and loading use: others want some."""
     if use_gpu:
-        each = min(node.cpus // node.gpus for node in nodes if node.gpus)
+        each = min(node.cpus / node.gpus / 2 for node in nodes if node.gpus)
         return float(max(1, min(int(each), MOST_CPUS_BESIDE_A_GPU)))
     return float(max(1, int(max(node.cpus for node in nodes)) // workers))
 

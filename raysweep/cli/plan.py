@@ -161,9 +161,10 @@ def kinds(prepared: Launch, model: PreparedModel) -> dict[tuple[str, str | None]
     for phase in model.phases:
         for study in phase.studies:
             example = next(study.corners()).trial
-            kind = (example.recovery, "chosen" if "granularity" in study.open else example.granularity)
-            planned[kind] += study.samples
-            to_run[kind] += prepared.left_of_study(study)
+            recovery: str = "chosen" if "recovery" in study.open else example.recovery
+            chosen = (recovery, "chosen" if "granularity" in study.open else example.granularity)
+            planned[chosen] += study.samples
+            to_run[chosen] += prepared.left_of_study(study)
     return {kind: (number, to_run[kind]) for kind, number in planned.items()}
 
 
@@ -205,7 +206,7 @@ def _print_model(
 
 
 def study_words(model: PreparedModel) -> list[str]:
-    """Optuna chooses learning_rate (loguniform 0.001 to 0.1) in 2 cells: 6 trials each."""
+    """Optuna chooses learning_rate (loguniform 0.001 to 0.1) in 2 cells of 6 trials each."""
     sizes: dict[str, list[int]] = defaultdict(list)
     for phase in model.phases:
         for study in phase.studies:

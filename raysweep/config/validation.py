@@ -15,6 +15,13 @@ from raysweep.errors import UsageError, nearest_name
 
 M = TypeVar("M", bound=BaseModel)
 
+ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "seq_len": "sequence_length",
+    "nsamples": "num_samples",
+}
+"""What people call fields elsewhere, and no spelling is close to."""
 _KINDS = {bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
 
 
@@ -48,7 +55,7 @@ def expect_mapping(document: Document, data: Any, path: KeyPath, known: list[str
                 f"unknown key {key!r}",
                 where=document.where((*path, key)),
                 allowed=", ".join(known),
-                nearest=nearest_name(key, known),
+                nearest=nearest_name(ABBREVIATIONS.get(str(key), str(key)), known),
             )
     return data
 

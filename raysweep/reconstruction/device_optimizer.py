@@ -12,12 +12,14 @@ from raysweep.reconstruction.programs import compiled
 from raysweep.reconstruction.training import TrainingRecipe
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's own, as `MaskedOptimizer` has them
+RATE, SIZE, ROOT = range(3)  # of a row of the table
 
 
 class DeviceOptimizer:
     """As `MaskedOptimizer`, for gradients that arrive together: in the parameters' dtype, not yet masked.
 
     masks: for every parameter a tensor of its shape, bool, True = kept, or None
+    compiles: mask, step and the copy to 16 bits as one kernel a tensor; else torch's own fused step
     """
 
     def __init__(
@@ -27,17 +29,41 @@ class DeviceOptimizer:
         masks: Sequence[Tensor | None],
         compiles: bool,
     ) -> None:
-        self.recipe = recipe
-        step = _sgd_step if recipe.optimizer == "sgd" else _adamw_step
-        self._step = compiled(step) if compiles else step
+        self.recipe, self.compiles = recipe, compiles
+        device = parameters[0].device
         self._parameters = [parameter.detach() for parameter in parameters]  # the same storage
         self._masters = [
-            parameter if parameter.dtype == torch.float32 else master_of(parameter).detach()
+            nn.Parameter(parameter) if parameter.dtype == torch.float32 else master_of(parameter)
             for parameter in self._parameters
         ]
-        self._masks = [None if mask is None else mask.to(parameters[0].device) for mask in masks]
-        moments = 1 if recipe.optimizer == "sgd" else 2
-        self._moments = [[torch.zeros_like(master) for master in self._masters] for _ in range(moments)]
+        self._masks = [None if mask is None else mask.to(device) for mask in masks]
+        self._rate = torch.zeros((), device=device)
+        self._fused: torch.optim.Optimizer
+        if recipe.optimizer == "sgd":
+            self._moments = [[torch.zeros_like(master) for master in self._masters]]
+            self._fused = torch.optim.SGD(self._masters, lr=self._rate, momentum=MOMENTUM, fused=True)
+        else:
+            self._moments = [[torch.zeros_like(master) for master in self._masters] for _ in range(2)]
+            self._fused = torch.optim.AdamW(
+                self._masters,
+                lr=self._rate,
+                betas=BETAS,
+                eps=EPSILON,
+                weight_decay=0.0,
+                fused=True,
+                capturable=device.type == "cuda",
+            )
+        self._share_moments()
+
+    def _share_moments(self) -> None:
+        """Both ways to step go on where the other one was."""
+        for place, master in enumerate(self._masters):
+            state = self._fused.state[master]
+            if self.recipe.optimizer == "sgd":
+                state["momentum_buffer"] = self._moments[0][place]
+            else:
+                state["step"] = torch.zeros((), device=master.device)
+                state["exp_avg"], state["exp_avg_sq"] = (moment[place] for moment in self._moments)
 
     @property
     def nbytes(self) -> int:
@@ -45,40 +71,52 @@ class DeviceOptimizer:
         copies = sum(
             master.nbytes
             for master, parameter in zip(self._masters, self._parameters, strict=True)
-            if master is not parameter
+            if parameter.dtype != torch.float32
         )
-        gradients = sum(parameter.nbytes for parameter in self._parameters)
+        gradients = sum(master.nbytes + parameter.nbytes for master, parameter in self._pairs)
         moments = sum(moment.nbytes for each in self._moments for moment in each)
         return copies + gradients + moments + sum(mask.nbytes for mask in self._masks if mask is not None)
 
     def table(self, factors: Sequence[float]) -> Tensor:
-        """What changes from step to step, float32 (steps, 2): the size of the step, and the root of what is to be
-        corrected in the second moment. factors: of the learning rate, by step"""
+        """What changes from step to step, float32 (steps, 3): the learning rate; by AdamW's formula the size of the
+        step, and the root of what is to be corrected in the second moment. factors: of the learning rate, by step"""
         rows = []
         for number, factor in enumerate(factors, start=1):
             rate = self.recipe.learning_rate * factor
-            if self.recipe.optimizer == "sgd":
-                rows.append((rate, 1.0))
-            else:
-                rows.append((rate / (1 - BETAS[0] ** number), (1 - BETAS[1] ** number) ** 0.5))
-        return torch.tensor(rows, dtype=torch.float32, device=self._parameters[0].device)
+            rows.append((rate, rate / (1 - BETAS[0] ** number), (1 - BETAS[1] ** number) ** 0.5))
+        return torch.tensor(rows, dtype=torch.float32, device=self._rate.device)
 
-    def update(self, gradients: Sequence[Tensor], row_2: Tensor) -> None:
+    def update(self, gradients: Sequence[Tensor], row_3: Tensor) -> None:
         """A step, with a row of the table."""
         with torch.no_grad():
-            self._step(
-                self._parameters,
-                self._masters,
-                self._moments,
-                self._masks,
-                list(gradients),
-                row_2,
-                self.recipe.max_grad_norm,
-            )
+            if self.compiles:
+                self._compiled_step(list(gradients), row_3)
+            else:
+                self._fused_step(list(gradients), row_3)
 
     def check(self) -> None:
         """Raises NumericalError when a parameter is no longer finite."""
         check_finite(self._parameters, self.recipe.learning_rate)
+
+    @property
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._masters, self._parameters, strict=True))
+
+    def _compiled_step(self, gradients: list[Tensor], row_3: Tensor) -> None:
+        step = compiled(_sgd_step if self.recipe.optimizer == "sgd" else _adamw_step)
+        masters = [master.detach() for master in self._masters]
+        limit = self.recipe.max_grad_norm
+        step(self._parameters, masters, self._moments, self._masks, gradients, row_3, limit)
+
+    def _fused_step(self, gradients: list[Tensor], row_3: Tensor) -> None:
+        self._rate.copy_(row_3[RATE])
+        prepared = _prepared(gradients, self._masks, self.recipe.max_grad_norm)
+        for master, gradient in zip(self._masters, prepared, strict=True):
+            master.grad = gradient
+        self._fused.step()
+        for master in self._masters:
+            master.grad = None
+        _lower(self._parameters, [master.detach() for master in self._masters])
 
 
 def _adamw_step(
@@ -87,7 +125,7 @@ def _adamw_step(
     moments: list[list[Tensor]],
     masks: list[Tensor | None],
     gradients: list[Tensor],
-    row_2: Tensor,
+    row_3: Tensor,
     max_grad_norm: float | None,
 ) -> None:
     firsts, seconds = moments
@@ -96,10 +134,10 @@ def _adamw_step(
     torch._foreach_mul_(seconds, BETAS[1])
     torch._foreach_addcmul_(seconds, gradients, gradients, 1 - BETAS[1])
     roots = torch._foreach_sqrt(seconds)
-    torch._foreach_div_(roots, row_2[1])
+    torch._foreach_div_(roots, row_3[ROOT])
     torch._foreach_add_(roots, EPSILON)
     changes = torch._foreach_div(firsts, roots)
-    torch._foreach_mul_(changes, row_2[0])
+    torch._foreach_mul_(changes, row_3[SIZE])
     torch._foreach_sub_(masters, changes)
     _lower(parameters, masters)
 
@@ -110,13 +148,13 @@ def _sgd_step(
     moments: list[list[Tensor]],
     masks: list[Tensor | None],
     gradients: list[Tensor],
-    row_2: Tensor,
+    row_3: Tensor,
     max_grad_norm: float | None,
 ) -> None:
     (momenta,) = moments
     torch._foreach_mul_(momenta, MOMENTUM)
     torch._foreach_add_(momenta, _prepared(gradients, masks, max_grad_norm))
-    torch._foreach_sub_(masters, torch._foreach_mul(momenta, row_2[0]))
+    torch._foreach_sub_(masters, torch._foreach_mul(momenta, row_3[RATE]))
     _lower(parameters, masters)
 
 
@@ -132,7 +170,7 @@ def _prepared(
         return prepared
     squares = torch.stack([gradient.square().sum() for gradient in prepared]).sum()
     clip = (max_grad_norm / (squares.sqrt() + NORM_EPSILON)).clamp(max=1.0)
-    return [gradient * clip for gradient in prepared]
+    return [gradient.mul_(clip) for gradient in prepared]
 
 
 def _lower(parameters: list[Tensor], masters: list[Tensor]) -> None:

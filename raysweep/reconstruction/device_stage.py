@@ -4,37 +4,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from typing import Any
+import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
+from raysweep.errors import first_line
 from raysweep.reconstruction.device_optimizer import DeviceOptimizer
 from raysweep.reconstruction.feed import feed
+from raysweep.reconstruction.graphs import StepGraph, beside_the_default_stream
 from raysweep.reconstruction.losses import Loss
 from raysweep.reconstruction.objectives import Objective
-from raysweep.reconstruction.programs import compiled
+from raysweep.reconstruction.programs import COMPILER_ERRORS, compiled, many_variants
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.stage import UnitTraining
 from raysweep.reconstruction.units import Unit
 
 GRAPH_FROM_STEPS = 4  # recording takes about the time of two steps
 
+log = logging.getLogger(__name__)
+
 
 class DeviceStage(UnitTraining):
     """A unit that lies within one range as a whole, trained on the range's device.
 
     The same steps as `Stage` takes, to rounding. Nothing waits for the device before the last step: learning rates lie
-    in a table there, and samples are read ahead.
+    in a table there, and samples are read ahead. What cannot be compiled or recorded is trained without.
     """
 
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, objective: Objective) -> None:
         super().__init__(blocks, name, trial, unit, objective)
-        self._compiles = objective.compiles = blocks.compiles
+        self._full = len(self.steps[0].rows)
+        self._compiles = blocks.compiles
         self.optimizer: DeviceOptimizer = DeviceOptimizer(
             self.recipe, self.trainable.parameters, self.trainable.masks, self._compiles
         )
@@ -43,28 +46,52 @@ class DeviceStage(UnitTraining):
 
     def train(self) -> None:
         """All steps. Raises NumericalError when weights are not finite after."""
+        device = self.blocks.device
         sources = [self._given_inputs, *([] if self._targets is None else [self._targets])]
-        steps, full = [step.rows for step in self.steps], len(self.steps[0].rows)
-        graph: _Graph | None = None
+        records = device.type == "cuda" and len(self.steps) >= GRAPH_FROM_STEPS
+        graph: StepGraph | None = None
         with (
-            feed(sources, steps, self.blocks.device) as samples,
-            _side_stream(self.blocks.device),
+            many_variants(),
+            feed(sources, [step.rows for step in self.steps], device) as samples,
+            beside_the_default_stream(device),
         ):
             for number, given in enumerate(samples):
-                if number == 1 and self._records(steps):
-                    graph = _Graph(self._step, given)
-                if graph is not None and len(given[0]) == full:
-                    graph.run(given)
+                full = len(given[0]) == self._full
+                if number == 0:
+                    self._first_step(given)
+                    continue
+                if records and full and graph is None:
+                    graph = self._recorded(given)
+                    records = graph is not None
+                if graph is not None and full:
+                    graph.replay(given)
                 else:
                     self._step(*given)
         self.finish()
 
-    def _records(self, steps: Sequence[Tensor]) -> bool:
-        return self.blocks.device.type == "cuda" and len(steps) >= GRAPH_FROM_STEPS
+    def _first_step(self, given: Sequence[Tensor]) -> None:
+        """Compiles, where this is the first unit of its kind, which takes memory: the peak counts anew behind it."""
+        try:
+            self._step(*given)
+        except COMPILER_ERRORS as error:
+            log.warning("%s is trained without being compiled: %s", self.unit.name, first_line(error))
+            self.blocks.compiles = self._compiles = False
+            self.optimizer.compiles = False
+            self._step(*given)
+        if self.blocks.device.type == "cuda" and len(self.steps) > 1:
+            torch.cuda.reset_peak_memory_stats(self.blocks.device)
+
+    def _recorded(self, given: Sequence[Tensor]) -> StepGraph | None:
+        try:
+            return StepGraph(self._step, given)
+        except RuntimeError as error:
+            log.warning("the steps of %s are not recorded: %s", self.unit.name, first_line(error))
+            return None
 
     def _step(self, input_BTH: Tensor, target_BTH: Tensor | None = None) -> None:
-        output_BTH = self.objective.run(input_BTH, self.trainable.instead())
-        mean = compiled(_mean_loss) if self._compiles else _mean_loss
+        compiles = self._compiles and len(input_BTH) == self._full  # a smaller last batch is not worth it
+        output_BTH = self.objective.run(input_BTH, self.trainable.instead(), compiles)
+        mean = compiled(_mean_loss) if compiles else _mean_loss
         loss = mean(self._loss, output_BTH, target_BTH)
         gradients = torch.autograd.grad(loss, self.trainable.parameters)
         self.optimizer.update(gradients, self._table.index_select(0, self._number)[0])
@@ -74,47 +101,3 @@ class DeviceStage(UnitTraining):
 def _mean_loss(loss: Loss, output_BTH: Tensor, target_BTH: Tensor | None) -> Tensor:
     """target_BTH: None for zeros"""
     return loss.mean(output_BTH, torch.zeros_like(output_BTH) if target_BTH is None else target_BTH)
-
-
-class _Graph:
-    """A step recorded once and replayed on other samples."""
-
-    pool: Any = None
-    last: torch.cuda.CUDAGraph | None = (
-        None  # alive until the next one is recorded, so that the pool's memory is
-    )
-
-    def __init__(self, step: Callable[..., None], given: Sequence[Tensor]) -> None:
-        self._given = [tensor.clone() for tensor in given]
-        self._graph = torch.cuda.CUDAGraph()
-        _Graph.pool = _Graph.pool or torch.cuda.graph_pool_handle()
-        self._graph.capture_begin(pool=_Graph.pool, capture_error_mode="thread_local")
-        try:
-            step(*self._given)
-        finally:
-            self._graph.capture_end()
-        _Graph.last = self._graph
-
-    def run(self, given: Sequence[Tensor]) -> None:
-        for mine, each in zip(self._given, given, strict=True):
-            mine.copy_(each)
-        self._graph.replay()
-
-
-@cache
-def _graph_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all units: memory that was freed on a stream, or in a graph's pool on it, is taken again only there."""
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Graphs are recorded beside the default stream; what is on that comes first, and waits for what was done here."""
-    if device.type == "cpu":
-        yield
-        return
-    default, side = torch.cuda.current_stream(device), _graph_stream(device)
-    side.wait_stream(default)
-    with torch.cuda.stream(side):
-        yield
-    default.wait_stream(side)

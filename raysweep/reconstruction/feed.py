@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from raysweep.reconstruction.activations import batches
+from raysweep.reconstruction.graphs import stream_of
 
-AHEAD = 2  # steps whose samples are on their way or there
+AHEAD = 2  # steps whose samples are on their way, or in hand
 
 
 @dataclass
@@ -50,7 +51,7 @@ def feed(
     sources: (S, ...) on the host, or all on the device;  steps: by step, which samples, int64 (B,)
     """
     if all(source.device == device for source in sources):
-        order = torch.cat(list(steps)).to(device) if steps else torch.empty(0)
+        order = torch.cat(list(steps)).to(device)
         parts = order.split([len(rows_B) for rows_B in steps])
         yield ([source[rows_B] for source in sources] for rows_B in parts)
         return
@@ -81,6 +82,8 @@ class _Reader:
                     ],
                 )
             )
+        self._stream = stream_of(device, "samples")
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # whose memory the slots may have been
         self._thread = threading.Thread(target=self._read_all, daemon=True)
         self._thread.start()
 
@@ -95,28 +98,29 @@ class _Reader:
             self._free.put(slot)
 
     def close(self) -> None:
+        """Ends the thread; what it has begun to copy comes before anything that takes the memory."""
         self._free.put(None)
         self._thread.join()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _read_all(self) -> None:
         try:
-            stream = torch.cuda.Stream(self._device)
             for rows_B in self._steps:
                 slot = self._free.get()
                 if slot is None:
                     return
-                self._read(slot, rows_B, stream)
+                self._read(slot, rows_B)
                 self._ready.put(slot)
         except BaseException as error:  # the loop that waits for it must hear of it
             self._ready.put(error)
 
-    def _read(self, slot: _Slot, rows_B: Tensor, stream: torch.cuda.Stream) -> None:
+    def _read(self, slot: _Slot, rows_B: Tensor) -> None:
         slot.samples = len(rows_B)
         slot.copied.synchronize()  # what the host is about to overwrite
         for source, pinned in zip(self._sources, slot.pinned, strict=True):
             torch.index_select(source, 0, rows_B, out=pinned[: slot.samples])
-        stream.wait_event(slot.used)
-        with torch.cuda.stream(stream):
+        self._stream.wait_event(slot.used)
+        with torch.cuda.stream(self._stream):
             for pinned, there in zip(slot.pinned, slot.device, strict=True):
                 there[: slot.samples].copy_(pinned[: slot.samples], non_blocking=True)
-            slot.copied.record(stream)
+            slot.copied.record(self._stream)

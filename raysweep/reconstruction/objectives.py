@@ -29,18 +29,13 @@ Instead = Mapping[str, Tensor] | None
 
 
 class Objective(Protocol):
-    """A unit of one trial on its way back to the dense unit.
-
-    compiles: whether `run` is compiled where other tensors stand in for parameters, as in training
-    """
-
-    compiles: bool
+    """A unit of one trial on its way back to the dense unit."""
 
     def parameter_names(self) -> list[str]:
         """What may be trained: full names of parameters."""
         ...
 
-    def run(self, inputs: Tensor, instead: Instead = None) -> Tensor:
+    def run(self, inputs: Tensor, instead: Instead = None, compiles: bool = False) -> Tensor:
         """The output that is trained, with the weights that the modules hold now."""
         ...
 
@@ -91,7 +86,6 @@ class ModuleObjective:
         self.profiles = [self._profile(unit, block) for block in unit.blocks]  # while the blocks are dense
         self._names = self._parameter_names()
         self.own_targets: dict[str, Tensor] = {}
-        self.compiles = False
 
     def parameter_names(self) -> list[str]:
         """Those that the output depends on, and at granularity subblock no other unit's output.
@@ -100,8 +94,8 @@ class ModuleObjective:
         """
         return self._names
 
-    def run(self, inputs_BTH: Tensor, instead: Instead = None) -> Tensor:
-        run = run_compiled if self.compiles and instead else Block.run
+    def run(self, inputs_BTH: Tensor, instead: Instead = None, compiles: bool = False) -> Tensor:
+        run = run_compiled if compiles else Block.run
         if self.unit.half is not None:
             return run(self.unit.block, inputs_BTH, self.unit.module, instead)
         for block in self.unit.blocks:
@@ -198,8 +192,6 @@ def _full(block: Block, profile: UnitProfile) -> list[str]:
 class _Matrix:
     """A matrix alone: what its two objectives share. One product: there is nothing to compile."""
 
-    compiles = False
-
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, block: Block, linear: Linear) -> None:
         self.blocks, self.name, self.trial, self.block, self.linear = blocks, name, trial, block, linear
         self.weight = linear.module.get_parameter("weight")
@@ -229,7 +221,7 @@ class _Matrix:
 class MatrixObjective(_Matrix):
     """On dense inputs with the squared error: y' - y = X (W' - W)^T + (b' - b), so no target is computed or stored."""
 
-    def run(self, inputs_BTI: Tensor, instead: Instead = None) -> Tensor:
+    def run(self, inputs_BTI: Tensor, instead: Instead = None, compiles: bool = False) -> Tensor:
         """y' - y, (B, T, O)."""
         weight_OI, bias_O = self._current(instead)
         if bias_O is None or self.dense_bias_O is None:
@@ -257,7 +249,7 @@ class MatrixObjective(_Matrix):
 class MatrixOnTokens(_Matrix):
     """On other inputs than the dense ones, or with another loss: outputs and targets are computed token by token."""
 
-    def run(self, inputs_BTI: Tensor, instead: Instead = None) -> Tensor:
+    def run(self, inputs_BTI: Tensor, instead: Instead = None, compiles: bool = False) -> Tensor:
         """y', (B, T, O)."""
         return functional.linear(inputs_BTI, *self._current(instead))
 

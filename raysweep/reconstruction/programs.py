@@ -5,22 +5,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 from torch.func import functional_call
 
 from raysweep.model.halves import hidden_of
 from raysweep.model.structure import Block
 
 Forward = Callable[..., Tensor]
-MOST_VARIANTS = (
-    256  # of one function: structures times shapes times what is trained; torch stops at 8 and goes slow
-)
+MOST_VARIANTS = 256  # structures times shapes times what is trained; torch stops at 8 and goes slow
+COMPILER_ERRORS = (TorchDynamoException, InductorError)
 _TEMPLATES: dict[Hashable, list[nn.Module]] = {}  # by structure
 _CHOSEN: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # the template of a module
 
@@ -40,11 +42,15 @@ def run_compiled(
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled for every shape that it meets."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
-    torch._dynamo.config.accumulated_recompile_limit = max(
-        torch._dynamo.config.accumulated_recompile_limit, MOST_VARIANTS
-    )
     return torch.compile(function, dynamic=False)
+
+
+@contextmanager
+def many_variants() -> Iterator[None]:
+    """Within the context functions may be compiled for many structures and shapes."""
+    limits = {"recompile_limit": MOST_VARIANTS, "accumulated_recompile_limit": MOST_VARIANTS}
+    with torch._dynamo.config.patch(limits):
+        yield
 
 
 @cache
@@ -89,11 +95,12 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _structure(module: nn.Module) -> Hashable:
-    """Equal for modules of the same parts, with tensors of the same names, shapes and dtypes."""
+    """Equal for modules of the same parts and settings, with tensors of the same names, shapes and dtypes."""
     return tuple(
         (
             name,
             type(part),
+            tuple(sorted((key, repr(value)) for key, value in vars(part).items() if _is_setting(key, value))),
             tuple(
                 (leaf, tuple(tensor.shape), tensor.dtype, tensor.device)
                 for leaf, tensor in (
@@ -104,6 +111,11 @@ def _structure(module: nn.Module) -> Hashable:
         )
         for name, part in module.named_modules()
     )
+
+
+def _is_setting(key: str, value: object) -> bool:
+    """A plain attribute, but for a block's place in the model, which is no setting unless a probe shows that it is."""
+    return key != "layer_idx" and isinstance(value, bool | int | float | str | tuple | type(None))
 
 
 def _without_storage(module: nn.Module) -> nn.Module:

@@ -144,7 +144,8 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         "seconds_total",
         REAL,
         "cost",
-        "wall-clock of the trial, from its first call to its row; of a retrained one its measuring",
+        "wall-clock of the trial, from its first call to its row; of a retrained one its start, steps and measuring, "
+        "without the weights that it starts from",
     ),
     Column(
         "seconds_statistics",

@@ -24,7 +24,9 @@ FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
 SAVED_PER_LINEAR_OUTPUT = 2.5
 STATISTICS_SIZE = 4  # Gram matrices are float32
-STEPS_GIVEN = 3  # whose inputs and targets a GPU holds: one in hand, two on their way
+STEPS_GIVEN = (
+    3  # whose inputs and targets a GPU holds: two that are read ahead or in hand, and the recorded one's
+)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from raysweep.config.field_groups import MASK_FIELDS
 from raysweep.config.trial import Trial
-from raysweep.errors import NumericalError
+from raysweep.errors import NumericalError, RaysweepError, ShardLostError
 from raysweep.fingerprint import fingerprint
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.calls import Calls
@@ -146,7 +147,7 @@ class _Run:
             recovery = Recovery(self.calls, trial)
             yield from self._up_to_the_last(recovery, rungs, metric, masks)
             if keep is not None:
-                self._write_weights(masks, keep, owner=self.name)
+                self._keep_weights(masks, keep)
             linear_rows = self._linear_rows()
             quality = self._evaluate(self.name, self.name, list(self.info.texts))
             finished = self._finish(self.name)
@@ -214,6 +215,15 @@ class _Run:
         if value is not None and not math.isfinite(value):
             raise NumericalError(f"{metric} is {value} with a part of the model recovered")
         return value, finished
+
+    def _keep_weights(self, masks: Finished, folder: Path) -> None:
+        """For a retraining, whose failure it is where they cannot be written: it has them made again."""
+        try:
+            self._write_weights(masks, folder, owner=self.name)
+        except ShardLostError:
+            raise
+        except (OSError, RaysweepError):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _write_weights(self, masks: Finished, folder: Path, owner: str) -> None:
         """Writes the weights as they are by block, and what they took so far."""
