@@ -92,25 +92,36 @@ def embedded(storage: Path) -> SearchSpace:
     )
 
 
-def shaped(storage: Path, shape: str, stage: int, samples: int, length: int) -> SearchSpace:
-    """A model with random weights and random tokens: of interest is what it costs."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def save_random_model(shape: dict[str, Any], storage: Path) -> None:
+    """storage/model: a Llama of that shape in bfloat16, with the embedded model's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPES[shape], dtype=torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(
         "cuda" if torch.cuda.is_available() else "cpu"
     ):  # a billion random numbers: minutes on a CPU
-        LlamaForCausalLM(config).save_pretrained(storage / "model")
+        LlamaForCausalLM(LlamaConfig(**shape, dtype=torch.bfloat16)).save_pretrained(storage / "model")
     torch.set_default_dtype(torch.float32)
+    torch.cuda.empty_cache()
     for file in Path(resolve_model_path("builtin:pystdlib")).glob("tokenizer*"):
         shutil.copy(file, storage / "model")
-    ids = np.random.default_rng(0).integers(0, SHAPES[shape]["vocab_size"], (samples, length))
+
+
+def random_tokens(vocabulary: int, samples: int, length: int, storage: Path) -> None:
+    """storage/tokens.parquet: samples of token ids."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = np.random.default_rng(0).integers(0, vocabulary, (samples, length))
     pq.write_table(pa.table({"input_ids": list(ids)}), storage / "tokens.parquet")
+
+
+def shaped(storage: Path, shape: str, stage: int, samples: int, length: int) -> SearchSpace:
+    """A model with random weights and random tokens: of interest is what it costs."""
+    save_random_model(SHAPES[shape], storage)
+    random_tokens(SHAPES[shape]["vocab_size"], samples, length, storage)
     data = str(storage / "tokens.parquet")
     steps = {"batch_size": 8, "epochs": 1}
     entry = {"name": "random", "dataset": data, "sequence_length": length, "max_windows": 8}

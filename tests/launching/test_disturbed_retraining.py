@@ -20,6 +20,7 @@ from raysweep.launching.launch import launch
 from tests.frames import assert_same_numbers
 
 ROOT = Path(__file__).resolve().parents[2]
+RAY_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # which see only after a while that all are gone
 RETRAIN = {
     "recovery": "retrain",
     "criterion": "wanda",
@@ -59,7 +60,8 @@ def test_a_launch_that_ends_while_it_retrains_is_continued_by_the_next(space, tm
     deadline = time.monotonic() + 60
     while _of_session(process.pid) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert _of_session(process.pid) == []
+    left = {command.split()[0] for _, command in _of_session(process.pid)}
+    assert not left or (number == signal.SIGKILL and left <= RAY_AGENTS), left
     launch(space, storage=tmp_path / "ray", address="local")
     _check_undisturbed(space, tmp_path)
 
