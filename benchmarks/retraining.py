@@ -148,7 +148,7 @@ def shaped(storage: Path, shape: str, stage: int, samples: int, length: int) -> 
 
 
 def overhead(clock: Clock) -> None:
-    training = sum(found.seconds / found.workers for found in clock.found)
+    training = sum(found.wall_seconds for found in clock.found)
     trials = len(clock.found)
     report(
         "what retrainings cost beyond their steps, on the clock",

@@ -62,13 +62,13 @@ class _Retraining:
         trained = begin_training(self.model, job.trial, masks)
         self.trainable_parameters = sum(parameter.numel() for parameter in trained)
         self.engine = self._engine(trained)
-        self.first_step, self.seconds, self.losses = 0, 0.0, [0.0, 0.0]
+        self.first_step, self.seconds, self.wall_seconds, self.losses = 0, 0.0, 0.0, [0.0, 0.0]
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self._resume()
         self.start_seconds = time.perf_counter() - began
 
     def run(self) -> Retrained:
-        watch = Stopwatch(self.device)
+        watch, clock = Stopwatch(self.device), time.perf_counter()
         steps = list(self.recipe.steps(len(self.ids_ST)))
         for number in range(self.first_step, len(steps)):
             loss = self._step(steps[number].rows, steps[number].factor)
@@ -77,17 +77,18 @@ class _Retraining:
             if number + 1 == len(steps):
                 self.losses[1] = float(loss)
             elif (number + 1) % self.job.checkpoint_steps == 0:
-                self.seconds += watch.seconds()
+                self._took(watch, clock)
                 self._check(number)
                 self._save(number + 1)
-                watch = Stopwatch(self.device)
-        self.seconds += watch.seconds()
+                watch, clock = Stopwatch(self.device), time.perf_counter()
+        self._took(watch, clock)
         peak_bytes = self._peak_bytes()
         self._check(len(steps) - 1)
         result = Retrained(
             steps=len(steps),
             workers=self.world,
             seconds=self._over_ranks(self.seconds, dist.ReduceOp.SUM),
+            wall_seconds=self._over_ranks(self.wall_seconds, dist.ReduceOp.MAX),
             start_seconds=self._over_ranks(self.start_seconds, dist.ReduceOp.MAX),
             training_flops=self.profile.flops * len(self.ids_ST) * self.recipe.epochs,
             trainable_parameters=self.trainable_parameters,
@@ -102,6 +103,10 @@ class _Retraining:
         dist.barrier()
         self.engine.destroy()
         return result
+
+    def _took(self, watch: Stopwatch, clock: float) -> None:
+        self.seconds += watch.seconds()
+        self.wall_seconds += time.perf_counter() - clock
 
     # Before the first step
 
@@ -202,7 +207,8 @@ class _Retraining:
 
     def _save(self, step: int) -> None:
         """Every rank writes its part; the earlier checkpoint goes once the new one is complete."""
-        state = {"step": step, "seconds": self.seconds, "losses": self.losses}
+        times = {"seconds": self.seconds, "wall_seconds": self.wall_seconds}
+        state = {"step": step, "losses": self.losses} | times
         self.engine.save_checkpoint(str(self._checkpoint), tag=f"step-{step}", client_state=state)
         dist.barrier()
         if self.rank == 0:
@@ -215,8 +221,8 @@ class _Retraining:
             return
         path, state = self.engine.load_checkpoint(str(self._checkpoint))
         if path is not None:
-            self.first_step, self.seconds = state["step"], state["seconds"]
-            self.losses = list(state["losses"])
+            self.first_step, self.losses = state["step"], list(state["losses"])
+            self.seconds, self.wall_seconds = state["seconds"], state["wall_seconds"]
 
     def _export(self) -> None:
         """Writes what was trained, by block and under the names of the dense model; removed weights are zero."""

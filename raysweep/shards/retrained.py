@@ -22,13 +22,14 @@ DONE, FAILED, START = "done.json", "failed.json", "start.json"
 class Retrained:
     """What a retraining took, over all workers.
 
-    seconds: busy time of training, summed over workers;  start_seconds: wall-clock until its first step
+    seconds: busy time of training, summed over workers;  wall_seconds: of its steps;  start_seconds: before the first
     peak_bytes: the largest of all workers
     """
 
     steps: int
     workers: int
     seconds: float
+    wall_seconds: float
     start_seconds: float
     training_flops: int
     trainable_parameters: int

@@ -373,7 +373,7 @@ class _Run:
         own_start = start.seconds if start.owner == self.name else 0.0
         alone = measuring["device_seconds_standalone"] + cost.seconds + start.standalone
         return measuring | {
-            "seconds_total": cost.start_seconds + cost.seconds / cost.workers,  # the measuring comes on top
+            "seconds_total": cost.start_seconds + cost.wall_seconds,  # the measuring comes on top
             "seconds_recovery": cost.seconds + own_start,
             "device_seconds": measuring["device_seconds"] + cost.seconds + own_start,
             "device_seconds_standalone": alone,
