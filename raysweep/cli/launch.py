@@ -24,6 +24,7 @@ def run_launch(
     storage: str | None,
     address: str | None,
     in_process: bool,
+    trace: bool,
     as_json: bool,
 ) -> int:
     loaded = load_space(space, settings, name)
@@ -31,7 +32,7 @@ def run_launch(
     tally = Tally.of(loaded, [row for row in labeled_rows(folder) if row["status"] != "failed"])
     try:
         with clean_interruptions():
-            rows = _run(loaded, tally, storage=storage, address=address, in_process=in_process)
+            rows = _run(loaded, tally, storage=storage, address=address, in_process=in_process, trace=trace)
     except KeyboardInterrupt as interruption:
         show_traceback()
         _say_kept(folder)

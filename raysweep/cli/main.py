@@ -21,6 +21,7 @@ from raysweep.cli.options import (
     Sort,
     Space,
     Storage,
+    Trace,
 )
 
 app = typer.Typer(
@@ -71,6 +72,7 @@ def launch(
     storage: Storage = None,
     address: Address = None,
     in_process: InProcess = False,
+    trace: Trace = False,
     as_json: Json = False,
 ) -> int:
     """Run a sweep, or continue the sweep of that name: finished trials are kept, new ones are added.
@@ -79,7 +81,7 @@ def launch(
     """
     from raysweep.cli.launch import run_launch
 
-    return run_launch(space, settings or [], name, storage, address, in_process, as_json)
+    return run_launch(space, settings or [], name, storage, address, in_process, trace, as_json)
 
 
 @app.command()

@@ -20,6 +20,7 @@ __all__ = [
     "Sort",
     "Space",
     "Storage",
+    "Trace",
 ]
 
 Space = Annotated[
@@ -68,6 +69,15 @@ InProcess = Annotated[
         "--in-process",
         metavar="",
         help="Without Ray: one trial after another in this process. The numbers are the same.",
+    ),
+]
+Trace = Annotated[
+    bool,
+    typer.Option(
+        "--trace",
+        metavar="",
+        help="Leave trace.json in the sweep's folder: what launch and shards did when, for ui.perfetto.dev or "
+        "chrome://tracing.",
     ),
 ]
 Json = Annotated[

@@ -16,6 +16,7 @@ from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
 from raysweep.launching.recorder import recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner
+from raysweep.launching.tracing import Tracing
 from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
 from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.state import SweepState
@@ -34,6 +35,7 @@ def launch(
     name: str | None = None,
     address: str | None = None,
     in_process: bool = False,
+    trace: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Runs a sweep, or continues the one of that name; returns all its rows.
@@ -42,11 +44,12 @@ def launch(
     storage:    folder of the results, as `--storage`;  name: instead of the space's own
     address:    of a Ray cluster, as `--address`
     in_process: without Ray, one trial after another; the numbers are the same
+    trace:      leave `trace.json` in the sweep's folder: what launch and shards did when, for Perfetto or Chrome
 
     Raises UsageError before anything starts or is written when the sweep cannot work. Trials that fail are rows with
     status `failed`.
     """
-    progress = progress or Silent()
+    progress = Tracing(progress or Silent()) if trace else progress or Silent()
     loaded = _loaded(space, name)
     folder = checked_folder(loaded, storage)
     if in_process:
@@ -125,9 +128,12 @@ def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
         prepared.folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
+        tracing = progress if isinstance(progress, Tracing) else None
         with recorded(prepared, runner, plans[0].shards, progress) as recorder:
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
-                ModelRun(prepared, model, plan, retraining, runner, recorder).run()
+                ModelRun(prepared, model, plan, retraining, runner, recorder, tracing).run()
+        if tracing is not None:
+            tracing.write(prepared.folder)
 
 
 def _refuse_second_launch(folder: Path) -> None:

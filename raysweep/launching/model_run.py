@@ -14,6 +14,7 @@ from raysweep.launching.prepared import Launch
 from raysweep.launching.recorder import Recorder
 from raysweep.launching.retraining import Retraining, telling
 from raysweep.launching.runners import Runner
+from raysweep.launching.tracing import Tracing
 from raysweep.results.reader import load_results, trial_rows, trial_states
 from raysweep.shards.group_info import GroupInfo
 from raysweep.shards.plan import ShardPlan
@@ -39,10 +40,11 @@ class ModelRun:
         retrain_plan: RetrainPlan | None,
         runner: Runner,
         recorder: Recorder,
+        tracing: Tracing | None = None,
     ) -> None:
         self.prepared, self.model, self.plan = prepared, model, plan
         self.retrain_plan, self.runner, self.recorder = retrain_plan, runner, recorder
-        self.progress = recorder.progress
+        self.progress, self.tracing = recorder.progress, tracing
         steps = prepared.space.execution.checkpoint_steps
         self.retraining = Retraining(prepared.folder, model, prepared.to_retrain(model), steps)
 
@@ -65,7 +67,7 @@ class ModelRun:
         if not phases:
             return
         shards = self.plan.shards
-        specs = shard_specs(self.plan, self.model.source)
+        specs = shard_specs(self.plan, self.model.source, traces=self.tracing is not None)
         self.progress.stage(f"Loading {self.model.config.path} into {shards} shard{'s' * (shards > 1)}")
         with self.runner.group(_group_name(self.prepared), specs, self.plan) as group:
             for phase in phases:
@@ -73,6 +75,8 @@ class ModelRun:
                 if not retrained:
                     waiting = self.prepared.remaining(phase, retrained=True)
                     self.retraining.write_starts(group, waiting, self.progress.stage)
+            if self.tracing is not None:
+                self.tracing.add_shards(group.spans())
 
     def _has_work(self, phase: Phase, retrained: bool) -> bool:
         waiting = self.prepared.remaining(phase, retrained=True)

@@ -13,6 +13,7 @@ from raysweep.errors import RaysweepError, ShardLostError
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.priority import PriorityExecutor
 from raysweep.shards.shared import Claim, SharedResults, share
+from raysweep.shards.trace import Span, Trace
 
 if TYPE_CHECKING:
     from raysweep.shards.worker import ShardWorker
@@ -30,16 +31,26 @@ class ShardActor:
 
     def __init__(self, spec: ShardSpec) -> None:
         self._queue = PriorityExecutor()
-        self._worker = self._queue.submit(0, lambda: _load_worker(spec))
+        self._trace = Trace(spec.traces)
+        self._worker = self._queue.submit(0, lambda: self._loaded(spec))
         self._shared = SharedResults()
 
     def ready(self) -> None:
         """Returns once the blocks are loaded; raises what went wrong, which a constructor could not hand on."""
         self._worker.result()
 
-    def run(self, order: int, method: str, *arguments: Any) -> Any:
+    def run(self, order: int, label: str, method: str, *arguments: Any) -> Any:
         worker = self._worker.result()
-        return self._queue.submit(order, lambda: getattr(worker, method)(*arguments)).result()
+
+        def call() -> Any:
+            with self._trace.span(label or method.replace("_", " ")):
+                return getattr(worker, method)(*arguments)
+
+        return self._queue.submit(order, call).result()
+
+    def spans(self) -> list[Span]:
+        """Of what it has done, where it notes that."""
+        return list(self._trace.spans)
 
     def claim(self, key: str, owner: str) -> Claim:
         return self._shared.claim(key, owner)
@@ -53,11 +64,11 @@ class ShardActor:
     def forget_shared(self) -> None:
         self._shared.clear()
 
+    def _loaded(self, spec: ShardSpec) -> ShardWorker:
+        with self._trace.span("load"):
+            from raysweep.shards.worker import ShardWorker
 
-def _load_worker(spec: ShardSpec) -> ShardWorker:
-    from raysweep.shards.worker import ShardWorker
-
-    return ShardWorker(spec)
+            return ShardWorker(spec)
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class RayGroup:
 
     def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
         run = self.actors[shard].run
-        return (run.options(name=label) if label else run).remote(order, method, *arguments)
+        return (run.options(name=label) if label else run).remote(order, label, method, *arguments)
 
     def result(self, ref: Ref) -> Any:
         try:
@@ -150,6 +161,10 @@ class RayGroup:
                 ray.cloudpickle.register_pickle_by_value(module)
         return dict(own_criteria)
 
+    def spans(self) -> list[list[Span]]:
+        """By shard, what it has done."""
+        return [self.result(actor.spans.remote()) for actor in self.actors]
+
     def close(self) -> None:
         """Ends the actors. Closing twice does no harm."""
         for actor in self.actors:
@@ -189,7 +204,7 @@ def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
     """Marks the methods that never wait for work. Here, so that the class itself knows nothing of actors' options."""
-    for method in ("claim", "publish", "abandon", "forget_shared"):
+    for method in ("claim", "publish", "abandon", "forget_shared", "spans"):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls
 

@@ -17,6 +17,7 @@ class ShardSpec:
     start, stop: its blocks;  dtype: resolved;  device: cpu or cuda;  threads: of the CPU, for one operation
     knowledge_bytes: how much of what it has worked out it may keep
     stored_on_device: whether it keeps activations on its device;  compiles: whether it compiles training there
+    traces: whether it notes what it does when
     """
 
     model_path: str
@@ -30,6 +31,7 @@ class ShardSpec:
     knowledge_bytes: int = 2 << 30
     stored_on_device: bool = False
     compiles: bool = False
+    traces: bool = False
 
 
 @dataclass(frozen=True)

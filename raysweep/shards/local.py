@@ -8,6 +8,7 @@ from typing import Any
 
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.shared import SharedResults, share
+from raysweep.shards.trace import Span, Trace
 from raysweep.shards.worker import ShardWorker
 
 
@@ -26,7 +27,8 @@ class LocalGroup:
     name = "in process"
 
     def __init__(self, specs: Sequence[ShardSpec]) -> None:
-        self.workers = [ShardWorker(spec) for spec in specs]
+        self._traces = [Trace(spec.traces) for spec in specs]
+        self.workers = [self._loaded(shard, spec) for shard, spec in enumerate(specs)]
         self.shared = SharedResults()
 
     @property
@@ -36,7 +38,8 @@ class LocalGroup:
     def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
         try:
             ready = [self.result(each) if isinstance(each, _Done) else each for each in arguments]
-            return _Done(getattr(self.workers[shard], method)(*ready))
+            with self._traces[shard].span(label or method.replace("_", " ")):
+                return _Done(getattr(self.workers[shard], method)(*ready))
         except Exception as error:  # kept for `result`, as a call over Ray keeps it
             return _Done(None, error)
 
@@ -65,8 +68,16 @@ class LocalGroup:
     def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:
         return dict(own_criteria)
 
+    def spans(self) -> list[list[Span]]:
+        """By shard, what it has done."""
+        return [list(trace.spans) for trace in self._traces]
+
     def close(self) -> None:
         self.workers.clear()
+
+    def _loaded(self, shard: int, spec: ShardSpec) -> ShardWorker:
+        with self._traces[shard].span("load"):
+            return ShardWorker(spec)
 
     def __enter__(self) -> LocalGroup:
         return self

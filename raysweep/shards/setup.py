@@ -14,6 +14,7 @@ from raysweep.model.shape import ModelShape
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.group_info import GroupInfo, ShardGroup, ShardSpec, TextInfo
 from raysweep.shards.plan import ShardPlan
+from raysweep.shards.trace import Span
 
 Ids = npt.NDArray[np.int64]
 BATCHES_AHEAD = 4
@@ -40,10 +41,14 @@ class OwnedGroup(ShardGroup, Protocol):
         """Functions and paths as they reach the shards, also where modules cannot be imported."""
         ...
 
+    def spans(self) -> list[list[Span]]:
+        """By shard, what it has done, where the specs ask for it."""
+        ...
+
     def close(self) -> None: ...
 
 
-def shard_specs(plan: ShardPlan, source: ModelSource) -> list[ShardSpec]:
+def shard_specs(plan: ShardPlan, source: ModelSource, traces: bool = False) -> list[ShardSpec]:
     """What every shard of the plan is to load. Its process works in another folder, so paths are absolute."""
     return [
         ShardSpec(
@@ -58,6 +63,7 @@ def shard_specs(plan: ShardPlan, source: ModelSource) -> list[ShardSpec]:
             knowledge_bytes=plan.knowledge_bytes,
             stored_on_device=plan.stored_on_device,
             compiles=plan.compiles,
+            traces=traces,
         )
         for start, stop in plan.ranges
     ]
