@@ -34,6 +34,7 @@ from raysweep.reconstruction.knowledge import Stopwatch
 from raysweep.reconstruction.training import TrainingRecipe
 from raysweep.shards.memory import SIZES, retraining_bytes
 from raysweep.shards.retrained import Retrained
+from raysweep.shards.retrained import begin_training as say_that_training_begins
 
 
 def retrain(job: RetrainJob, device: torch.device) -> Retrained:
@@ -68,6 +69,8 @@ class _Retraining:
         self.start_seconds = time.perf_counter() - began
 
     def run(self) -> Retrained:
+        if self.rank == 0:
+            say_that_training_begins(self.job.folder)
         watch, clock = Stopwatch(self.device), time.perf_counter()
         steps = list(self.recipe.steps(len(self.ids_ST)))
         for number in range(self.first_step, len(steps)):

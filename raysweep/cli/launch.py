@@ -51,8 +51,12 @@ def _run(space: SearchSpace, tally: Tally, **options: Any) -> Any:
 
 
 def _say_kept(folder: Path) -> None:
+    from raysweep.shards.retrained import DONE, RETRAINING
+
     kept = sum(1 for _ in row_files(folder, TRIALS))
-    where = f"{count(kept, 'row')} kept in {_short_path(folder)}" if kept else "no trial had finished"
+    retrained = len(list((folder / RETRAINING).glob(f"*/{DONE}")))
+    more = f" and {count(retrained, 'finished retraining')}" if retrained else ""
+    where = f"{count(kept, 'row')}{more} kept in {_short_path(folder)}" if kept else "no trial had finished"
     say(f"interrupted: {where}; the same command continues the sweep")
 
 

@@ -28,29 +28,35 @@ TITLES = {
     "calibration_seed": "calibration\nseed",
 }
 FIRST_TO_GO = (
-    "peak_recovery_bytes",
     "output_error_calibration",
     "device_seconds",
     "model_hash",
+    "peak_recovery_bytes",
     "device_seconds_standalone",
 )
 """Columns that a narrow table does without, in this order, so that one of cost stays long; then other perplexities. The
 rest wraps."""
+BESIDE_LABELS = ("model", "model_hash", "dtype", "evaluation")  # what tells trials apart and no label says
+SETTINGS = ("criterion", "learning_rate", "start_from", "calibration_seed")  # which labels say
+LEAST_LABEL = 24  # characters of a column of labels
 GAP = 2  # characters between columns: one of padding, one of the divider
 
 
 @dataclass(frozen=True)
 class ColumnText:
-    """A column as text. title: its lines;  right: whether it is aligned to the right, as numbers are"""
+    """A column as text. title: its lines;  right: whether it is aligned to the right, as numbers are
+    least: characters that it can do with, wrapping between words
+    """
 
     name: str
     title: str
     cells: Cells
     right: bool
+    least: int | None = None
 
     @property
     def width(self) -> int:
-        return max(len(line) for line in [*self.title.split("\n"), *self.cells])
+        return self.least or max(len(line) for line in [*self.title.split("\n"), *self.cells])
 
 
 def print_summary(
@@ -65,9 +71,10 @@ def print_summary(
     table = summary_table(rows, sort)
     if len(table):
         columns = table_columns(table)
-        shown, dropped = fitting(columns, console.width)
+        shown, dropped = arranged(columns, labeled_columns(table, rows), console.width)
         console.print(_rich_table(table, shown, best, grouped=sort is None))
-        _print_caption(console, fixed_columns(rows), rows, dropped, marked=bool(best))
+        hint = (width_of(columns), dropped)
+        _print_caption(console, fixed_columns(rows), rows, hint, marked=bool(best))
     stopped = int((rows["status"] == "stopped").sum())
     if stopped:
         from rich.text import Text
@@ -91,12 +98,43 @@ def table_columns(table: pd.DataFrame) -> list[ColumnText]:
     return [_column(frame, name) for name in map(str, frame)]
 
 
+def labeled_columns(table: pd.DataFrame, rows: pd.DataFrame) -> list[ColumnText]:
+    """The same table with one column for all settings of a trial, as progress lines show them."""
+    from raysweep.analysis.table import records, trial_label
+
+    by_id = {row["trial_id"]: row for row in records(rows)}
+    labels = [trial_label(by_id[trial_id]) for trial_id in table.index]
+    words = max((len(word) for label in labels for word in label.split()), default=0)
+    trial = ColumnText("trial", "trial", labels, right=False, least=max(words, LEAST_LABEL))
+    measured = [
+        name for name in map(str, table) if name in (*BESIDE_LABELS, *TITLES) and name not in SETTINGS
+    ]
+    others = [name for name in map(str, table) if name.startswith("perplexity_")]
+    kept = [name for name in map(str, table) if name in (*measured, *others)]
+    return [trial, *(_column(table, name) for name in kept)]
+
+
+def arranged(
+    columns: list[ColumnText], labeled: list[ColumnText], width: int
+) -> tuple[list[ColumnText], list[ColumnText]]:
+    """What is shown of a table, and what is not: with a column for each setting where these leave room for a cost."""
+    shown, dropped = fitting(columns, width)
+    costly = any(column.name == FIRST_TO_GO[-1] for column in dropped)
+    if not costly and width_of(shown) <= width:
+        return shown, dropped
+    return fitting(labeled, width)
+
+
+def width_of(columns: list[ColumnText]) -> int:
+    return sum(column.width + GAP for column in columns) - GAP
+
+
 def fitting(columns: list[ColumnText], width: int) -> tuple[list[ColumnText], list[ColumnText]]:
     """The columns that are shown in `width` characters, and those that are not."""
     others = [c.name for c in columns if c.name.startswith("perplexity_")]
     shown, dropped = list(columns), []
     for name in (*FIRST_TO_GO, *reversed(others)):
-        if sum(column.width + GAP for column in shown) - GAP <= width:
+        if width_of(shown) <= width:
             break
         gone = [column for column in shown if column.name == name]
         dropped += gone
@@ -189,9 +227,10 @@ def _print_caption(
     console: Console,
     constants: Mapping[str, Any],
     rows: pd.DataFrame,
-    dropped: list[ColumnText],
+    hint: tuple[int, list[ColumnText]],
     marked: bool,
 ) -> None:
+    """hint: the width of the whole table, and what is not shown of it"""
     from rich.text import Text
 
     names = [name.removeprefix("perplexity_") for name in map(str, rows) if name.startswith("perplexity_")]
@@ -204,9 +243,10 @@ def _print_caption(
         console.print(Text("Recovered with: " + ", ".join(of_recovered), style="dim"))
     if marked and console.color_system is not None:
         console.print(Text("Green: best of its cell", style="dim"))
+    width, dropped = hint
     if dropped:
         gone = ", ".join(column.name for column in dropped)
-        console.print(Text(f"A wider terminal (COLUMNS=120) or --json also shows {gone}", style="dim"))
+        console.print(Text(f"COLUMNS={width}, a terminal as wide, or --json also shows {gone}", style="dim"))
 
 
 def constant_words(constants: Mapping[str, Any]) -> tuple[list[str], list[str]]:

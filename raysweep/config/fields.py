@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from raysweep.errors import nearest_name
+
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAME_LENGTH = 100  # well below the 255 bytes of a file name, with room for prefixes and suffixes
@@ -115,3 +117,19 @@ def _choices(annotation: Any) -> list[str]:
         return [word for part in get_args(annotation) if part is not NoneType for word in _choices(part)]
     words = {bool: ["true", "false"], str: ["text"], int: ["a whole number"], float: ["a number"]}
     return words.get(annotation, ["a value"])
+
+
+ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "seq_len": "sequence_length",
+    "nsamples": "num_samples",
+    "samples": "num_samples",
+}
+"""What people call fields elsewhere, and no spelling is close to."""
+
+
+def nearest_field(name: str, known: list[str]) -> str | None:
+    """The known field that is meant, or None when nothing is close."""
+    meant = ABBREVIATIONS.get(name)
+    return meant if meant in known else nearest_name(name, known)

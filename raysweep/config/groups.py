@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.document import Document, KeyPath
 from raysweep.config.expansion import Group, Sampled
 from raysweep.config.field_groups import (
@@ -19,7 +20,7 @@ from raysweep.config.field_groups import (
 from raysweep.config.fields import default_of, has_settled_default, takes_real_numbers
 from raysweep.config.sections import SearchConfig
 from raysweep.config.trial import Trial
-from raysweep.config.validation import checked_value, expect_mapping, missing_key, shown
+from raysweep.config.validation import checked_value, expect_mapping, missing_key, shown, validated
 from raysweep.errors import UsageError, nearest_name
 
 SAMPLED_KINDS = ("loguniform", "uniform", "choice")
@@ -33,7 +34,7 @@ def axis_values(
         name in NAME_FIELDS and isinstance(data, list) and not any(isinstance(item, list) for item in data)
     )
     if one_list or not isinstance(data, list):
-        return (checked_value(cls, name, data, document, path),)
+        return (_value(cls, name, data, document, path),)
     return _listed_values(cls, name, data, document, path)
 
 
@@ -43,10 +44,17 @@ def _listed_values(
     """Each item is a value, null the default where there is one; equal ones count once."""
     if not data:
         raise UsageError(f"{name} is an empty list", where=document.where(path), allowed="at least one value")
-    checked = (checked_value(cls, name, item, document, (*path, i)) for i, item in enumerate(data))
+    checked = (_value(cls, name, item, document, (*path, i)) for i, item in enumerate(data))
     info = cls.model_fields[name]
     default = default_of(info) if has_settled_default(info) else None
     return tuple(dict.fromkeys(default if value is None else value for value in checked))
+
+
+def _value(cls: type[BaseModel], name: str, data: Any, document: Document, path: KeyPath) -> Any:
+    """One value; of a section within a group every key is checked on its own."""
+    if name == "data" and isinstance(data, dict):
+        return validated(CalibrationConfig, data, document, path)
+    return checked_value(cls, name, data, document, path)
 
 
 def read_groups(document: Document, data: Any, search: SearchConfig) -> tuple[Group, ...]:

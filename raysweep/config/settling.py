@@ -16,9 +16,9 @@ from raysweep.config.field_groups import (
     STEP_FIELDS,
     UNIT_LOSSES,
 )
-from raysweep.config.fields import allowed_values, default_of
+from raysweep.config.fields import allowed_values, default_of, nearest_field
 from raysweep.config.spellings import UNSTRUCTURED, parse_pattern
-from raysweep.errors import UsageError, nearest_name
+from raysweep.errors import UsageError
 
 if TYPE_CHECKING:
     from raysweep.config.trial import SettingPairs, Trial
@@ -185,21 +185,21 @@ def _start_pairs(trial: Trial) -> SettingPairs:
     unknown = [name for name in given if name not in RECOVERY_FIELDS]
     if unknown:
         raise UsageError(
-            f"start_from has the key {unknown[0]!r}",
+            f"{unknown[0]!r} is no field of a reconstruction that retraining could start from",
             where="start_from",
             allowed=", ".join(RECOVERY_FIELDS),
-            nearest=nearest_name(unknown[0], list(RECOVERY_FIELDS)),
+            nearest=nearest_field(unknown[0], list(RECOVERY_FIELDS)),
         )
     try:
         settled = trial.reconstruction(given).identity()
     except UsageError as error:
-        raise error.inside("start_from: ") from None
+        raise error.inside("start_from.") from None
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"][:1]))
         raise UsageError(
             f"{name} cannot be {problem['input']!r}",
-            where=f"start_from: {name}",
+            where=f"start_from.{name}",
             allowed=allowed_values(type(trial).model_fields[name]),
         ) from None
     return tuple((name, settled[name]) for name in sorted(RECOVERY_FIELDS) if name in settled)

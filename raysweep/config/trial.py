@@ -179,12 +179,13 @@ class Trial(BaseModel):
     )
     start_from: Annotated[SettingPairs, BeforeValidator(_settings)] | None = setting(
         "retrain: a mapping with the recovery fields of a reconstruct trial on the same mask, whose weights retraining "
-        "starts from; null = the pruned weights",
+        "starts from; null = the pruned weights; an axis is a list of mappings",
         default=None,
         values="{granularity: ..., learning_rate: ..., ...}, or null",
     )
     data: CalibrationConfig | None = setting(
-        "retrain: the text that it is trained on, a section like `calibration`; null = the calibration set",
+        "retrain: the text that it is trained on, a section like `calibration`; null = the calibration set; an axis is "
+        "a list of sections",
         default=None,
         values="{dataset: ..., num_samples: ..., ...}, or null",
     )

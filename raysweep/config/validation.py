@@ -10,18 +10,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from raysweep.config.document import Document, KeyPath, from_data
-from raysweep.config.fields import NAME_VALUES, Name, allowed_values
+from raysweep.config.fields import NAME_VALUES, Name, allowed_values, nearest_field
 from raysweep.errors import UsageError, nearest_name
 
 M = TypeVar("M", bound=BaseModel)
 
-ABBREVIATIONS = {
-    "lr": "learning_rate",
-    "bs": "batch_size",
-    "seq_len": "sequence_length",
-    "nsamples": "num_samples",
-}
-"""What people call fields elsewhere, and no spelling is close to."""
 _KINDS = {bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
 
 
@@ -55,7 +48,7 @@ def expect_mapping(document: Document, data: Any, path: KeyPath, known: list[str
                 f"unknown key {key!r}",
                 where=document.where((*path, key)),
                 allowed=", ".join(known),
-                nearest=nearest_name(ABBREVIATIONS.get(str(key), str(key)), known),
+                nearest=nearest_field(str(key), known),
             )
     return data
 
@@ -96,8 +89,8 @@ def missing_key(cls: type[BaseModel], name: str, document: Document, path: KeyPa
 
 
 def relocated(error: UsageError, document: Document, path: KeyPath) -> UsageError:
-    """An error of one setting (its `where` is the field), with its place in the document."""
-    place: KeyPath = (*path, error.where) if error.where else path
+    """An error of one setting (its `where` is the field, or `field.key` within it), with its place in the document."""
+    place: KeyPath = (*path, *error.where.split(".")) if error.where else path
     fields = {"allowed": error.allowed, "nearest": error.nearest, "remedy": error.remedy}
     return type(error)(error.what, where=document.where(place), **fields)
 

@@ -54,7 +54,8 @@ class ModelRun:
         if self.retrain_plan is None:
             return
         if jobs := self.retraining.jobs():
-            self.progress.stage(f"Starting {self.retrain_plan.workers_text} for {len(jobs)} retrainings")
+            workers = self.retrain_plan.workers_text
+            self.progress.stage(f"Starting {workers} for {len(jobs)} retraining{'s' * (len(jobs) > 1)}")
             with telling(jobs, self.progress.stage):
                 self.runner.retrain(jobs, self.retrain_plan, self.prepared.folder / "tune")
         self.prepared = replace(self.prepared, rows=trial_rows(self.prepared.folder))

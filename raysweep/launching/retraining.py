@@ -19,7 +19,15 @@ from raysweep.cluster.nodes import Node
 from raysweep.config.sections import ExecutionConfig
 from raysweep.errors import RaysweepError, ShardLostError
 from raysweep.shards.group_info import ShardGroup
-from raysweep.shards.retrained import RETRAINING, RetrainingFolders, fail, failure_in, is_over, is_start
+from raysweep.shards.retrained import (
+    RETRAINING,
+    RetrainingFolders,
+    fail,
+    failure_in,
+    is_over,
+    is_start,
+    is_training,
+)
 from raysweep.shards.trial import write_start
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.prepare import PreparedModel
@@ -135,9 +143,13 @@ def telling(jobs: Sequence[RetrainJob], tell: Callable[[str], None]) -> Iterator
         told: Any = None
         while not ended.wait(LOOK_EVERY_S):
             over = sum(is_over(job.folder) for job in jobs)
-            if over != told and over < len(jobs):
-                tell(f"Retraining {over + 1} of {len(jobs)}: {jobs[over].label}")
-                told = over
+            if over == len(jobs):
+                continue
+            now = (over, is_training(jobs[over].folder))
+            if now != told:
+                what = "" if now[1] else " (workers, model and engine come first)"
+                tell(f"Retraining {over + 1} of {len(jobs)}: {jobs[over].label}{what}")
+                told = now
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

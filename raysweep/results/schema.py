@@ -166,7 +166,12 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         "cost",
         "the same with the full cost of everything shared that it used, as if it ran alone",
     ),
-    Column("training_flops", REAL, "cost", "floating-point operations of recovery, by formula"),
+    Column(
+        "training_flops",
+        REAL,
+        "cost",
+        "floating-point operations of recovery, by formula; of a retraining without those of the weights that it starts from",
+    ),
     Column("optimizer_steps", WHOLE, "cost", "optimizer steps of one unit"),
     Column("tokens_unique", WHOLE, "cost", "distinct calibration tokens that recovery saw"),
     Column("tokens_trained", WHOLE, "cost", "tokens times epochs through one unit"),

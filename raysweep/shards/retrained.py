@@ -15,7 +15,7 @@ from raysweep.errors import NumericalError, RaysweepError
 from raysweep.results.writer import write_atomically
 
 RETRAINING = "retraining"  # of a sweep's folder, while it is needed
-DONE, FAILED, START = "done.json", "failed.json", "start.json"
+DONE, FAILED, START, TRAINING = "done.json", "failed.json", "start.json", "training.json"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ def is_start(folder: Path) -> bool:
 def is_over(folder: Path) -> bool:
     """Whether a retraining has ended, well or not."""
     return (folder / DONE).exists() or (folder / FAILED).exists()
+
+
+def begin_training(folder: Path) -> None:
+    """Says that all is ready for the first step."""
+    write_json(folder / TRAINING, {})
+
+
+def is_training(folder: Path) -> bool:
+    """Whether its steps have begun; before that come workers, model and engine."""
+    return (folder / TRAINING).exists()
 
 
 def fail(folder: Path, error: str) -> None:

@@ -129,7 +129,11 @@ class _Preparation:
         calibrations = {config: self._calibration(config) for config in self.space.calibrations}
         _check_distinct(calibrations)
         evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
-        data = {trial.data: self._calibration(trial.data) for trial in possible if trial.data is not None}
+        data = {
+            trial.data: self._retraining_text(trial.data, one)
+            for trial, one in possible.items()
+            if trial.data is not None
+        }
         validation = self._validation([*calibrations.values(), *data.values()])
         digest = model_hash(self.source)
         hashes = {f"{EVALUATION_PREFIX}{name}": tokens.content_hash for name, tokens in evaluation.items()}
@@ -184,7 +188,7 @@ class _Preparation:
             try:
                 self._check(trial.start)
             except UsageError as error:
-                raise error.inside("start_from: ") from None
+                raise error.inside("start_from.") from None
 
     def _calibration(self, config: CalibrationConfig) -> TokenSet:
         return self._checked(
@@ -198,6 +202,15 @@ class _Preparation:
                 max_positions=self.shape.max_positions,
             )
         )
+
+    def _retraining_text(self, config: CalibrationConfig, asked_by: PlannedTrial) -> TokenSet:
+        """As a calibration set; an error names the trial's group, not the section `calibration`."""
+        try:
+            return self._calibration(config)
+        except UsageError as error:
+            place = "data" + (error.where or "").removeprefix("calibration")
+            fields = {"allowed": error.allowed, "nearest": error.nearest, "remedy": error.remedy}
+            raise self.space.refusal(asked_by, UsageError(error.what, where=place, **fields)) from None
 
     def _validation(self, calibrations: list[TokenSet]) -> TokenSet | None:
         config = self.space.validation

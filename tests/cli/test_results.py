@@ -44,11 +44,29 @@ def test_the_table_of_a_sweep(raysweep, here):
 def test_what_has_no_room_is_named(raysweep, here, monkeypatch):
     write_sweep(here / "raysweep-results" / "a", quickstart_rows())
     narrow = raysweep("results").out
-    assert "also shows peak_recovery_bytes" in narrow
+    assert "COLUMNS=86, a terminal as wide, or --json also shows output_error_calibration" in narrow
+    assert "0.250" not in numbers_of(narrow)
     monkeypatch.setenv("COLUMNS", "120")
     wide = raysweep("results").out
     assert "also shows" not in wide
-    assert "3.0" in numbers_of(wide)
+    assert {"0.250", "3.0"} <= numbers_of(wide)
+
+
+def test_settings_that_leave_no_room_for_a_cost_are_one_label(raysweep, here):
+    """Words stay whole, and the cost that a sweep is about stays."""
+    made = [row(0, "dense"), row(1, "none")]
+    made += [
+        row(10, "retrain", learning_rate=3e-4, loss="distillation"),
+        row(11, "retrain", learning_rate=3e-3, trainable="lora", lora_rank=8, zero_stage=1),
+        row(12, granularity="matrix", optimizer="exact", learning_rate=None),
+    ]
+    write_sweep(here / "raysweep-results" / "a", made)
+    text = raysweep("results").out
+    assert max(map(len, text.splitlines())) <= 80
+    words = text.split()
+    for word in ("trainable=lora", "lora_rank=8", "loss=distillation", "standalone", "recovery"):
+        assert word in words
+    assert "COLUMNS=" in text
 
 
 def test_masks_of_one_or_two_rows_are_parted_by_what_comes_first(raysweep, here):

@@ -344,7 +344,7 @@ def test_what_retraining_starts_from_is_checked_too(tiny_llama, tiny_text, tmp_p
     group = {"recovery": "retrain", "criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
     space = study_space(tiny_llama, tiny_text, 1, [group | {"start_from": start}])
     with pytest.raises(
-        UsageError, match=r"sweep\[0\]\.start_from: granularity: granularity window:5 is longer"
+        UsageError, match=r"sweep\[0\]\.start_from\.granularity: granularity window:5 is longer"
     ):
         launch(space, storage=tmp_path, in_process=True)
 
