@@ -170,7 +170,8 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         "training_flops",
         REAL,
         "cost",
-        "floating-point operations of recovery, by formula; of a retraining without those of the weights that it starts from",
+        "floating-point operations of recovery, by formula; of a retraining without those of the weights that it "
+        "starts from",
     ),
     Column("optimizer_steps", WHOLE, "cost", "optimizer steps of one unit"),
     Column("tokens_unique", WHOLE, "cost", "distinct calibration tokens that recovery saw"),
