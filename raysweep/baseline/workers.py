@@ -16,7 +16,7 @@ from typing import Any
 from raysweep.baseline.job import RetrainJob
 from raysweep.baseline.plan import RetrainPlan
 from raysweep.errors import NumericalError, RaysweepError, first_line
-from raysweep.shards.retrained import fail, is_over, write_json
+from raysweep.shards.retrained import TRAINING, fail, is_over, write_json
 
 ATTEMPTS = 3  # of one job whose workers end before it does; then it has failed and the others go on
 _ATTEMPT, _ERRORS = "attempt.json", "error-*.json"
@@ -24,7 +24,7 @@ _ATTEMPT, _ERRORS = "attempt.json", "error-*.json"
 
 def forget_attempts(job: RetrainJob) -> None:
     """Attempts count within one launch: one that was interrupted says nothing against the job."""
-    for file in (job.folder / _ATTEMPT, *job.folder.glob(_ERRORS)):
+    for file in (job.folder / _ATTEMPT, job.folder / TRAINING, *job.folder.glob(_ERRORS)):
         file.unlink(missing_ok=True)
 
 

@@ -219,8 +219,8 @@ class ExecutionConfig(BaseModel):
         default="auto",
     )
     compile: Literal["auto", "always", "never"] = setting(
-        "whether the training of units is compiled on GPUs, which takes each shard half a minute and makes it 1.3 to "
-        "1.8 times faster; auto = where the sweep has enough of it",
+        "whether the training of units is compiled on GPUs, which takes each shard half a minute and makes every step "
+        "faster; auto = where the sweep has enough of it",
         default="auto",
     )
     storage: Text | None = setting(

@@ -68,12 +68,9 @@ class DeviceOptimizer:
     @property
     def nbytes(self) -> int:
         """Bytes of float32 masters (where they are copies), gradients, moments and masks."""
-        copies = sum(
-            master.nbytes
-            for master, parameter in zip(self._masters, self._parameters, strict=True)
-            if parameter.dtype != torch.float32
-        )
-        gradients = sum(master.nbytes + parameter.nbytes for master, parameter in self._pairs)
+        pairs = list(zip(self._masters, self._parameters, strict=True))
+        copies = sum(master.nbytes for master, parameter in pairs if parameter.dtype != torch.float32)
+        gradients = sum(master.nbytes + parameter.nbytes for master, parameter in pairs)
         moments = sum(moment.nbytes for each in self._moments for moment in each)
         return copies + gradients + moments + sum(mask.nbytes for mask in self._masks if mask is not None)
 
@@ -98,15 +95,17 @@ class DeviceOptimizer:
         """Raises NumericalError when a parameter is no longer finite."""
         check_finite(self._parameters, self.recipe.learning_rate)
 
-    @property
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self._masters, self._parameters, strict=True))
-
     def _compiled_step(self, gradients: list[Tensor], row_3: Tensor) -> None:
-        step = compiled(_sgd_step if self.recipe.optimizer == "sgd" else _adamw_step)
-        masters = [master.detach() for master in self._masters]
-        limit = self.recipe.max_grad_norm
-        step(self._parameters, masters, self._moments, self._masks, gradients, row_3, limit)
+        compiled(_masked_step)(
+            self.recipe.optimizer,
+            self._parameters,
+            [master.detach() for master in self._masters],
+            self._moments,
+            self._masks,
+            gradients,
+            row_3,
+            self.recipe.max_grad_norm,
+        )
 
     def _fused_step(self, gradients: list[Tensor], row_3: Tensor) -> None:
         self._rate.copy_(row_3[RATE])
@@ -119,7 +118,8 @@ class DeviceOptimizer:
         _lower(self._parameters, [master.detach() for master in self._masters])
 
 
-def _adamw_step(
+def _masked_step(
+    optimizer: str,
     parameters: list[Tensor],
     masters: list[Tensor],
     moments: list[list[Tensor]],
@@ -128,8 +128,22 @@ def _adamw_step(
     row_3: Tensor,
     max_grad_norm: float | None,
 ) -> None:
-    firsts, seconds = moments
-    gradients = _prepared(gradients, masks, max_grad_norm)
+    """A whole step, to be compiled: every tensor's part of it becomes one kernel."""
+    prepared = _prepared(gradients, masks, max_grad_norm)
+    if optimizer == "sgd":
+        _sgd_step(masters, moments[0], prepared, row_3)
+    else:
+        _adamw_step(masters, moments[0], moments[1], prepared, row_3)
+    _lower(parameters, masters)
+
+
+def _adamw_step(
+    masters: list[Tensor],
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    gradients: list[Tensor],
+    row_3: Tensor,
+) -> None:
     torch._foreach_lerp_(firsts, gradients, 1 - BETAS[0])
     torch._foreach_mul_(seconds, BETAS[1])
     torch._foreach_addcmul_(seconds, gradients, gradients, 1 - BETAS[1])
@@ -139,23 +153,12 @@ def _adamw_step(
     changes = torch._foreach_div(firsts, roots)
     torch._foreach_mul_(changes, row_3[SIZE])
     torch._foreach_sub_(masters, changes)
-    _lower(parameters, masters)
 
 
-def _sgd_step(
-    parameters: list[Tensor],
-    masters: list[Tensor],
-    moments: list[list[Tensor]],
-    masks: list[Tensor | None],
-    gradients: list[Tensor],
-    row_3: Tensor,
-    max_grad_norm: float | None,
-) -> None:
-    (momenta,) = moments
+def _sgd_step(masters: list[Tensor], momenta: list[Tensor], gradients: list[Tensor], row_3: Tensor) -> None:
     torch._foreach_mul_(momenta, MOMENTUM)
-    torch._foreach_add_(momenta, _prepared(gradients, masks, max_grad_norm))
+    torch._foreach_add_(momenta, gradients)
     torch._foreach_sub_(masters, torch._foreach_mul(momenta, row_3[RATE]))
-    _lower(parameters, masters)
 
 
 def _prepared(

@@ -24,9 +24,8 @@ FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
 SAVED_PER_LINEAR_OUTPUT = 2.5
 STATISTICS_SIZE = 4  # Gram matrices are float32
-STEPS_GIVEN = (
-    3  # whose inputs and targets a GPU holds: two that are read ahead or in hand, and the recorded one's
-)
+# whose inputs and targets a GPU holds: two that are read ahead or in hand, and the recorded one's
+STEPS_GIVEN = 3
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ KNOWLEDGE_MARGIN = 16 << 20  # for the small things that are kept beside masks a
 SPARE_SHARE = (
     0.5  # of the memory that nobody needs, for inputs of linears; assumption: other programs want some
 )
-
-
 STORE_SHARE = 0.7  # of a GPU's memory, within which all must fit for activations to be kept there; assumption
 
 
