@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -118,22 +118,15 @@ class _Preparation:
     def model(self, planned: list[PlannedTrial], studies: list[Study], first_number: int) -> PreparedModel:
         corners = [corner for study in studies for corner in study.corners()]
         possible = {one.trial: one for one in (*planned, *corners) if not one.trial.is_dense}
-        for trial, one in possible.items():
-            try:
-                self._check(trial)
-            except UsageError as error:
-                raise self.space.refusal(one, error) from None
+        self._check_all(possible)
         criteria = own_criteria(possible)
         for criterion in criteria.values():
             criterion.check(self.shape)
         calibrations = {config: self._calibration(config) for config in self.space.calibrations}
         _check_distinct(calibrations)
         evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
-        data = {
-            trial.data: self._retraining_text(trial.data, one)
-            for trial, one in possible.items()
-            if trial.data is not None
-        }
+        asked_by = {trial.data: one for trial, one in possible.items() if trial.data is not None}
+        data = {config: self._retraining_text(config, one) for config, one in asked_by.items()}
         validation = self._validation([*calibrations.values(), *data.values()])
         digest = model_hash(self.source)
         hashes = {f"{EVALUATION_PREFIX}{name}": tokens.content_hash for name, tokens in evaluation.items()}
@@ -181,6 +174,13 @@ class _Preparation:
             {name: own.for_shards for name, own in criteria.items()},
             {tokens.content_hash: tokens for tokens in (*calibrations.values(), *data.values())},
         )
+
+    def _check_all(self, possible: Mapping[Trial, PlannedTrial]) -> None:
+        for trial, one in possible.items():
+            try:
+                self._check(trial)
+            except UsageError as error:
+                raise self.space.refusal(one, error) from None
 
     def _check(self, trial: Trial) -> None:
         check_trial(trial, self.shape.linears, len(self.shape.blocks))
