@@ -21,7 +21,7 @@ from raysweep.model.shard import ModelShard
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.pruning.statistics import InputStatistics
 from raysweep.reconstruction.activations import batches
-from raysweep.reconstruction.exact import Quadratic, masked_least_squares
+from raysweep.reconstruction.exact import DOUBLE, Precision, Quadratic, masked_least_squares
 from raysweep.reconstruction.measures import CALIBRATION, UnitResult
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import recover_unit
@@ -107,7 +107,7 @@ def float64_loss(blocks: BlockRange) -> float:
     assert layer is not None
     change_OI = layer.masked(linear.weight_OI).double() - linear.weight_OI.double()
     for _ in range(3):  # each goes on where the last one ended, with a residual of its own
-        change_OI = masked_least_squares(Quadratic(gram_II), layer.mask_OI, change_OI).change_OI
+        change_OI = masked_least_squares(Quadratic(gram_II), layer.mask_OI, change_OI, DOUBLE).change_OI
     return Quadratic(gram_II).error(change_OI)
 
 
@@ -132,7 +132,11 @@ def main() -> None:
         exact_s, exact = seconds(lambda blocks=blocks: recovered(blocks, EXACT), blocks.device)
         prune_s, _ = seconds(lambda blocks=blocks: _only_prune(blocks), blocks.device)
         gram_s = gram_seconds(blocks)
-        common = {"shape": shape, "iterations": exact.steps, "precision": "float64 on a float32 Gram matrix"}
+        common = {
+            "shape": shape,
+            "iterations": exact.steps,
+            "precision": str(Precision.of(blocks.device).dtype).removeprefix("torch."),
+        }
         report(
             "exact over one epoch of AdamW",
             round((exact_s - prune_s) / (epoch_s - prune_s), 3),

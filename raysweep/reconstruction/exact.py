@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +14,10 @@ from torch import Tensor
 
 from raysweep.errors import NumericalError
 
-TOLERANCE = (
-    1e-10  # of the loss: when an iteration lowers it by less, twice in succession, the optimum is reached
-)
 NOTHING = 1e-15  # of the loss at zero change: below it a loss is rounding
 MAX_ITERATIONS = 2000  # assumption: far above what trained models need, below endless
+PATIENCE = 512  # iterations in float32: a Gram matrix that needs more is better seen in float64
+CORRECT_AFTER = 128  # iterations: rounding would show by then
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,43 @@ class Quadratic:
 
     def error(self, change_OI: Tensor) -> float:
         """At the change D, float64; rounding below zero is zero."""
-        product_OI = change_OI.double() @ self.gram_II
-        if self.cross_OI is not None:
-            product_OI = product_OI - 2.0 * self.cross_OI
-        return max(float((change_OI.double() * product_OI).sum()) + self.offset, 0.0)
+        return self.residual(change_OI.double())[1]
+
+    def residual(self, change_OI: Tensor) -> tuple[Tensor, float]:
+        """C - D G, which is minus half the gradient, and the error at D; one product gives both."""
+        product_OI = change_OI @ self.gram_II
+        if self.cross_OI is None:
+            return -product_OI, max(float(torch.vdot(change_OI.flatten(), product_OI.flatten())), 0.0)
+        residual_OI = self.cross_OI - product_OI
+        both_OI = residual_OI + self.cross_OI
+        error = self.offset - float(torch.vdot(change_OI.flatten(), both_OI.flatten()))
+        return residual_OI, max(error, 0.0)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what a search iterates. Its residuals are made good by float64 ones: its pace depends on it, not its end.
+
+    tolerance: of the loss; when an iteration lowers it by less, twice in succession, the optimum is reached
+    blind:     of the scaled Gram matrix, whose diagonal is 1: what it does to a direction by less than that is rounding
+    depth:     of a residual's squared length at its last correction: when it has fallen to that, it is corrected again
+    stride:    iterations between two looks at the loss, each of which waits for the device
+    """
+
+    dtype: torch.dtype
+    tolerance: float
+    blind: float
+    depth: float
+    stride: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Precision:
+        """float64 on CPUs, where it costs twice; on GPUs, where it costs more than that, float32."""
+        return MIXED if device.type == "cuda" else DOUBLE
+
+
+DOUBLE = Precision(torch.float64, tolerance=1e-10, blind=1e-14, depth=1e-20, stride=1)
+MIXED = Precision(torch.float32, tolerance=1e-8, blind=1e-6, depth=1e-4, stride=8)
 
 
 @dataclass(frozen=True)
@@ -51,42 +85,138 @@ class Optimum:
     converged: bool
 
 
-def masked_least_squares(problem: Quadratic, free_OI: Tensor, start_OI: Tensor) -> Optimum:
+def masked_least_squares(
+    problem: Quadratic, free_OI: Tensor, start_OI: Tensor, precision: Precision | None = None
+) -> Optimum:
     """Minimizes the quadratic over the free entries of D, by conjugate gradients preconditioned with the diagonal.
 
-    free_OI: bool;  start_OI: where to begin, and what the other entries stay at
+    free_OI: bool;  start_OI: where to begin, and what the other entries stay at;  precision: that of its device
 
     Every row is a problem of its own with step lengths of its own; one product (O, I) x (I, I) an iteration serves all.
     A Gram matrix without full rank is no obstacle: along what it does not see the weights stay where they began, so of
-    several optima it is the one next to them (in the metric of the diagonal).
+    several optima it is the one next to them (in the metric of the diagonal). Now and then, and always at the end, the
+    residual is computed anew in float64, as a reliable update (Clark et al. 2010, arXiv 0911.3191) does it. Where the
+    error has then not fallen by what the iterations promised, the Gram matrix is too near to singular for their
+    precision: what they did since the last time is undone, and float64 goes on.
     Raises NumericalError when numbers are not finite.
     """
-    gram_II, change_OI = problem.gram_II, start_OI.double()
-    free = free_OI.to(gram_II)
-    diagonal_I = gram_II.diagonal()
-    inverse_I = torch.where(diagonal_I > 0, 1.0 / torch.where(diagonal_I > 0, diagonal_I, 1.0), 0.0)
-    residual_OI = (
-        -(change_OI @ gram_II) if problem.cross_OI is None else problem.cross_OI - change_OI @ gram_II
-    )
-    residual_OI = residual_OI * free
-    direction_OI = residual_OI * inverse_I
-    energy_O = (residual_OI * direction_OI).sum(1)
-    loss = _finite(problem.error(change_OI))
-    floor, small_gains = NOTHING * max(loss, problem.offset), 0
-    for iteration in range(1, MAX_ITERATIONS + 1):
-        product_OI = direction_OI @ gram_II
-        step_O = _divided(energy_O, (direction_OI * product_OI).sum(1))
-        change_OI = change_OI + step_O[:, None] * direction_OI
-        gain = _finite(float((step_O * energy_O).sum()))
-        loss = max(loss - gain, 0.0)
-        small_gains = small_gains + 1 if gain <= TOLERANCE * loss + floor else 0
-        if small_gains == 2 or gain == 0.0:
-            return Optimum(change_OI, iteration, True)
-        residual_OI = residual_OI - step_O[:, None] * product_OI * free
-        preconditioned_OI = residual_OI * inverse_I
-        before_O, energy_O = energy_O, (residual_OI * preconditioned_OI).sum(1)
-        direction_OI = preconditioned_OI + _divided(energy_O, before_O)[:, None] * direction_OI
-    return Optimum(change_OI, MAX_ITERATIONS, False)
+    precision = Precision.of(start_OI.device) if precision is None else precision
+    diagonal_I = problem.gram_II.diagonal()
+    scale_I = torch.where(diagonal_I > 0, torch.where(diagonal_I > 0, diagonal_I, 1.0).rsqrt(), 0.0)
+    scaled_II = problem.gram_II * scale_I * scale_I[:, None]
+    change_OI = start_OI.double()
+    residual_OI, loss = problem.residual(change_OI)
+    floor = NOTHING * max(_finite(loss), problem.offset)
+    search = _Search(scaled_II, free_OI, precision)
+    search.correct(residual_OI * scale_I)
+    iterations, promised, last_gains = 0, 0.0, deque[float]([math.inf], maxlen=2)
+    while iterations < MAX_ITERATIONS:
+        gains = torch.stack([search.step() for _ in range(precision.stride)]).tolist()
+        iterations += precision.stride
+        promised += sum(gains)
+        last_gains.extend(gains)
+        calm = max(last_gains) <= precision.tolerance * max(loss - promised, 0.0) + floor or gains[-1] == 0.0
+        due = calm or search.is_to_be_corrected or iterations >= MAX_ITERATIONS
+        if math.isfinite(promised) and not due:
+            continue
+        there_OI, expected = change_OI + search.taken() * scale_I, search.energy
+        residual_OI, loss_there = problem.residual(there_OI)
+        kept = precision == DOUBLE or loss - loss_there >= promised / 2 - floor
+        if kept:
+            change_OI, loss = there_OI, _finite(loss_there)
+        else:
+            residual_OI, _ = problem.residual(change_OI)
+        if precision != DOUBLE and (not kept or iterations >= PATIENCE):
+            precision, search, calm = DOUBLE, _Search(scaled_II, free_OI, DOUBLE), False
+        search.correct(residual_OI * scale_I)
+        if calm and search.energy <= 2 * expected + floor:
+            return Optimum(change_OI, iterations, True)
+        promised = 0.0
+    return Optimum(change_OI, iterations, False)
+
+
+class _Search:
+    """Conjugate gradients for all rows, on a Gram matrix scaled to a diagonal of ones, which is its preconditioner.
+
+    Every tensor here has the dtype of its precision but gains.
+    """
+
+    def __init__(self, scaled_II: Tensor, free_OI: Tensor, precision: Precision) -> None:
+        self._free_OI, self._precision = free_OI, precision
+        exact = precision.dtype == scaled_II.dtype
+        self._times_gram = (lambda x_OI: x_OI @ scaled_II) if exact else _times(scaled_II)
+        self._taken_OI = torch.zeros_like(free_OI, dtype=precision.dtype)
+        self._residual_OI = self._direction_OI = self._taken_OI
+        self._energy_O = self._energy_before_O = torch.zeros_like(self._taken_OI[:, 0])
+        self._energy_at_correction, self._steps = 0.0, 0
+
+    @property
+    def is_to_be_corrected(self) -> bool:
+        """Whether rounding may show by now."""
+        return (
+            self._steps >= CORRECT_AFTER or self.energy <= self._precision.depth * self._energy_at_correction
+        )
+
+    @property
+    def energy(self) -> float:
+        """Squared length of the residual, over all rows; waits for the device."""
+        return float(self._energy_O.double().sum())
+
+    def correct(self, residual_OI: Tensor) -> None:
+        """Replaces the residual by one that is exact, float64, of the change up to here, and goes on from there.
+
+        Rows whose residual had drifted away from it begin anew: their last direction says nothing about it.
+        """
+        self._residual_OI = (residual_OI * self._free_OI).to(self._taken_OI)
+        expected_O, self._energy_O = self._energy_O, _squares(self._residual_OI)
+        self._energy_before_O = self._energy_before_O.where(self._energy_O <= 2 * expected_O, math.inf)
+        self._taken_OI = torch.zeros_like(self._taken_OI)
+        self._energy_at_correction, self._steps = self.energy, 0
+
+    def taken(self) -> Tensor:
+        """The sum of steps since the last correction, float64."""
+        return self._taken_OI.double()
+
+    def step(self) -> Tensor:
+        """Goes to the minimum along every row's direction; by how much the error falls, float64 (), not waited for."""
+        turn_O, energy_O = _divided(self._energy_O, self._energy_before_O), self._energy_O
+        self._direction_OI = torch.addcmul(self._residual_OI, turn_O[:, None], self._direction_OI)
+        product_OI = self._times_gram(self._direction_OI)
+        curvature_O = torch.linalg.vecdot(self._direction_OI, product_OI)
+        seen_O = curvature_O > self._precision.blind * _squares(self._direction_OI)
+        step_O = torch.where(seen_O, _divided(energy_O, curvature_O), 0.0)
+        self._taken_OI.addcmul_(step_O[:, None], self._direction_OI)
+        self._residual_OI.addcmul_(step_O[:, None], product_OI, value=-1).mul_(self._free_OI)
+        self._energy_O, self._energy_before_O = _squares(self._residual_OI), energy_O
+        self._steps += 1
+        return (step_O.double() * energy_O.double()).sum()
+
+
+def _times(scaled_II: Tensor) -> Callable[[Tensor], Tensor]:
+    """Products (O, I) x (I, I) as float32 has them, on the matrix units of a GPU, which take 16 bits at a time.
+
+    Both factors are cut into two float16 of eleven bits each; of their four products the smallest is left out. Rows are
+    brought to a length at which neither part of an entry leaves float16's range; the matrix has a diagonal of ones.
+    """
+    high_II = scaled_II.half()
+    low_II = (scaled_II - high_II).half()
+    parts_PI = torch.cat([high_II, low_II, high_II])
+
+    def product(x_OI: Tensor) -> Tensor:
+        length_O = torch.linalg.vector_norm(x_OI, dim=1, keepdim=True).clamp_min(1e-30) / 256
+        scaled_OI = x_OI / length_O
+        high_OI = scaled_OI.half()
+        left_OP = torch.cat([high_OI, high_OI, (scaled_OI - high_OI).half()], 1)
+        if x_OI.is_cuda:
+            return torch.mm(left_OP, parts_PI, out_dtype=torch.float32).mul_(length_O)
+        return (left_OP.float() @ parts_PI.float()).mul_(length_O)
+
+    return product
+
+
+def _squares(x_OI: Tensor) -> Tensor:
+    """(O), of every row"""
+    return torch.linalg.vector_norm(x_OI, dim=1).square()
 
 
 def _divided(above_O: Tensor, below_O: Tensor) -> Tensor:

@@ -148,8 +148,8 @@ class Solver:
             iterations=optimum.iterations,
             flops=2 * (optimum.iterations + 1) * outputs * inputs**2,
             trainable_parameters=int(free_OI.sum()),
-            nbytes=8
-            * (inputs**2 + 6 * outputs * inputs),  # float64: the Gram matrix, and six of the weight's shape
+            # float64: the Gram matrix as it is, scaled and cut into halves, and seven of the weight's shape
+            nbytes=8 * (3 * inputs**2 + 7 * outputs * inputs),
             fallback=cut_short,
         )
 
