@@ -216,7 +216,8 @@ def _times(scaled_II: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _squares(x_OI: Tensor) -> Tensor:
     """(O), of every row"""
-    return torch.linalg.vector_norm(x_OI, dim=1).square()
+    length_O: Tensor = torch.linalg.vector_norm(x_OI, dim=1)
+    return length_O.square()
 
 
 def _divided(above_O: Tensor, below_O: Tensor) -> Tensor:
