@@ -25,8 +25,8 @@ environment: $(STAMP)  ## build .venv (default)
 sweep: $(STAMP)  ## run the quickstart sweep, or continue it, and print its table
 	@$(BIN)/raysweep launch
 
-test: $(STAMP)  ## run the tests, without the long ones
-	@$(BIN)/python -m pytest -q -m "not long"
+test: $(STAMP)  ## run the tests, without the long ones, a process a core (4 at most) and a module at a time
+	@$(BIN)/python -m pytest -q -m "not long" --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 test-long: $(STAMP)  ## run the long tests: many processes, killed nodes
 	@$(BIN)/python -m pytest -q -m long

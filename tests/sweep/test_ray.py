@@ -161,7 +161,7 @@ def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, spac
 def _processes_of_session(session: int) -> list[str]:
     """Command lines of living processes that descend from the launch, zombies left out."""
     listing = subprocess.run(
-        ["ps", "-eo", "sid,stat,args"], capture_output=True, text=True, check=True
+        ["ps", "-ewwo", "sid,stat,args"], capture_output=True, text=True, check=True
     ).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
     return [row[2] for row in rows if int(row[0]) == session and not row[1].startswith("Z")]
