@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from raysweep.model.shard import ModelShard
 
@@ -24,8 +23,9 @@ def window_losses(shard: ModelShard, hidden_BTH: Tensor, ids_BT: Tensor) -> list
     for piece_BTH, piece_BT in zip(hidden_BTH.split(size), ids_BT.split(size), strict=True):
         logits_BTV = shard.logits(piece_BTH)[:, :-1].float()
         targets_BT = piece_BT[:, 1:].to(logits_BTV.device)
-        loss_N = functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        losses += loss_N.view(targets_BT.shape).double().sum(1).tolist()
+        # On CPUs a tenth of what `cross_entropy` takes beyond the head, which writes every probability.
+        loss_BT = logits_BTV.logsumexp(2) - logits_BTV.gather(2, targets_BT[..., None])[..., 0]
+        losses += loss_BT.double().sum(1).tolist()
     return losses
 
 

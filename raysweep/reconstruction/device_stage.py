@@ -17,7 +17,7 @@ from raysweep.reconstruction.feed import feed
 from raysweep.reconstruction.graphs import StepGraph, beside_the_default_stream
 from raysweep.reconstruction.losses import Loss
 from raysweep.reconstruction.objectives import Objective
-from raysweep.reconstruction.programs import COMPILER_ERRORS, compiled, many_variants
+from raysweep.reconstruction.programs import compiled, is_of_compiler, many_variants
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.stage import UnitTraining
 from raysweep.reconstruction.units import Unit
@@ -73,7 +73,9 @@ class DeviceStage(UnitTraining):
         """Compiles, where this is the first unit of its kind, which takes memory: the peak counts anew behind it."""
         try:
             self._step(*given)
-        except COMPILER_ERRORS as error:
+        except Exception as error:
+            if not (self._compiles and is_of_compiler(error)):
+                raise
             log.warning("%s is trained without being compiled: %s", self.unit.name, first_line(error))
             self.blocks.compiles = self._compiles = False
             self.optimizer.compiles = False

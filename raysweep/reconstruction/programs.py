@@ -13,8 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 from torch.func import functional_call
 
 from raysweep.model.halves import hidden_of
@@ -22,7 +20,6 @@ from raysweep.model.structure import Block
 
 Forward = Callable[..., Tensor]
 MOST_VARIANTS = 256  # structures times shapes times what is trained; torch stops at 8 and goes slow
-COMPILER_ERRORS = (TorchDynamoException, InductorError)
 _TEMPLATES: dict[Hashable, list[nn.Module]] = {}  # by structure
 _CHOSEN: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # the template of a module
 
@@ -43,6 +40,14 @@ def run_compiled(
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled for every shape that it meets."""
     return torch.compile(function, dynamic=False)
+
+
+def is_of_compiler(error: Exception) -> bool:
+    """Whether torch could not compile. It imports its compiler when it first compiles, which takes two seconds."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, TorchDynamoException | InductorError)
 
 
 @contextmanager
