@@ -1,9 +1,9 @@
-"""What a sweep costs beyond its arithmetic: wall-clock against the bare loops of the same trials on all cores.
+"""What a sweep costs beyond its arithmetic: 48 trials through Ray and Tune beside the bare loops of the same trials.
 
-    python benchmarks/economy.py            16 trials at quickstart size, one calibration set, then three
+    python benchmarks/economy.py            4 criteria x 3 sparsities x pruned only, matrix, subblock and block
     python benchmarks/economy.py --quick    the same on a few samples, to try the script
 
-Prints one JSON line per figure. The ratios are taken in one run on one machine: bare loops, then the sweep.
+Prints one JSON line per figure. The ratios are taken in one run on one machine: bare loops, sweep, plain scripts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,29 +23,25 @@ from typing import Any
 
 CORES = len(os.sched_getaffinity(0))
 START_LIMIT_S = 300.0
-SPARSITIES = [0.4, 0.5, 0.6, 0.7]
-QUICK = {
-    "calibration": {"num_samples": 8, "sequence_length": 128},
-    "validation": {"samples": 2},
-    "max_windows": 8,
-}
+CRITERIA = ["magnitude", "wanda", "ria", "sparsegpt"]
+SPARSITIES = [0.5, 0.6, 0.7]
+GRANULARITIES = ["matrix", "subblock", "block"]
+BUILTIN = "builtin:pystdlib"
 
 
-def space_dict(quick: bool, criteria: list[str], sparsities: list[float], seeds: list[int]) -> dict[str, Any]:
-    """Pruned-only and subblock trials of every criterion and sparsity, at the size of the quickstart."""
+def space_dict(quick: bool, criteria: list[str], sparsities: list[float]) -> dict[str, Any]:
+    """Every criterion and sparsity, pruned only and recovered at each granularity."""
     masks = {"criterion": criteria, "sparsity": sparsities}
-    length = QUICK["calibration"]["sequence_length"] if quick else 256
-    windows = {"sequence_length": length, "max_windows": QUICK["max_windows"] if quick else 64}
+    windows = {"sequence_length": 128 if quick else 256, "max_windows": 8 if quick else 32}
     return {
         "name": "economy",
-        "model": {"path": "builtin:pystdlib", "dtype": "float32"},
-        "calibration": {"dataset": "builtin:pystdlib", "seed": seeds}
-        | (QUICK["calibration"] if quick else {}),
-        "validation": QUICK["validation"] if quick else {},
-        "evaluation": {"perplexity": [{"name": "pystdlib", "dataset": "builtin:pystdlib"} | windows]},
+        "model": {"path": BUILTIN, "dtype": "float32"},
+        "calibration": {"dataset": BUILTIN, "num_samples": 8 if quick else 32, "sequence_length": 128},
+        "validation": {"samples": 2 if quick else 8},
+        "evaluation": {"perplexity": [{"name": "pystdlib", "dataset": BUILTIN} | windows]},
         "sweep": [
             {"recovery": "none"} | masks,
-            {"recovery": "reconstruct", "granularity": "subblock", "learning_rate": 1.0e-3} | masks,
+            {"recovery": "reconstruct", "granularity": GRANULARITIES, "learning_rate": 1.0e-3} | masks,
         ],
     }
 
@@ -70,21 +65,19 @@ def bare_loops(data: dict[str, Any], ready: Any, seconds: Any) -> None:
         start = time.perf_counter()
         for phase in model.phases:
             texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
-            set_up(group, plan.ranges, texts, ["subblock"], model.shape)
+            set_up(group, plan.ranges, texts, GRANULARITIES, model.shape)
             for trial in phase.trials:
                 run_trial(group, trial.trial, trial.trial_id, trial.number)
         seconds.put(time.perf_counter() - start)
 
 
-def time_bare_loops(quick: bool, seeds: list[int]) -> float:
+def time_bare_loops(quick: bool) -> float:
     """Seconds of the slowest of one process per core, each with its share of the masks, all at the same time."""
     context = multiprocessing.get_context("spawn")
-    shares = [SPARSITIES[core::CORES] for core in range(CORES)]
-    ready, seconds = context.Barrier(CORES), context.Queue()
+    shares = [CRITERIA[core::CORES] for core in range(min(CORES, len(CRITERIA)))]
+    ready, seconds = context.Barrier(len(shares)), context.Queue()
     processes = [
-        context.Process(
-            target=bare_loops, args=(space_dict(quick, ["magnitude", "wanda"], share, seeds), ready, seconds)
-        )
+        context.Process(target=bare_loops, args=(space_dict(quick, share, SPARSITIES), ready, seconds))
         for share in shares
     ]
     for process in processes:
@@ -93,21 +86,69 @@ def time_bare_loops(quick: bool, seeds: list[int]) -> float:
         process.join()
     if any(process.exitcode for process in processes):
         sys.exit("the bare loops failed")
-    return max(seconds.get() for _ in processes)
+    return max(seconds.get() for _ in processes) * len(shares) / CORES
+
+
+def plain_script(data: dict[str, Any], spared: Any) -> None:
+    """One trial and nothing else, on all cores. Puts into `spared` the seconds of what such a script would not do: the
+    evaluations of the dense and of the only pruned model that a row of ours has beside its own."""
+    from raysweep.config.space import SearchSpace
+    from raysweep.launching.runners import this_node
+    from raysweep.shards.local import LocalGroup
+    from raysweep.shards.plan import make_plan
+    from raysweep.shards.setup import set_up, shard_specs
+    from raysweep.shards.trial import only_pruned, run_trial
+    from raysweep.sweep.planning import workload
+    from raysweep.sweep.prepare import prepare
+
+    model = prepare(SearchSpace.from_dict(data), "cpu")[0]
+    plan = make_plan(model.shape, [this_node()], workload(model), model.dtype, shards=1, threads=CORES)
+    (phase,) = model.phases
+    dense, *others = phase.trials
+    (own,) = [trial for trial in others if len(others) == 1 or not trial.trial.is_pruned_only]
+    with LocalGroup(shard_specs(plan, model.source)) as group:
+        texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
+        set_up(group, plan.ranges, texts, GRANULARITIES, model.shape)
+        start = time.perf_counter()
+        run_trial(group, dense.trial, dense.trial_id, 0)
+        beside = time.perf_counter() - start
+        if not own.trial.is_pruned_only:
+            start = time.perf_counter()
+            pruned = run_trial(group, only_pruned(own.trial), "pruned", 1)
+            beside += time.perf_counter() - start - pruned.columns["seconds_mask"]
+        run_trial(group, own.trial, own.trial_id, 2)
+    spared.put(beside)
+
+
+def time_plain_script(quick: bool, granularity: str | None) -> float:
+    """Seconds of a process from its start to its end, for Wanda at 60 %."""
+    data = space_dict(quick, ["wanda"], [0.6])
+    data["sweep"] = [data["sweep"][granularity is not None]]
+    if granularity is not None:
+        data["sweep"][0]["granularity"] = granularity
+    context = multiprocessing.get_context("spawn")
+    spared = context.Queue()
+    start = time.perf_counter()
+    process = context.Process(target=plain_script, args=(data, spared))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit("a plain script failed")
+    return time.perf_counter() - start - spared.get()
 
 
 class Clock:
     """A display that shows nothing and notes when the group was ready and when the last row came."""
 
     def __init__(self) -> None:
-        self.ready, self.last = 0.0, 0.0
+        self.begun, self.ready, self.trials, self.last = time.perf_counter(), 0.0, 0.0, 0.0
 
     def stage(self, text: str) -> None:
         if text.startswith("Dense pass") and not self.ready:
             self.ready = time.perf_counter()
 
     def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
-        """Nothing: the dense pass is part of the cost."""
+        self.trials = time.perf_counter()
 
     def row(self, row: dict[str, Any]) -> None:
         self.last = time.perf_counter()
@@ -148,45 +189,25 @@ def _core_times() -> list[tuple[int, int]]:
     return [(ticks[3] + ticks[4], sum(ticks)) for core, ticks in cores.items() if core in allowed]
 
 
-def time_sweep(quick: bool, seeds: list[int]) -> dict[str, float]:
+def time_sweep(quick: bool) -> dict[str, Any]:
     """The same trials through Ray and Tune: seconds from the group being ready to the last row."""
     from raysweep.config.space import SearchSpace
     from raysweep.launching.launch import launch
 
-    space = SearchSpace.from_dict(space_dict(quick, ["magnitude", "wanda"], SPARSITIES, seeds))
+    space = SearchSpace.from_dict(space_dict(quick, CRITERIA, SPARSITIES))
     clock, busy = Clock(), list[bool]()
     with tempfile.TemporaryDirectory() as storage, core_use(busy):
         rows = launch(space, storage=storage, address="local", progress=clock)
     assert (rows.status == "finished").all(), rows.error.dropna().tolist()
+    kinds = rows.granularity.fillna("none")[rows.recovery != "dense"]
     return {
-        "trials": len(rows) - 1,
+        "trials": len(kinds),
         "seconds": clock.last - clock.ready,
+        "before_trials": clock.trials - clock.begun,
         "busy_seconds": float(rows.device_seconds.sum()),
+        "busy_by_kind": rows.device_seconds.groupby(kinds).mean().to_dict(),
         "every_core_busy": sum(busy) / max(1, len(busy)),
     }
-
-
-def time_single_launch(quick: bool, group: int) -> float:
-    """Seconds of one command that runs one trial: group 0 is pruned only, 1 is subblock."""
-    data = space_dict(quick, ["wanda"], [0.6], [0])
-    data["sweep"] = [data["sweep"][group]]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "single.yaml"
-        file.write_text(json.dumps(data))  # JSON is YAML
-        command = [
-            sys.executable,
-            "-m",
-            "raysweep",
-            "launch",
-            str(file),
-            "--storage",
-            folder,
-            "--address",
-            "local",
-        ]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return time.perf_counter() - start
 
 
 def report(figure: str, value: float, **more: Any) -> None:
@@ -196,27 +217,24 @@ def report(figure: str, value: float, **more: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few samples, to try the script")
-    parser.add_argument("--one", action="store_true", help="one calibration set only, and no single launches")
-    options = parser.parse_args()
-    for seeds in ([0],) if options.one else ([0], [0, 1, 2]):
-        bare = time_bare_loops(options.quick, seeds)
-        sweep = time_sweep(options.quick, seeds)
-        suffix = f"{len(seeds)} calibration set{'s' * (len(seeds) > 1)}"
+    quick = parser.parse_args().quick
+    bare = time_bare_loops(quick)
+    sweep = time_sweep(quick)
+    seconds = sweep["seconds"]
+    report("sweep over bare loops", seconds / bare, bare_s=round(bare, 1), sweep_s=round(seconds, 1))
+    report("overhead per trial in seconds", (seconds - bare) / sweep["trials"], trials=sweep["trials"])
+    report("seconds from launch to the first trial", sweep["before_trials"])
+    report("busy share of the shards", sweep["busy_seconds"] / (seconds * CORES))
+    report("share of the launch with every core busy", sweep["every_core_busy"])
+    for kind, busy in sweep["busy_by_kind"].items():
+        plain = time_plain_script(quick, None if kind == "none" else kind)
+        in_sweep = busy * seconds / sweep["busy_seconds"]  # its share of the sweep's time on the clock
         report(
-            f"sweep over bare loops, {suffix}",
-            sweep["seconds"] / bare,
-            bare_s=round(bare, 1),
-            sweep_s=round(sweep["seconds"], 1),
+            f"plain script over the sweep, {kind}",
+            plain / in_sweep,
+            plain_s=round(plain, 1),
+            sweep_s=round(in_sweep, 2),
         )
-        overhead = (sweep["seconds"] - bare) / sweep["trials"]
-        report(f"overhead per trial in seconds, {suffix}", overhead, trials=sweep["trials"])
-        report(f"busy share of the shards, {suffix}", sweep["busy_seconds"] / (sweep["seconds"] * CORES))
-        report(f"share of the launch with every core busy, {suffix}", sweep["every_core_busy"])
-        if len(seeds) == 1 and not options.one:
-            singles = 8 * (time_single_launch(options.quick, 0) + time_single_launch(options.quick, 1))
-            report(
-                "16 single launches over the sweep", singles / sweep["seconds"], singles_s=round(singles, 1)
-            )
 
 
 if __name__ == "__main__":
