@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from raysweep.config.trial import Trial
 from raysweep.errors import first_line
 from raysweep.reconstruction.device_optimizer import DeviceOptimizer
+from raysweep.reconstruction.entry_norm import norm_gradient
 from raysweep.reconstruction.feed import feed
 from raysweep.reconstruction.graphs import StepGraph, beside_the_default_stream
 from raysweep.reconstruction.losses import Loss
@@ -92,12 +93,23 @@ class DeviceStage(UnitTraining):
 
     def _step(self, input_BTH: Tensor, target_BTH: Tensor | None = None) -> None:
         compiles = self._compiles and len(input_BTH) == self._full  # a smaller last batch is not worth it
-        output_BTH = self.objective.run(input_BTH, self.trainable.instead(), compiles)
+        output_BTH = self.objective.run(input_BTH, self._tensors(), compiles)
         mean = compiled(_mean_loss) if compiles else _mean_loss
         loss = mean(self._loss, output_BTH, target_BTH)
-        gradients = torch.autograd.grad(loss, self.trainable.parameters)
+        gradients = self._gradients(loss, compiled(norm_gradient) if compiles else norm_gradient)
         self.optimizer.update(gradients, self._table.index_select(0, self._number)[0])
         self._number.add_(1)
+
+    def _gradients(self, loss: Tensor, of_norm: Callable[..., Tensor]) -> list[Tensor]:
+        """Of all that is trained."""
+        apart = {id(norm.parameter) for norm in self._norms}
+        others = [parameter for parameter in self.trainable.parameters if id(parameter) not in apart]
+        by_id = {id(p): g for p, g in zip(others, torch.autograd.grad(loss, others), strict=True)}
+        with torch.no_grad():
+            for norm in self._norms:
+                behind = [by_id[id(weight)] for weight in norm.weights]
+                by_id[id(norm.parameter)] = of_norm(norm.parameter, norm.weights, behind)
+        return [by_id[id(parameter)] for parameter in self.trainable.parameters]
 
 
 def _mean_loss(loss: Loss, output_BTH: Tensor, target_BTH: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from raysweep.config.trial import Trial
 from raysweep.model.linears import Linear
 from raysweep.model.structure import Block
 from raysweep.reconstruction.activations import TextActivations, batches, fetch, keep_rows
+from raysweep.reconstruction.entry_norm import EntryNorm
 from raysweep.reconstruction.feed import in_batches
 from raysweep.reconstruction.losses import LOSSES, batch_error
 from raysweep.reconstruction.measures import CALIBRATION, TextError
@@ -33,6 +34,10 @@ class Objective(Protocol):
 
     def parameter_names(self) -> list[str]:
         """What may be trained: full names of parameters."""
+        ...
+
+    def entry_norms(self) -> list[EntryNorm]:
+        """Norms that the unit begins with and the weights behind them, by full names; where the unit begins here."""
         ...
 
     def run(self, inputs: Tensor, instead: Instead = None, compiles: bool = False) -> Tensor:
@@ -93,6 +98,15 @@ class ModuleObjective:
         A norm that both halves of a parallel block read stays dense: trained by one it would spoil the other.
         """
         return self._names
+
+    def entry_norms(self) -> list[EntryNorm]:
+        if not self.unit.is_first:
+            return []
+        prefix = self.unit.block.prefix
+        return [
+            EntryNorm(f"{prefix}.{entry.norm}", tuple(f"{prefix}.{name}" for name in entry.weights))
+            for entry in self.profiles[0].entry_norms
+        ]
 
     def run(self, inputs_BTH: Tensor, instead: Instead = None, compiles: bool = False) -> Tensor:
         run = run_compiled if compiles else Block.run
@@ -200,6 +214,9 @@ class _Matrix:
 
     def parameter_names(self) -> list[str]:
         return [f"{self.linear.name}.{name}" for name, _ in self.linear.module.named_parameters()]
+
+    def entry_norms(self) -> list[EntryNorm]:
+        return []
 
     def flops(self, samples: int) -> int:
         """Two products a step, each two operations a weight and token."""

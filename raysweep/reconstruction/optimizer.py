@@ -84,21 +84,21 @@ class MaskedOptimizer:
     def gather(self) -> None:
         """Takes over the parameters' gradients as float32 and sets those of removed entries to zero."""
         for master, parameter, low in zip(self.masters, self.parameters, self._low, strict=True):
-            gradient = _gradient(parameter)
+            gradient = gradient_of(parameter)
             if low:
                 master.grad, parameter.grad = gradient.float(), None
         if self._masked:
-            torch._foreach_mul_([_gradient(master) for master in self._masked], self._factors)
+            torch._foreach_mul_([gradient_of(master) for master in self._masked], self._factors)
 
     def squares(self) -> list[float]:
         """Squared norms of the gathered gradients, float64, row by row: sums that no number of threads changes."""
-        rows = (_gradient(master).double().square().sum(-1).flatten() for master in self.masters)
+        rows = (gradient_of(master).double().square().sum(-1).flatten() for master in self.masters)
         return [square for row in rows for square in row.tolist()]
 
     def step(self, factor: float, clip: float = 1.0) -> None:
         """A step on the gathered gradients times `clip`, at `factor` times the learning rate; clears them."""
         if clip != 1.0:
-            torch._foreach_mul_([_gradient(master) for master in self.masters], clip)
+            torch._foreach_mul_([gradient_of(master) for master in self.masters], clip)
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
         self._optimizer.step()
@@ -129,7 +129,8 @@ def master_of(parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().float())
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """That it must have by now."""
     if parameter.grad is None:
         raise RuntimeError("a parameter is trained that the loss does not depend on")
     return parameter.grad

@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from raysweep.reconstruction.entry_norm import EntryNorm, Watch
 from raysweep.reconstruction.flops import flop_counter
 
 Run = Callable[[Tensor], Tensor]
@@ -21,11 +22,13 @@ class UnitProfile:
     """parameters: names within the unit's module that the loss depends on
     step_flops:   of the matrix products and attention of one forward and backward pass
     saved_bytes:  of activations that the forward pass keeps for the backward pass, without its input
+    entry_norms:  whose gradients need no pass back through the linears behind them
     """
 
     parameters: tuple[str, ...]
     step_flops: int
     saved_bytes: int
+    entry_norms: tuple[EntryNorm, ...]
 
 
 def profile_step(module: nn.Module, run: Run, input_BTH: Tensor) -> UnitProfile:
@@ -34,9 +37,11 @@ def profile_step(module: nn.Module, run: Run, input_BTH: Tensor) -> UnitProfile:
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        with flop_counter() as counter:
+        watch = Watch(module)
+        with flop_counter() as counter, watch.watching(input_BTH):
             run(input_BTH).float().square().mean().backward()
         used = tuple(name for name, parameter in parameters.items() if _matters(parameter))
+        entry_norms = watch.found()
         saved = saved_sizes(lambda: run(input_BTH).float().square().mean())
     finally:
         for parameter in parameters.values():
@@ -44,7 +49,7 @@ def profile_step(module: nn.Module, run: Run, input_BTH: Tensor) -> UnitProfile:
             parameter.grad = None
     for given in (input_BTH, *parameters.values()):
         saved.pop(given.untyped_storage()._cdata, None)
-    return UnitProfile(used, counter.get_total_flops(), sum(saved.values()))
+    return UnitProfile(used, counter.get_total_flops(), sum(saved.values()), entry_norms)
 
 
 class _Saved:

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
 from raysweep.reconstruction.activations import fetch
+from raysweep.reconstruction.entry_norm import norm_gradient
 from raysweep.reconstruction.losses import LOSSES
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.objectives import Objective
-from raysweep.reconstruction.optimizer import MaskedOptimizer, clip_factor
-from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.optimizer import MaskedOptimizer, clip_factor, gradient_of
+from raysweep.reconstruction.range import BlockRange, Weights
 from raysweep.reconstruction.trainable import trainable_of
 from raysweep.reconstruction.training import TrainingRecipe
 from raysweep.reconstruction.units import Unit
@@ -50,11 +52,17 @@ class UnitTraining:
         self._inputs = self.objective.inputs(CALIBRATION) if unit.is_first else None
         self._targets = self.objective.targets(CALIBRATION) if unit.is_last else None
         self.trainable = trainable_of(blocks, name, trial, unit, self.objective.parameter_names())
+        self._entry_norms = self.objective.entry_norms()
+        self._norms = self.trainable.behind(self._entry_norms)
 
     def finish(self) -> None:
         """Puts what was trained into the trial's weights. Raises NumericalError when it is not finite."""
         self.optimizer.check()
         self.trainable.finish()
+
+    def _tensors(self) -> Weights:
+        """What the unit runs with: norms whose gradients follow from others' are no part of the graph."""
+        return self.trainable.instead() | {norm.name: norm.parameter.detach() for norm in self._norms}
 
     @property
     def trainable_parameters(self) -> int:
@@ -69,7 +77,23 @@ class UnitTraining:
     @property
     def flops(self) -> int:
         """Of the products of all steps."""
-        return self.objective.flops(sum(len(step.rows) for step in self.steps))
+        samples = sum(len(step.rows) for step in self.steps)
+        tokens = samples * self.blocks.texts[CALIBRATION].activations.tokens
+        return self.objective.flops(samples) - 2 * self._spared_weights() * tokens
+
+    def _spared_weights(self) -> int:
+        """Behind norms that are no part of the graph: nothing asks for the gradient of what these weights take."""
+        tensors = self._tensors()
+        spared = [
+            name
+            for entry in self._entry_norms
+            if entry.norm not in tensors or not tensors[entry.norm].requires_grad
+            for name in entry.weights
+        ]
+        block = self.unit.block
+        return sum(
+            block.module.get_parameter(name.removeprefix(f"{block.prefix}.")).numel() for name in spared
+        )
 
     @property
     def _given_inputs(self) -> Tensor:
@@ -106,7 +130,7 @@ class Stage(UnitTraining):
         else:
             hidden_BTH = hidden_BTH.to(self.blocks.device).requires_grad_(True)
         self._input = hidden_BTH
-        self._output = self.objective.run(hidden_BTH, self.trainable.instead())
+        self._output = self.objective.run(hidden_BTH, self._tensors())
         return self._output.detach()
 
     def backward(self, number: int, gradient_BTH: Tensor | None = None) -> Tensor | None:
@@ -122,8 +146,16 @@ class Stage(UnitTraining):
             self._loss.mean(output_BTH, self._target(number, output_BTH)).backward()
         else:
             output_BTH.backward(gradient_BTH.to(output_BTH))
+        with torch.no_grad():
+            self._derive_gradients()
         self.optimizer.gather()
         return input_BTH.grad
+
+    def _derive_gradients(self) -> None:
+        """Of the norms that are no part of the graph."""
+        for norm in self._norms:
+            behind = [gradient_of(weight) for weight in norm.weights]
+            norm.parameter.grad = norm_gradient(norm.parameter, norm.weights, behind).to(norm.parameter)
 
     def squares(self) -> list[float]:
         """Squared norms of the gathered gradients, where they are clipped; else nothing."""

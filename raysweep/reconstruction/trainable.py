@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from raysweep.config.field_groups import LORA
 from raysweep.config.trial import Trial
 from raysweep.model.linears import Linear
+from raysweep.reconstruction.entry_norm import EntryNorm
 from raysweep.reconstruction.range import BlockRange, Weights
 from raysweep.reconstruction.units import Unit
 
@@ -32,9 +34,22 @@ class Trainable(Protocol):
         """By full name all tensors of the trial that differ from the dense ones, made of the parameters as they are."""
         ...
 
+    def behind(self, norms: Iterable[EntryNorm]) -> list[TrainedNorm]:
+        """Those of the unit's first norms that are trained as the weights behind them are, all of these."""
+        ...
+
     def finish(self) -> None:
         """Writes what was trained into the trial's weights."""
         ...
+
+
+@dataclass(frozen=True)
+class TrainedNorm:
+    """A norm's weight, and those of the linears that take what it gives."""
+
+    name: str
+    parameter: nn.Parameter
+    weights: tuple[nn.Parameter, ...]
 
 
 def trainable_of(
@@ -62,6 +77,14 @@ class OwnTensors:
     def instead(self) -> Weights:
         return _of_unit(self._weights, self._unit) | self._parameters
 
+    def behind(self, norms: Iterable[EntryNorm]) -> list[TrainedNorm]:
+        mine = self._parameters
+        return [
+            TrainedNorm(each.norm, mine[each.norm], tuple(mine[name] for name in each.weights))
+            for each in norms
+            if {each.norm, *each.weights} <= mine.keys() and bool((mine[each.norm] != 0).all())
+        ]
+
     def finish(self) -> None:
         """Nothing."""
 
@@ -87,6 +110,9 @@ class LowRank:
     def instead(self) -> Weights:
         merged = {f"{name}.weight": self._merged(linear) for name, linear in self._unit.linears.items()}
         return _of_unit(self._weights, self._unit) | self._norms | merged
+
+    def behind(self, norms: Iterable[EntryNorm]) -> list[TrainedNorm]:
+        return []
 
     def finish(self) -> None:
         with torch.no_grad():
