@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from raysweep.reconstruction.kept_weights import KeptWeights, can_keep
 from raysweep.reconstruction.optimizer import MOMENTUM, NORM_EPSILON, check_finite, master_of
 from raysweep.reconstruction.programs import compiled
 from raysweep.reconstruction.training import TrainingRecipe
@@ -20,6 +21,7 @@ class DeviceOptimizer:
 
     masks: for every parameter a tensor of its shape, bool, True = kept, or None
     compiles: mask, step and the copy to 16 bits as one kernel a tensor; else torch's own fused step
+    Tensors for which there is a kernel that knows kept weights alone are stepped by that one.
     """
 
     def __init__(
@@ -31,15 +33,35 @@ class DeviceOptimizer:
     ) -> None:
         self.recipe, self.compiles = recipe, compiles
         device = parameters[0].device
-        self._parameters = [parameter.detach() for parameter in parameters]  # the same storage
+        self._all = [parameter.detach() for parameter in parameters]  # the same storage
+        self._kept = self._kept_weights(masks)
+        self._others = [place for place in range(len(parameters)) if place not in self._kept]
+        self._parameters = [self._all[place] for place in self._others]
         self._masters = [
             nn.Parameter(parameter) if parameter.dtype == torch.float32 else master_of(parameter)
             for parameter in self._parameters
         ]
-        self._masks = [None if mask is None else mask.to(device) for mask in masks]
+        others = [masks[place] for place in self._others]
+        self._masks = [None if mask is None else mask.to(device) for mask in others]
         self._rate = torch.zeros((), device=device)
-        self._fused: torch.optim.Optimizer
-        if recipe.optimizer == "sgd":
+        self._fused: torch.optim.Optimizer | None = None
+        self._moments: list[list[Tensor]] = []
+        if self._others:
+            self._start_others()
+
+    def _kept_weights(self, masks: Sequence[Tensor | None]) -> dict[int, KeptWeights]:
+        """By place. Not where gradients are clipped, for which all are seen together first."""
+        if self.recipe.optimizer != "adamw" or self.recipe.max_grad_norm is not None:
+            return {}
+        return {
+            place: KeptWeights(parameter, mask.to(parameter.device))
+            for place, (parameter, mask) in enumerate(zip(self._all, masks, strict=True))
+            if mask is not None and can_keep(parameter, mask)
+        }
+
+    def _start_others(self) -> None:
+        device = self._rate.device
+        if self.recipe.optimizer == "sgd":
             self._moments = [[torch.zeros_like(master) for master in self._masters]]
             self._fused = torch.optim.SGD(self._masters, lr=self._rate, momentum=MOMENTUM, fused=True)
         else:
@@ -53,12 +75,12 @@ class DeviceOptimizer:
                 fused=True,
                 capturable=device.type == "cuda",
             )
-        self._share_moments()
+        self._share_moments(self._fused)
 
-    def _share_moments(self) -> None:
+    def _share_moments(self, fused: torch.optim.Optimizer) -> None:
         """Both ways to step go on where the other one was."""
         for place, master in enumerate(self._masters):
-            state = self._fused.state[master]
+            state = fused.state[master]
             if self.recipe.optimizer == "sgd":
                 state["momentum_buffer"] = self._moments[0][place]
             else:
@@ -72,7 +94,8 @@ class DeviceOptimizer:
         copies = sum(master.nbytes for master, parameter in pairs if parameter.dtype != torch.float32)
         gradients = sum(master.nbytes + parameter.nbytes for master, parameter in pairs)
         moments = sum(moment.nbytes for each in self._moments for moment in each)
-        return copies + gradients + moments + sum(mask.nbytes for mask in self._masks if mask is not None)
+        masks = sum(mask.nbytes for mask in self._masks if mask is not None)
+        return copies + gradients + moments + masks + sum(kept.nbytes for kept in self._kept.values())
 
     def table(self, factors: Sequence[float]) -> Tensor:
         """What changes from step to step, float32 (steps, 3): the learning rate; by AdamW's formula the size of the
@@ -85,15 +108,18 @@ class DeviceOptimizer:
 
     def update(self, gradients: Sequence[Tensor], row_3: Tensor) -> None:
         """A step, with a row of the table."""
+        others = [gradients[place] for place in self._others]
         with torch.no_grad():
-            if self.compiles:
-                self._compiled_step(list(gradients), row_3)
-            else:
-                self._fused_step(list(gradients), row_3)
+            for place, kept in self._kept.items():
+                kept.step(gradients[place], row_3[SIZE], row_3[ROOT], BETAS, EPSILON)
+            if others and self.compiles:
+                self._compiled_step(others, row_3)
+            elif self._fused is not None:
+                self._fused_step(self._fused, others, row_3)
 
     def check(self) -> None:
         """Raises NumericalError when a parameter is no longer finite."""
-        check_finite(self._parameters, self.recipe.learning_rate)
+        check_finite(self._all, self.recipe.learning_rate)
 
     def _compiled_step(self, gradients: list[Tensor], row_3: Tensor) -> None:
         compiled(_masked_step)(
@@ -107,12 +133,12 @@ class DeviceOptimizer:
             self.recipe.max_grad_norm,
         )
 
-    def _fused_step(self, gradients: list[Tensor], row_3: Tensor) -> None:
+    def _fused_step(self, fused: torch.optim.Optimizer, gradients: list[Tensor], row_3: Tensor) -> None:
         self._rate.copy_(row_3[RATE])
         prepared = _prepared(gradients, self._masks, self.recipe.max_grad_norm)
         for master, gradient in zip(self._masters, prepared, strict=True):
             master.grad = gradient
-        self._fused.step()
+        fused.step()
         for master in self._masters:
             master.grad = None
         _lower(self._parameters, [master.detach() for master in self._masters])
