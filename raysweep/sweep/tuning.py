@@ -157,8 +157,9 @@ class _Listener(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A result without a status is that of a rung at which the scheduler stopped the trial."""
-        stopped = {"status": "stopped", "label": trial.config[TRIAL].label}
-        self._on_row(stopped | trial.last_result)
+        planned: SweepTrial = trial.config[TRIAL]
+        stopped = {"status": "stopped", "label": planned.label}
+        self._on_row(stopped | trial.last_result | {"trial_id": planned.trial_id})  # Tune puts its own there
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         planned: SweepTrial = trial.config[TRIAL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -52,7 +53,11 @@ def test_ray_and_the_twin_in_process_give_the_same_numbers(
 
 
 def test_the_cluster_is_left_running_and_empty(make_space, tmp_path, cluster):
-    launch(make_space(), storage=tmp_path, address=cluster)
+    rows = launch(make_space(), storage=tmp_path, address=cluster, trace=True)
+    events = json.loads((tmp_path / "tiny" / "trace.json").read_text())["traceEvents"]
+    traced = {event["args"]["trial"] for event in events if event.get("cat") == "recover"}
+    assert traced, "no call of a trial in the trace"
+    assert not traced & set(rows.trial_id), "a trace names trials as people do"
     ray.init(address=cluster, namespace="raysweep", log_to_driver=False)
     try:
         assert ray.util.list_named_actors(all_namespaces=True) == []
