@@ -31,7 +31,7 @@ class InputStatistics:
     def add(self, x_NI: Tensor) -> None:
         """Adds the rows `x_NI` (any floating dtype; products are accumulated in float32)."""
         self.gram_II.add_(_gram(x_NI))
-        self.sum_I.add_(x_NI.float().sum(0))
+        self.sum_I.add_(x_NI.sum(0, dtype=torch.float32))
         self.rows += x_NI.shape[0]
 
     @property
