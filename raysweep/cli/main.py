@@ -21,6 +21,7 @@ from raysweep.cli.options import (
     Sort,
     Space,
     Storage,
+    Sweep,
     Trace,
 )
 
@@ -106,6 +107,15 @@ def status(name: MaybeSweep = None, storage: Storage = None, as_json: Json = Fal
     from raysweep.cli.status import run_status
 
     run_status(name, storage, as_json)
+
+
+@app.command()
+@guarded
+def stop(name: Sweep, storage: Storage = None) -> None:
+    """End a running sweep as Ctrl-C would, from another shell or host that sees the storage. Its rows are kept."""
+    from raysweep.cli.stop import run_stop
+
+    run_stop(name, storage)
 
 
 @app.command()

@@ -20,6 +20,7 @@ __all__ = [
     "Sort",
     "Space",
     "Storage",
+    "Sweep",
     "Trace",
 ]
 
@@ -88,6 +89,9 @@ MaybeSweep = Annotated[
     typer.Argument(
         metavar="NAME", help="A sweep: its name in the storage, or its folder. Left out, all are shown."
     ),
+]
+Sweep = Annotated[
+    str, typer.Argument(metavar="NAME", help="A sweep: its name in the storage, or its folder.")
 ]
 OnlySweep = Annotated[
     str | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,11 @@ from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
 from raysweep.launching.recorder import recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner
+from raysweep.launching.stopping import stoppable
 from raysweep.launching.tracing import Tracing
 from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
+from raysweep.results.lock import launch_lock, refuse_where_held
 from raysweep.results.reader import load_results, trial_rows
-from raysweep.results.state import SweepState
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
@@ -61,7 +61,7 @@ def launch(
 
 def prepare_launch(space: SearchSpace, folder: Path, device: str, in_process: bool = False) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
-    _refuse_second_launch(folder)
+    refuse_where_held(folder)
     _check_scheduler(space, in_process)
     rows = trial_rows(folder) if folder.exists() else {}
     return Launch(space, folder, prepare(space, device), rows)
@@ -126,21 +126,12 @@ def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
         plans = make_plans(prepared.models, prepared.space, runner.nodes())
         retrain_plans = [prepared.retrain_plan(model, runner.nodes()) for model in prepared.models]
         prepared.folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(prepared.folder)
-        write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
-        tracing = progress if isinstance(progress, Tracing) else None
-        with recorded(prepared, runner, plans[0].shards, progress) as recorder:
-            for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
-                ModelRun(prepared, model, plan, retraining, runner, recorder, tracing).run()
-        if tracing is not None:
-            tracing.write(prepared.folder)
-
-
-def _refuse_second_launch(folder: Path) -> None:
-    state = SweepState.read(folder) if folder.exists() else None
-    here = state is not None and state.host == socket.gethostname()  # of other hosts nobody can say who lives
-    if state is not None and here and state.state == "running" and state.pid != os.getpid():
-        raise UsageError(
-            f"the sweep {state.name!r} is running already, as process {state.pid} on {state.host}",
-            remedy="Wait for it, interrupt it, or choose another --name.",
-        )
+        with launch_lock(prepared.folder), stoppable(prepared.folder):
+            remove_stale_temporaries(prepared.folder)
+            write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
+            tracing = progress if isinstance(progress, Tracing) else None
+            with recorded(prepared, runner, plans[0].shards, progress) as recorder:
+                for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
+                    ModelRun(prepared, model, plan, retraining, runner, recorder, tracing).run()
+            if tracing is not None:
+                tracing.write(prepared.folder)

@@ -58,6 +58,38 @@ def test_name_and_storage(raysweep, space_file, here):
     assert len(load_results(here / "there" / "other")) == 4
 
 
+def test_another_shell_can_stop_a_sweep(raysweep, space_file, here):
+    assert raysweep("stop", "small", "--storage", str(here)).status == 2, "there is none yet"
+    many = "[" + ", ".join(str(n / 100) for n in range(1, 90)) + "]"
+    command = [sys.executable, "-m", "raysweep", "launch", str(space_file), "--in-process", "--set"]
+    process = subprocess.Popen(
+        [*command, f"sweep.0.sparsity={many}", "--storage", str(here)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("[  3/"):
+            break
+    refused = raysweep("launch", space_file, "--in-process", "--storage", str(here))
+    assert refused.status == 2
+    assert f"as process {process.pid} on" in refused.err
+    stopped = raysweep("stop", "small", "--storage", str(here))
+    assert stopped.status == 0, stopped.err
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = len(load_results(here / "small"))
+    assert 3 <= kept < 90
+    assert f"small, process {process.pid} on" in stopped.err
+    assert f"{kept} rows kept" in stopped.err
+    assert raysweep("status", "small", "--storage", str(here), "--json").json["state"] == "interrupted"
+    assert not [*here.rglob("*.lock"), *here.rglob("*.request"), *here.rglob("*.tmp")]
+    again = raysweep("stop", "small", "--storage", str(here))
+    assert again.status == 2
+    assert "not running" in again.err
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )

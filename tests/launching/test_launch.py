@@ -13,6 +13,7 @@ from raysweep.errors import NumericalError, UsageError
 from raysweep.launching.launch import launch
 from raysweep.launching.progress import Silent
 from raysweep.reconstruction import range as block_range
+from raysweep.results.lock import launch_lock
 from raysweep.results.reader import load_results, load_units
 from raysweep.results.state import SweepState
 from raysweep.shards.local import LocalGroup
@@ -222,10 +223,20 @@ def test_results_can_be_loaded_by_name(make_space, tmp_path):
 
 def test_a_second_launch_of_a_running_sweep_is_refused(make_space, tmp_path):
     (tmp_path / "tiny").mkdir()
-    SweepState("tiny", pid=os.getppid()).write(tmp_path / "tiny")
-    with pytest.raises(UsageError, match=f"running already, as process {os.getppid()}"):
+    with (
+        launch_lock(tmp_path / "tiny"),
+        pytest.raises(UsageError, match=f"already, as process {os.getpid()} on"),
+    ):
         launched(make_space(), tmp_path)
     assert not (tmp_path / "tiny" / "trials").exists()
+
+
+def test_the_state_of_a_process_that_is_gone_refuses_nothing(make_space, tmp_path):
+    """Its number may be another's by now."""
+    (tmp_path / "tiny").mkdir()
+    SweepState("tiny", pid=os.getppid()).write(tmp_path / "tiny")
+    assert (launched(make_space(), tmp_path).status == "finished").all()
+    assert not list((tmp_path / "tiny").glob("*.lock"))
 
 
 @pytest.mark.parametrize("method", ["prune", "recover", "forward"])
