@@ -24,7 +24,8 @@ from raysweep.config.space import SearchSpace
 from raysweep.launching.launch import launch
 from raysweep.launching.progress import Silent
 from raysweep.model.builtin import resolve_model_path
-from raysweep.shards.retrained import DONE, RETRAINING, Retrained
+from raysweep.results.folders import RETRAINING
+from raysweep.shards.retrained import DONE, Retrained
 
 MASK = {"criterion": "wanda", "sparsity": 0.6}
 SHAPES = {

@@ -14,7 +14,7 @@ from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
-from raysweep.results.folders import TRIALS, new_sweep_folder, row_files, storage_folder
+from raysweep.results.folders import RETRAINING, TRIALS, new_sweep_folder, row_files, storage_folder
 
 
 def run_launch(
@@ -51,7 +51,7 @@ def _run(space: SearchSpace, tally: Tally, **options: Any) -> Any:
 
 
 def _say_kept(folder: Path) -> None:
-    from raysweep.shards.retrained import DONE, RETRAINING
+    from raysweep.shards.retrained import DONE
 
     kept = sum(1 for _ in row_files(folder, TRIALS))
     retrained = len(list((folder / RETRAINING).glob(f"*/{DONE}")))

@@ -120,6 +120,15 @@ def stop(name: Sweep, storage: Storage = None) -> None:
 
 @app.command()
 @guarded
+def clean(name: Sweep, storage: Storage = None) -> None:
+    """Remove what a sweep keeps beside its rows: state of Ray Tune, weights and checkpoints of retraining."""
+    from raysweep.cli.clean import run_clean
+
+    run_clean(name, storage)
+
+
+@app.command()
+@guarded
 def results(
     name: OnlySweep = None, sort: Sort = None, storage: Storage = None, as_json: Json = False
 ) -> None:

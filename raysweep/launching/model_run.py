@@ -15,6 +15,7 @@ from raysweep.launching.recorder import Recorder
 from raysweep.launching.retraining import Retraining, telling
 from raysweep.launching.runners import Runner
 from raysweep.launching.tracing import Tracing
+from raysweep.results.folders import TUNE
 from raysweep.results.reader import load_results, trial_rows, trial_states
 from raysweep.shards.group_info import GroupInfo
 from raysweep.shards.plan import ShardPlan
@@ -57,7 +58,7 @@ class ModelRun:
             workers = self.retrain_plan.workers_text
             self.progress.stage(f"Starting {workers} for {len(jobs)} retraining{'s' * (len(jobs) > 1)}")
             with telling(jobs, self.progress.stage):
-                self.runner.retrain(jobs, self.retrain_plan, self.prepared.folder / "tune")
+                self.runner.retrain(jobs, self.retrain_plan, self.prepared.folder / TUNE)
         self.prepared = replace(self.prepared, rows=trial_rows(self.prepared.folder))
         self._on_shards(retrained=True)
         self.retraining.clean_up(trial_states(self.prepared.folder))

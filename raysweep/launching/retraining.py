@@ -18,9 +18,9 @@ from raysweep.baseline.workers import forget_attempts
 from raysweep.cluster.nodes import Node
 from raysweep.config.sections import ExecutionConfig
 from raysweep.errors import RaysweepError, ShardLostError
+from raysweep.results.folders import RETRAINING
 from raysweep.shards.group_info import ShardGroup
 from raysweep.shards.retrained import (
-    RETRAINING,
     RetrainingFolders,
     fail,
     failure_in,

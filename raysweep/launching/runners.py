@@ -13,6 +13,7 @@ from raysweep.baseline.job import RetrainJob
 from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.sections import SearchConfig
+from raysweep.results.folders import TUNE
 from raysweep.shards.group_info import ShardSpec
 from raysweep.shards.plan import ShardPlan
 from raysweep.shards.setup import OwnedGroup
@@ -129,7 +130,7 @@ class OnRay:
 
         self._phases += 1
         context = PhaseContext(group.name, self._here, group.info, rows, search)
-        folder, name = rows.folder / "tune", f"phase-{self._phases}"
+        folder, name = rows.folder / TUNE, f"phase-{self._phases}"
         run_phase(context, proposals, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
 
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:

@@ -13,6 +13,7 @@ from raysweep.fingerprint import is_identity
 STORAGE_VARIABLE = "RAYSWEEP_STORAGE"
 DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
+TUNE, RETRAINING = "tune", "retraining"  # while they are needed; nothing in them is a result
 SPACE_FILE, STATE_FILE = "space.yaml", "status.json"
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import NumericalError, RaysweepError
+from raysweep.results.folders import RETRAINING
 from raysweep.results.writer import write_atomically
 
-RETRAINING = "retraining"  # of a sweep's folder, while it is needed
 DONE, FAILED, START, TRAINING = "done.json", "failed.json", "start.json", "training.json"
 
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from raysweep.results.lock import launch_lock
 from raysweep.results.reader import load_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,26 @@ def test_name_and_storage(raysweep, space_file, here):
     ran = raysweep("launch", space_file, "--in-process", "--name", "other", "--storage", "there", "--json")
     assert ran.json["folder"] == str(here / "there" / "other")
     assert len(load_results(here / "there" / "other")) == 4
+
+
+def test_clean_leaves_rows_and_nothing_that_is_none(raysweep, space_file, here):
+    raysweep("launch", space_file, "--in-process")
+    folder = here / "raysweep-results" / "small"
+    before = load_results(folder)
+    kept = {path.name for path in folder.iterdir()}
+    for name in ("tune", "retraining"):
+        (folder / name / "deep").mkdir(parents=True)
+        (folder / name / "deep" / "file").write_bytes(b"x" * 5000)
+    with launch_lock(folder):
+        refused = raysweep("clean", "small")
+    assert refused.status == 2
+    assert "running already" in refused.err
+    assert (folder / "tune").exists()
+    cleaned = raysweep("clean", "small")
+    assert cleaned.status == 0, cleaned.err
+    assert "small: 10 KB removed; 4 rows kept" in cleaned.err
+    assert {path.name for path in folder.iterdir()} == kept
+    pd.testing.assert_frame_equal(load_results(folder), before)
 
 
 def test_another_shell_can_stop_a_sweep(raysweep, space_file, here):

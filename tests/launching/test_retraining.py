@@ -10,9 +10,10 @@ from raysweep.baseline import retrain as module
 from raysweep.errors import UsageError
 from raysweep.launching.launch import launch, prepare_launch
 from raysweep.launching.retraining import Retraining
+from raysweep.results.folders import RETRAINING
 from raysweep.results.reader import load_results, load_units
 from raysweep.shards.recovery import Recovery
-from raysweep.shards.retrained import RETRAINING, StartCost
+from raysweep.shards.retrained import StartCost
 from tests.frames import assert_same_numbers
 
 MASK = {"criterion": "wanda", "sparsity": 0.5}
