@@ -21,7 +21,7 @@ class DeviceOptimizer:
 
     masks: for every parameter a tensor of its shape, bool, True = kept, or None
     compiles: mask, step and the copy to 16 bits as one kernel a tensor; else torch's own fused step
-    Tensors for which there is a kernel that knows kept weights alone are stepped by that one.
+    Masked tensors in 16 bits are stepped by a kernel that has kept weights alone, where AdamW clips no gradients.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DeviceOptimizer:
         return {
             place: KeptWeights(parameter, mask.to(parameter.device))
             for place, (parameter, mask) in enumerate(zip(self._all, masks, strict=True))
-            if mask is not None and can_keep(parameter, mask)
+            if mask is not None and can_keep(parameter)
         }
 
     def _start_others(self) -> None:
@@ -110,12 +110,14 @@ class DeviceOptimizer:
         """A step, with a row of the table."""
         others = [gradients[place] for place in self._others]
         with torch.no_grad():
-            for place, kept in self._kept.items():
-                kept.step(gradients[place], row_3[SIZE], row_3[ROOT], BETAS, EPSILON)
             if others and self.compiles:
-                self._compiled_step(others, row_3)
+                self._compiled_step(
+                    others, row_3
+                )  # first: where it cannot be compiled the step is taken again
             elif self._fused is not None:
                 self._fused_step(self._fused, others, row_3)
+            for place, kept in self._kept.items():
+                kept.step(gradients[place], row_3[SIZE], row_3[ROOT], BETAS, EPSILON)
 
     def check(self) -> None:
         """Raises NumericalError when a parameter is no longer finite."""

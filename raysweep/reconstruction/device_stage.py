@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class DeviceStage(UnitTraining):
         records = device.type == "cuda" and len(self.steps) >= GRAPH_FROM_STEPS
         graph: StepGraph | None = None
         with (
-            many_variants(),
+            many_variants() if self._compiles else nullcontext(),
             feed(sources, [step.rows for step in self.steps], device) as samples,
             beside_the_default_stream(device),
         ):

@@ -78,7 +78,7 @@ MIXED = Precision(torch.float32, tolerance=1e-8, blind=1e-6, depth=1e-4, stride=
 
 @dataclass(frozen=True)
 class Optimum:
-    """change_OI: float64;  iterations: products with the Gram matrix that it took;  converged: else it was cut short"""
+    """change_OI: float64;  iterations: each a product with the Gram matrix;  converged: else it was cut short"""
 
     change_OI: Tensor
     iterations: int
@@ -97,7 +97,8 @@ def masked_least_squares(
     several optima it is the one next to them (in the metric of the diagonal). Now and then, and always at the end, the
     residual is computed anew in float64, as a reliable update (Clark et al. 2010, arXiv 0911.3191) does it. Where the
     error has then not fallen by what the iterations promised, the Gram matrix is too near to singular for their
-    precision: what they did since the last time is undone, and float64 goes on.
+    precision: what they did since the last time is undone, and float64 goes on; as it does where they see nothing in a
+    direction that may still matter, or have taken long.
     Raises NumericalError when numbers are not finite.
     """
     precision = Precision.of(start_OI.device) if precision is None else precision
@@ -126,7 +127,8 @@ def masked_least_squares(
             change_OI, loss = there_OI, _finite(loss_there)
         else:
             residual_OI, _ = problem.residual(change_OI)
-        if precision != DOUBLE and (not kept or iterations >= PATIENCE):
+        blind = calm and search.unseen_loss > precision.tolerance * loss
+        if precision != DOUBLE and (not kept or blind or iterations >= PATIENCE):
             precision, search, calm = DOUBLE, _Search(scaled_II, free_OI, DOUBLE), False
         search.correct(residual_OI * scale_I)
         if calm and search.energy <= 2 * expected + floor:
@@ -148,7 +150,13 @@ class _Search:
         self._taken_OI = torch.zeros_like(free_OI, dtype=precision.dtype)
         self._residual_OI = self._direction_OI = self._taken_OI
         self._energy_O = self._energy_before_O = torch.zeros_like(self._taken_OI[:, 0])
+        self._unseen_energy = torch.zeros((), dtype=torch.float64, device=free_OI.device)
         self._energy_at_correction, self._steps = 0.0, 0
+
+    @property
+    def unseen_loss(self) -> float:
+        """What the error would fall by in rows whose direction is unseen, were it only just unseen."""
+        return float(self._unseen_energy) / self._precision.blind
 
     @property
     def is_to_be_corrected(self) -> bool:
@@ -185,9 +193,11 @@ class _Search:
         curvature_O = torch.linalg.vecdot(self._direction_OI, product_OI)
         seen_O = curvature_O > self._precision.blind * _squares(self._direction_OI)
         step_O = torch.where(seen_O, _divided(energy_O, curvature_O), 0.0)
+        self._unseen_energy = (energy_O.double() * ~seen_O).sum()
         self._taken_OI.addcmul_(step_O[:, None], self._direction_OI)
         self._residual_OI.addcmul_(step_O[:, None], product_OI, value=-1).mul_(self._free_OI)
-        self._energy_O, self._energy_before_O = _squares(self._residual_OI), energy_O
+        self._energy_O = _squares(self._residual_OI)
+        self._energy_before_O = energy_O.where(seen_O, math.inf)  # rows whose direction is unseen begin anew
         self._steps += 1
         return (step_O.double() * energy_O.double()).sum()
 

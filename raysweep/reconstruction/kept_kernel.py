@@ -21,8 +21,9 @@ def adamw(
     size,
     root,
     count,
-    beta1,
+    rest1,
     beta2,
+    rest2,
     epsilon,
     TILE: tl.constexpr,
 ):
@@ -37,8 +38,8 @@ def adamw(
     master = tl.load(masters + place, mask=keep, other=0.0)
     first = tl.load(firsts + place, mask=keep, other=0.0)
     second = tl.load(seconds + place, mask=keep, other=0.0)
-    first += (gradient - first) * (1.0 - beta1)
-    second = second * beta2 + gradient * gradient * (1.0 - beta2)
+    first += (gradient - first) * rest1
+    second = second * beta2 + gradient * gradient * rest2
     master -= first / (tl.sqrt(second) / tl.load(root) + epsilon) * tl.load(size)
     tl.store(masters + place, master, mask=keep)
     tl.store(firsts + place, first, mask=keep)

@@ -6,23 +6,44 @@ gradient, the mask, the 16-bit weight); one that has only kept weights moves 5 +
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from raysweep.errors import first_line
+
+log = logging.getLogger(__name__)
+
 TILE = 1024  # weights of one program
 
 
-def can_keep(parameter: Tensor, mask: Tensor | None) -> bool:
-    """Whether there is a kernel for it: 16-bit weights under a mask, on a GPU, with Triton."""
+def can_keep(parameter: Tensor) -> bool:
+    """Whether there is a kernel for it: 16-bit weights on a GPU, with a Triton that works."""
     return (
-        mask is not None
-        and parameter.is_cuda
+        parameter.is_cuda
         and parameter.dtype in (torch.bfloat16, torch.float16)
         and parameter.is_contiguous()
-        and find_spec("triton") is not None
+        and _works(parameter.device)
     )
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Found by trying: Triton needs a C compiler and Python's headers when it builds a kernel."""
+    if find_spec("triton") is None:
+        return False
+    weights, one = torch.zeros(TILE, dtype=torch.bfloat16, device=device), torch.ones((), device=device)
+    try:
+        kept = KeptWeights(weights, torch.ones_like(weights, dtype=torch.bool))
+        kept.step(weights.clone(), one, one, (0.9, 0.999), 1e-8)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever it lacks, AdamW works without
+        log.warning("AdamW keeps state of removed weights as well: %s", first_line(error))
+        return False
+    return True
 
 
 class KeptWeights:
@@ -64,8 +85,9 @@ class KeptWeights:
             size,
             root,
             weights,
-            betas[0],
+            1.0 - betas[0],  # here: in float32 the rest of 0.999 is 1e-5 too small
             betas[1],
+            1.0 - betas[1],
             epsilon,
             TILE=TILE,
         )

@@ -43,7 +43,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_of_compiler(error: Exception) -> bool:
-    """Whether torch could not compile. It imports its compiler when it first compiles, which takes two seconds."""
+    """Whether torch could not compile. Its compiler takes two seconds to import, which those that never train save."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 

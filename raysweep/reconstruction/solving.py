@@ -12,7 +12,7 @@ from torch import Tensor
 from raysweep.config.trial import Trial
 from raysweep.pruning.statistics import InputStatistics
 from raysweep.reconstruction.activations import batches, fetch
-from raysweep.reconstruction.exact import Optimum, Quadratic, masked_least_squares
+from raysweep.reconstruction.exact import DOUBLE, Optimum, Precision, Quadratic, masked_least_squares
 from raysweep.reconstruction.measures import CALIBRATION, TextError
 from raysweep.reconstruction.objectives import dense_linear_inputs, stream_linear_inputs
 from raysweep.reconstruction.range import BlockRange
@@ -148,10 +148,16 @@ class Solver:
             iterations=optimum.iterations,
             flops=2 * (optimum.iterations + 1) * outputs * inputs**2,
             trainable_parameters=int(free_OI.sum()),
-            # float64: the Gram matrix as it is, scaled and cut into halves, and seven of the weight's shape
-            nbytes=8 * (3 * inputs**2 + 7 * outputs * inputs),
+            nbytes=solving_bytes(outputs, inputs, Precision.of(free_OI.device)),
             fallback=cut_short,
         )
+
+
+def solving_bytes(outputs: int, inputs: int, precision: Precision) -> int:
+    """In float64 the Gram matrix as it is and scaled, and seven of the weight's shape; with float32 iterations also the
+    scaled one's halves, one of which is at first in float64."""
+    halves = 0 if precision == DOUBLE else 12
+    return (16 + halves) * inputs**2 + 56 * outputs * inputs
 
 
 def _augmented(statistics: InputStatistics, has_bias: bool) -> Tensor:

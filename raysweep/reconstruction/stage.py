@@ -83,13 +83,8 @@ class UnitTraining:
 
     def _spared_weights(self) -> int:
         """Behind norms that are no part of the graph: nothing asks for the gradient of what these weights take."""
-        tensors = self._tensors()
-        spared = [
-            name
-            for entry in self._entry_norms
-            if entry.norm not in tensors or not tensors[entry.norm].requires_grad
-            for name in entry.weights
-        ]
+        in_graph = self.trainable.names - {norm.name for norm in self._norms}
+        spared = [name for entry in self._entry_norms if entry.norm not in in_graph for name in entry.weights]
         block = self.unit.block
         return sum(
             block.module.get_parameter(name.removeprefix(f"{block.prefix}.")).numel() for name in spared

@@ -30,6 +30,11 @@ class Trainable(Protocol):
     parameters: list[nn.Parameter]
     masks: list[Tensor | None]
 
+    @property
+    def names(self) -> set[str]:
+        """Full names of the unit's own tensors among them."""
+        ...
+
     def instead(self) -> Weights:
         """By full name all tensors of the trial that differ from the dense ones, made of the parameters as they are."""
         ...
@@ -74,6 +79,10 @@ class OwnTensors:
         self.parameters = list(self._parameters.values())
         self.masks = [stored_mask(blocks, name, unit, full) for full in self._parameters]
 
+    @property
+    def names(self) -> set[str]:
+        return set(self._parameters)
+
     def instead(self) -> Weights:
         return _of_unit(self._weights, self._unit) | self._parameters
 
@@ -106,6 +115,10 @@ class LowRank:
         self._masks = {full: stored_mask(blocks, name, unit, f"{full}.weight") for full in unit.linears}
         self.parameters = [*(part for pair in self._factors.values() for part in pair), *self._norms.values()]
         self.masks: list[Tensor | None] = [None] * len(self.parameters)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._norms)
 
     def instead(self) -> Weights:
         merged = {f"{name}.weight": self._merged(linear) for name, linear in self._unit.linears.items()}

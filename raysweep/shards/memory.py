@@ -21,6 +21,8 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 768 << 20
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
+# per number of a Gram matrix and of a weight while a matrix is solved for: upper bounds of what `reconstruction` counts
+SOLVING_GRAM, SOLVING_WEIGHT = 28, 56
 # numbers kept for backward, per output of every linear and token; measured, Llama block
 SAVED_PER_LINEAR_OUTPUT = 2.5
 STATISTICS_SIZE = 4  # Gram matrices are float32
@@ -190,7 +192,7 @@ def _largest_recovery(blocks: Sequence[BlockShape], model: ModelShape, size: int
     span = min(work.span, len(each))
     trained = max(sum(each[first : first + span]) for first in range(len(each) - span + 1))
     shapes = [shape for block in blocks for shape in block.linears.values()]
-    solved = max(8 * (inputs**2 + 6 * outputs * inputs) for outputs, inputs in shapes) * work.exact
+    solved = work.exact * max(SOLVING_GRAM * inputs**2 + SOLVING_WEIGHT * o * inputs for o, inputs in shapes)
     open_at_once = work.concurrent_trials if work.span > 1 else 1
     return max(trained * open_at_once, solved)
 

@@ -164,7 +164,8 @@ class _Listener(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         planned: SweepTrial = trial.config[TRIAL]
         self._on_lost(planned.trial_id, planned.number)
-        self._on_row({"status": "failed", "label": planned.label, "error": "the process of the trial ended"})
+        failed = {"status": "failed", "label": planned.label, "trial_id": planned.trial_id}
+        self._on_row(failed | {"error": "the process of the trial ended"})
 
 
 def _nobody(*_: Any) -> None:

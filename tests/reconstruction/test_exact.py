@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from raysweep.errors import NumericalError
 from raysweep.pruning.recipe import MaskRecipe
+from raysweep.reconstruction import exact
 from raysweep.reconstruction.exact import DOUBLE, MAX_ITERATIONS, MIXED, Quadratic, masked_least_squares
+from raysweep.reconstruction.solving import solving_bytes
+from raysweep.shards.memory import SOLVING_GRAM, SOLVING_WEIGHT
 from tests.families import make_model
 from tests.reconstruction.ranges import (
     IDS,
@@ -108,6 +111,40 @@ def test_where_float32_is_blind_float64_goes_on(steepness):
     double, mixed = (masked_least_squares(problem, free, start, p) for p in (DOUBLE, MIXED))
     at_start = problem.error(start)
     assert problem.error(mixed.change_OI) <= problem.error(double.change_OI) + 1e-9 * at_start
+
+
+@pytest.mark.parametrize("precision", [DOUBLE, MIXED])
+@pytest.mark.parametrize("apart", [1e-3, 3e-4, 1e-4])
+def test_what_only_float64_can_tell_apart_is_told_apart(apart, precision):
+    """Two inputs that are nearly one, and a target that is their difference."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 16, generator=generator, dtype=torch.float64)
+    x[:, 1] = x[:, 0] + apart * x[:, 2]
+    start = torch.zeros(2, 16, dtype=torch.float64)
+    start[0, 2] = start[1, 5] = -1.0
+    free = torch.zeros(2, 16, dtype=torch.bool)
+    free[0, :2] = free[1, 6:9] = True
+    problem = Quadratic(x.T @ x)
+    optimum = masked_least_squares(problem, free, start, precision)
+    best = least_squares(x, torch.zeros(400, 2), free, start)
+    assert problem.error(optimum.change_OI) <= problem.error(best) + 1e-4 * problem.error(start)
+
+
+def test_an_infinite_direction_is_left_to_float64(monkeypatch):
+    """Where products in float32 give NaN nothing of them is kept."""
+    monkeypatch.setattr(exact, "_times", lambda scaled_II: lambda x_OI: x_OI * math.nan)
+    problem = problem_of(correlated(32, 200, 0.5))
+    free = torch.rand(4, 32, generator=torch.Generator().manual_seed(1)) < 0.4
+    start = torch.where(free, 0.0, -1.0)
+    double, mixed = (masked_least_squares(problem, free, start, p) for p in (DOUBLE, MIXED))
+    assert mixed.converged
+    torch.testing.assert_close(mixed.change_OI, double.change_OI)
+
+
+def test_the_plan_has_room_for_what_solving_takes():
+    for precision in (DOUBLE, MIXED):
+        most = SOLVING_GRAM * 300**2 + SOLVING_WEIGHT * 200 * 300
+        assert solving_bytes(200, 300, precision) <= most
 
 
 def test_dead_and_duplicated_inputs_leave_weights_where_they_began_or_share_what_is_to_be_done():

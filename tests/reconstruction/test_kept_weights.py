@@ -13,15 +13,13 @@ RECIPE = TrainingRecipe("adamw", 1e-2, 1, 1, False, 0.0, None, 0)
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_there_is_a_kernel_for_16_bits_under_a_mask_on_a_gpu_only():
-    mask = torch.ones(4, 4, dtype=torch.bool)
-    assert not can_keep(torch.zeros(4, 4, dtype=torch.bfloat16), mask)
+def test_there_is_a_kernel_for_16_bits_on_a_gpu_only():
+    assert not can_keep(torch.zeros(4, 4, dtype=torch.bfloat16))
     if torch.cuda.is_available():
         weight = torch.zeros(4, 4, dtype=torch.bfloat16, device="cuda")
-        assert can_keep(weight, mask)
-        assert not can_keep(weight, None)
-        assert not can_keep(weight.float(), mask)
-        assert not can_keep(weight.T[1:], mask[1:])
+        assert can_keep(weight)
+        assert not can_keep(weight.float())
+        assert not can_keep(weight.T[1:])
 
 
 @on_a_gpu
