@@ -140,7 +140,7 @@ def masked_least_squares(
 class _Search:
     """Conjugate gradients for all rows, on a Gram matrix scaled to a diagonal of ones, which is its preconditioner.
 
-    Every tensor here has the dtype of its precision but gains.
+    Tensors have the dtype of its precision, sums over rows are float64.
     """
 
     def __init__(self, scaled_II: Tensor, free_OI: Tensor, precision: Precision) -> None:
