@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,28 @@ def test_errors_of_shards_arrive_as_what_they_are(tiny_llama, cluster):
             )
         with pytest.raises(RaysweepError, match="not ready after 3 s"):
             RayGroup.start("large", [spec], Resources(50.0), timeout_s=3)
+        assert ray.util.list_named_actors(all_namespaces=True) == []
+    finally:
+        ray.shutdown()
+
+
+def test_a_shard_that_ends_before_it_has_loaded_is_started_once_more(tiny_llama, cluster):
+    spec = ShardSpec(str(tiny_llama), None, False, "float32", 0, 4)
+
+    def kill_the_first() -> None:
+        while True:
+            with suppress(ValueError):  # not there yet
+                ray.kill(ray.get_actor("raysweep/once/0", "raysweep"))
+                return
+
+    ray.init(address=cluster, namespace="raysweep", log_to_driver=False)
+    try:
+        killer = threading.Thread(target=kill_the_first, daemon=True)
+        killer.start()
+        with RayGroup.start("once", [spec], Resources(0.5), timeout_s=120) as group:
+            killer.join(timeout=10)
+            assert group.name == "once/again"
+            assert group.result(group.submit(0, 0, "text_batches", 3, 2048)) == [(0, 1), (1, 2), (2, 3)]
         assert ray.util.list_named_actors(all_namespaces=True) == []
     finally:
         ray.shutdown()
