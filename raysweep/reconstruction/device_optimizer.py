@@ -111,9 +111,8 @@ class DeviceOptimizer:
         others = [gradients[place] for place in self._others]
         with torch.no_grad():
             if others and self.compiles:
-                self._compiled_step(
-                    others, row_3
-                )  # first: where it cannot be compiled the step is taken again
+                # Before the kept ones: where this cannot be compiled, the whole step is taken again.
+                self._compiled_step(others, row_3)
             elif self._fused is not None:
                 self._fused_step(self._fused, others, row_3)
             for place, kept in self._kept.items():

@@ -80,20 +80,24 @@ def test_clean_leaves_rows_and_nothing_that_is_none(raysweep, space_file, here):
     pd.testing.assert_frame_equal(load_results(folder), before)
 
 
-def test_another_shell_can_stop_a_sweep(raysweep, space_file, here):
-    assert raysweep("stop", "small", "--storage", str(here)).status == 2, "there is none yet"
+def in_the_middle_of_many(space_file: Path, storage: Path) -> subprocess.Popen[str]:
+    """A launch of ninety trials, of which three are done."""
     many = "[" + ", ".join(str(n / 100) for n in range(1, 90)) + "]"
     command = [sys.executable, "-m", "raysweep", "launch", str(space_file), "--in-process", "--set"]
     process = subprocess.Popen(
-        [*command, f"sweep.0.sparsity={many}", "--storage", str(here)],
+        [*command, f"sweep.0.sparsity={many}", "--storage", str(storage)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         text=True,
     )
-    for line in process.stderr:
-        if line.startswith("[  3/"):
-            break
+    next(line for line in process.stderr if line.startswith("[  3/"))
+    return process
+
+
+def test_another_shell_can_stop_a_sweep(raysweep, space_file, here):
+    assert raysweep("stop", "small", "--storage", str(here)).status == 2, "there is none yet"
+    process = in_the_middle_of_many(space_file, here)
     refused = raysweep("launch", space_file, "--in-process", "--storage", str(here))
     assert refused.status == 2
     assert f"as process {process.pid} on" in refused.err
@@ -116,19 +120,8 @@ def test_another_shell_can_stop_a_sweep(raysweep, space_file, here):
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )
 def test_a_signal_keeps_finished_rows_and_the_same_command_continues(space_file, here, number, status):
-    many = "[" + ", ".join(str(n / 100) for n in range(1, 90)) + "]"
-    command = [sys.executable, "-m", "raysweep", "launch", str(space_file), "--in-process", "--set"]
-    process = subprocess.Popen(
-        [*command, f"sweep.0.sparsity={many}", "--storage", str(here)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stderr:
-        if line.startswith("[  3/"):
-            process.send_signal(number)
-            break
+    process = in_the_middle_of_many(space_file, here)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert out == ""
