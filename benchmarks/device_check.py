@@ -3,7 +3,8 @@
     python benchmarks/device_check.py [--space SPACE.yaml] [--output DIR]      default space: the quickstart
 
 Prints one JSON line per comparison: the largest relative difference of perplexities between CPU and device, in float32
-and in bfloat16, whether removed weights are exactly zero, and the seconds of both. Needs an NVIDIA GPU.
+and in bfloat16, and what the number format itself does on the CPU; whether removed weights are exactly zero, and the
+seconds of both. Needs an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pandas as pd
 
 from raysweep.config.trial import Trial
 
+DTYPES = ("float32", "bfloat16")
 QUALITY = ["perplexity", "validation_perplexity", "pruned_perplexity"]
 KEY = [*(name for name in Trial.model_fields), "sparsity_by_name"]
 
@@ -40,16 +42,16 @@ def run(
     return rows, time.perf_counter() - start
 
 
-def cpu_reference(file: str, storage: Path) -> pd.DataFrame:
+def cpu_reference(file: str, dtype: str, storage: Path) -> pd.DataFrame:
     """The same sweep by a process that sees no accelerator."""
     from raysweep.results.reader import load_results
 
     start = time.perf_counter()
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, "--space", file, "--cpu-reference", str(storage)]
+    command = [sys.executable, __file__, "--space", file, "--cpu-reference", dtype, "--output", str(storage)]
     subprocess.run(command, env=environment, check=True)
-    report(f"{file} on 8 CPU threads, in process", seconds=round(time.perf_counter() - start, 1))
-    return load_results("cpu", storage)
+    report(f"{file} on 8 CPU threads in {dtype}, in process", seconds=round(time.perf_counter() - start, 1))
+    return load_results(f"cpu-{dtype}", storage)
 
 
 def report(figure: str, **values: Any) -> None:
@@ -85,14 +87,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--space", default="quickstart", help="a search space, by path or name")
     parser.add_argument("--output", type=Path, help="keep the rows as Parquet in this folder")
-    parser.add_argument("--cpu-reference", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cpu-reference", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cpu_reference:
         run(
             options.space,
-            "cpu",
-            options.cpu_reference,
-            ["execution.threads_per_worker=8", "execution.shards=1"],
+            f"cpu-{options.cpu_reference}",
+            options.output,
+            [
+                f"model.dtype={options.cpu_reference}",
+                "execution.threads_per_worker=8",
+                "execution.shards=1",
+            ],
             in_process=True,
         )
         return
@@ -100,19 +106,19 @@ def main() -> None:
         parser.error("no accelerator that torch can use")
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
-        cpu = cpu_reference(options.space, storage)
-        for dtype in ("float32", "bfloat16"):
+        cpu = {dtype: cpu_reference(options.space, dtype, storage) for dtype in DTYPES}
+        compare("bfloat16 against float32, both on the CPU", cpu["bfloat16"], cpu["float32"])
+        for dtype in DTYPES:
             rows, seconds = run(options.space, dtype, storage, [f"model.dtype={dtype}"], address="local")
             report(
                 f"{options.space} on the device in {dtype}, over Ray",
                 seconds=round(seconds, 1),
                 shards=int(rows.shards.iloc[0]),
             )
-            compare(f"{dtype} on the device against float32 on the CPU", rows, cpu)
+            compare(f"{dtype} on the device against {dtype} on the CPU", rows, cpu[dtype])
             if options.output:
                 rows.to_parquet(options.output / f"{dtype}.parquet")
-        if options.output:
-            cpu.to_parquet(options.output / "cpu.parquet")
+                cpu[dtype].to_parquet(options.output / f"cpu-{dtype}.parquet")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,14 @@ def plain_loop(
     scaler = torch.amp.GradScaler("cuda")
     inputs = blocks.texts[CALIBRATION].activations.inputs
     given, target = (inputs[place][:batch].to("cuda").float() for place in (0, 1))
+    known = block.arguments
+    if attention == "eager":  # which takes causality from a mask alone, made in the dtype of the model
+        causal_TT = torch.full([shape["tokens"]] * 2, torch.finfo(torch.float32).min, device="cuda").triu(1)
+        mask_B1TT = causal_TT.expand(batch, 1, -1, -1)
+        block.arguments = lambda samples, tokens: (
+            known(samples, tokens)[0],
+            {**known(samples, tokens)[1], "attention_mask": mask_B1TT},
+        )
     block.module.self_attn.config._attn_implementation = attention
 
     def step() -> None:
@@ -172,6 +180,7 @@ def plain_loop(
             step()
         return 1e3 * seconds_of(lambda: [step() for _ in range(steps)]) / steps
     finally:
+        block.arguments = known
         block.module.self_attn.config._attn_implementation = "sdpa"
 
 

@@ -30,7 +30,12 @@ class InputStatistics:
 
     def add(self, x_NI: Tensor) -> None:
         """Adds the rows `x_NI` (any floating dtype; products are accumulated in float32)."""
-        self.gram_II.add_(_gram(x_NI))
+        if x_NI.is_cuda and x_NI.dtype in (torch.bfloat16, torch.float16):
+            # The product adds to what is there; a product of its own and a sum would move the matrix three times more.
+            torch.addmm(self.gram_II, x_NI.T, x_NI, out_dtype=torch.float32, out=self.gram_II)
+        else:
+            wide_NI = x_NI.float()
+            self.gram_II.add_(wide_NI.T @ wide_NI)
         self.sum_I.add_(x_NI.sum(0, dtype=torch.float32))
         self.rows += x_NI.shape[0]
 
@@ -72,11 +77,3 @@ def output_error(statistics: InputStatistics, delta_OI: Tensor, delta_bias_O: Te
         error = error + 2 * (bias * (delta @ statistics.sum_I.double())).sum()
         error = error + statistics.rows * (bias @ bias)
     return max(float(error), 0.0)  # rounding can make an error of nearly nothing negative
-
-
-def _gram(x_NI: Tensor) -> Tensor:
-    """X^T X with float32 accumulation and float32 result."""
-    if x_NI.is_cuda and x_NI.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(x_NI.T, x_NI, out_dtype=torch.float32)
-    x_NI = x_NI.float()
-    return x_NI.T @ x_NI
