@@ -150,6 +150,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.begun, self.ready, self.trials, self.last = time.perf_counter(), 0.0, 0.0, 0.0
+        self.rows: list[float] = []
 
     def stage(self, text: str) -> None:
         if text.startswith("Dense pass") and not self.ready:
@@ -160,6 +161,7 @@ class Clock:
 
     def row(self, row: dict[str, Any]) -> None:
         self.last = time.perf_counter()
+        self.rows.append(self.last)
 
     def end(self) -> None:
         """Nothing."""
@@ -218,6 +220,24 @@ def time_sweep(quick: bool) -> dict[str, Any]:
     }
 
 
+def overhead_of_small_trials() -> float:
+    """Seconds from row to row beyond what shards compute, for 48 trials with next to nothing to compute."""
+    from raysweep.config.space import SearchSpace
+    from raysweep.launching.launch import launch
+
+    space = space_dict(True, ["magnitude"], [round(0.2 + 0.01 * k, 2) for k in range(48)])
+    space["calibration"] |= {"num_samples": 2, "sequence_length": 16}
+    space["validation"] = {"samples": 1}
+    space["evaluation"]["perplexity"][0] |= {"sequence_length": 16, "max_windows": 1}
+    space["sweep"] = space["sweep"][:1]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as storage:
+        rows = launch(SearchSpace.from_dict(space), storage=storage, address="local", progress=clock)
+    per_trial = float(rows.device_seconds[rows.recovery != "dense"].mean()) / CORES
+    begin = len(clock.rows) // 4  # by then every process of a trial has started
+    return (clock.rows[-1] - clock.rows[begin]) / (len(clock.rows) - 1 - begin) - per_trial
+
+
 def report(figure: str, value: float, **more: Any) -> None:
     print(json.dumps({"figure": figure, "value": round(value, 3)} | more), flush=True)
 
@@ -230,7 +250,8 @@ def main() -> None:
     sweep = time_sweep(quick)
     seconds = sweep["seconds"]
     report("sweep over bare loops", seconds / bare, bare_s=round(bare, 1), sweep_s=round(seconds, 1))
-    report("overhead per trial in seconds", (seconds - bare) / sweep["trials"], trials=sweep["trials"])
+    report("seconds per trial beyond bare loops", (seconds - bare) / sweep["trials"], trials=sweep["trials"])
+    report("overhead per trial in seconds, where little is to compute", overhead_of_small_trials())
     report("seconds from launch to the first trial", sweep["before_trials"])
     report("busy share of the shards", sweep["busy_seconds"] / (seconds * CORES))
     report("share of the launch with every core busy", sweep["every_core_busy"])

@@ -14,7 +14,7 @@ from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
 from raysweep.launching.recorder import recorded
-from raysweep.launching.runners import InProcess, OnRay, Runner
+from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
 from raysweep.launching.tracing import Tracing
 from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
@@ -114,11 +114,12 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
         for model in prepared.models:
             prepared.retrain_plan(model, [this_node()])
     progress.stage("Joining the Ray cluster" if joined else "Starting Ray on this machine")
+    importing = importing_tune()
     with connected(joined) as cluster:
         device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
         if device != device_here():
             prepared = prepare_launch(space, folder, device)
-        _run(prepared, OnRay(cluster), progress)
+        _run(prepared, OnRay(cluster, importing), progress)
 
 
 def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:

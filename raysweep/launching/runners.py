@@ -98,13 +98,12 @@ class InProcess:
 class OnRay:
     """Over the Ray cluster that this process is connected to."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, importing: threading.Thread) -> None:
+        """importing: what `importing_tune` gave"""
         self.ray_version: str | None = cluster.ray_version
         self.dashboard = cluster.dashboard
         self._nodes, self._here = cluster.nodes, cluster.here
-        self._phases = 0
-        self._importing = threading.Thread(target=_import_tune, daemon=True)
-        self._importing.start()  # while the shards load
+        self._phases, self._importing = 0, importing
 
     def nodes(self) -> Sequence[Node]:
         return self._nodes
@@ -141,6 +140,12 @@ class OnRay:
         retrain_on_ray(jobs, plan, folder, name)
 
 
+def importing_tune() -> threading.Thread:
+    """Imports Ray Tune in a thread, which takes one to two seconds: while Ray starts, which is mostly waiting."""
+    thread = threading.Thread(target=_import_tune, daemon=True)
+    thread.start()
+    return thread
+
+
 def _import_tune() -> None:
-    """Ray Tune takes one to two seconds to import."""
     import raysweep.sweep.tuning  # noqa: F401
