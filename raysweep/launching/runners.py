@@ -128,7 +128,8 @@ class OnRay:
         from raysweep.sweep.tuning import PhaseContext, run_phase
 
         self._phases += 1
-        context = PhaseContext(group.name, self._here, group.info, rows, search)
+        processes = min(plan.concurrent_trials, proposals.total)
+        context = PhaseContext(group.name, self._here, group.info, rows, search, processes)
         folder, name = rows.folder / TUNE, f"phase-{self._phases}"
         run_phase(context, proposals, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
 

@@ -1,9 +1,11 @@
-"""Weights by block on storage: what shards write and trainers read, and the other way round."""
+"""Tensors on storage: weights by block, which shards and trainers exchange, and recovered units."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from raysweep.errors import RaysweepError, first_line
 from raysweep.results.writer import write_atomically
 
 OUTSIDE = "outside"  # of the blocks: embedding, last norm, head
+ABOUT = "about"  # key of a file's metadata
 
 
 def block_file(folder: Path, block: int | str) -> Path:
@@ -21,22 +24,32 @@ def block_file(folder: Path, block: int | str) -> Path:
 
 def write_block(folder: Path, block: int | str, tensors: Mapping[str, Tensor]) -> None:
     """Writes the tensors of a block by full name; the file is there as a whole or not at all."""
-    from safetensors.torch import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(block_file(folder, block), save(own))
+    write_tensors(block_file(folder, block), tensors)
 
 
 def read_block(folder: Path, block: int | str) -> dict[str, Tensor]:
-    """What `write_block` wrote, each tensor in storage of its own. Raises RaysweepError when it cannot be read."""
+    """What `write_block` wrote. Raises RaysweepError when it cannot be read."""
+    return read_tensors(block_file(folder, block))[0]
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
+    """Writes tensors by name, and with them what JSON can hold `about` them; as a whole or not at all."""
+    from safetensors.torch import save
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(file, save(own, {ABOUT: json.dumps(dict(about or {}), allow_nan=False)}))
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote, each tensor in storage of its own. Raises RaysweepError when it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    file = block_file(folder, block)
     try:
         with safe_open(str(file), framework="pt") as tensors:
             names = list(tensors.keys())
             read = {name: tensors.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+            about: dict[str, Any] = json.loads((tensors.metadata() or {}).get(ABOUT, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise RaysweepError(f"{file} cannot be read: {first_line(error)}") from error
-    return {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in read.items()}
+    return {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in read.items()}, about

@@ -280,10 +280,14 @@ class BlockRange:
     @contextmanager
     def using_outside(self, name: str | None) -> Iterator[None]:
         """The same of what lies outside of all blocks: embedding, last norm and head, where they are the trial's."""
+        with _exchanged(self.shard.model, self.outside(name)):
+            yield
+
+    def outside(self, name: str | None) -> dict[str, Tensor]:
+        """The trial's own weights there, by name."""
         weights = self.weights[name] if name is not None else {}
         prefixes = tuple(f"{block.prefix}." for block in self.blocks.values())
-        with _exchanged(self.shard.model, {f: t for f, t in weights.items() if not f.startswith(prefixes)}):
-            yield
+        return {full: tensor for full, tensor in weights.items() if not full.startswith(prefixes)}
 
     @contextmanager
     def using_all(self, name: str | None, blocks: Iterable[Block]) -> Iterator[None]:
@@ -294,23 +298,45 @@ class BlockRange:
             yield
 
     @torch.no_grad()
-    def forward(self, name: str | None, text: str, rows: slice, hidden_BTH: Tensor) -> Tensor:
+    def forward(self, name: str | None, text: str, rows: slice, hidden_BTH: Tensor | None) -> Tensor | None:
         """One batch through the blocks with the weights of `name`.
 
+        hidden_BTH: None where a kept text arrives as in the dense model. Its activations are known up to the first
+        block that is not dense, so they are not computed again; the result is None where all blocks are.
         For a kept text, the squared error of every block's output against the dense one is noted.
         """
-        hidden_BTH = hidden_BTH.to(self.device)
+        if hidden_BTH is not None:
+            hidden_BTH = hidden_BTH.to(self.device)
         for block in self.blocks.values():
+            if hidden_BTH is None and self._is_dense(name, block):
+                self._note_error(name, text, block, rows, None)
+                continue
+            if hidden_BTH is None:
+                hidden_BTH = fetch(self.texts[text].activations.inputs[block.index], rows, self.device)
             with self.using(name, block):
                 hidden_BTH = block.run(hidden_BTH)
-            if name is not None and text in self.texts:
+            if text in self.texts:
                 self._note_error(name, text, block, rows, hidden_BTH)
         return hidden_BTH
 
-    def _note_error(self, name: str, text: str, block: Block, rows: slice, hidden_BTH: Tensor) -> None:
-        dense_BTH = self.texts[text].activations.inputs[block.index + 1][rows].to(self.device)
+    def dense_output(self, text: str, rows: slice) -> Tensor:
+        """What leaves the range when a batch of a kept text passes through the dense model."""
+        return fetch(self.texts[text].activations.inputs[max(self.blocks) + 1], rows, self.device)
+
+    def _is_dense(self, name: str | None, block: Block) -> bool:
+        return name is None or not any(full.startswith(f"{block.prefix}.") for full in self.weights[name])
+
+    def _note_error(
+        self, name: str | None, text: str, block: Block, rows: slice, hidden_BTH: Tensor | None
+    ) -> None:
+        """hidden_BTH: None for the dense one"""
+        if name is None:
+            return
+        sums = [0.0] * (rows.stop - rows.start)
+        if hidden_BTH is not None:
+            dense_BTH = self.texts[text].activations.inputs[block.index + 1][rows].to(self.device)
+            sums = squared_sums(hidden_BTH.float() - dense_BTH.float())
         errors = self._errors.setdefault((name, text, block.index), {})
-        sums = squared_sums(hidden_BTH.float() - dense_BTH.float())
         errors.update(zip(range(rows.start, rows.stop), sums, strict=True))
 
     def block_errors(self, name: str, text: str) -> dict[int, float]:

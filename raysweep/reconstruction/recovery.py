@@ -14,7 +14,7 @@ from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.device_stage import DeviceStage
 from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, Cost, Errors, UnitResult
 from raysweep.reconstruction.objectives import Objective, objective_of
-from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.range import BlockRange, Weights
 from raysweep.reconstruction.solving import Solver
 from raysweep.reconstruction.stage import Stage, UnitTraining
 from raysweep.reconstruction.units import Unit, units_of
@@ -34,9 +34,12 @@ def find_unit(blocks: BlockRange, granularity: str, unit_name: str) -> Unit:
     return next(unit for unit in units_in(blocks, granularity) if unit.name == unit_name)
 
 
-def recover_unit(blocks: BlockRange, name: str, trial: Trial, unit_name: str) -> UnitResult | None:
+def recover_unit(
+    blocks: BlockRange, name: str, trial: Trial, unit_name: str, recovered: Weights | None = None
+) -> UnitResult | None:
     """Recovers a unit of the trial `name` in the place of its pruned weights; None where nothing in it is pruned.
 
+    recovered: what `weights_of` gave when the unit was recovered before; then it is taken over, and the result is None
     A trial whose units depend on one another has a stream of its name that has arrived at the unit: it is pruned on it
     if need be, and the stream is moved on through what the unit becomes.
     Raises NumericalError when the weights or the errors of the unit are not finite.
@@ -44,10 +47,20 @@ def recover_unit(blocks: BlockRange, name: str, trial: Trial, unit_name: str) ->
     unit = find_unit(blocks, str(trial.granularity), unit_name)
     if trial.statistics_stream == "recovered":
         prune_unit_on_stream(blocks, name, trial, unit)
-    result = _recovered(blocks, name, trial, unit) if is_pruned(blocks, name, unit) else None
+    result = None
+    if recovered is not None:
+        blocks.weights[name] |= recovered
+    elif is_pruned(blocks, name, unit):
+        result = _recovered(blocks, name, trial, unit)
     if trial.is_sequential:
         advance_past(blocks, name, unit)
     return result
+
+
+def weights_of(blocks: BlockRange, name: str, trial: Trial, unit_name: str) -> Weights:
+    """The trial's own tensors of a unit that lies here as a whole, by full name."""
+    mine = find_unit(blocks, str(trial.granularity), unit_name).parameter_names
+    return {full: tensor for full, tensor in blocks.weights[name].items() if full in mine}
 
 
 def is_pruned(blocks: BlockRange, name: str, unit: Unit) -> bool:

@@ -13,7 +13,7 @@ from raysweep.fingerprint import is_identity
 STORAGE_VARIABLE = "RAYSWEEP_STORAGE"
 DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
-TUNE, RETRAINING = "tune", "retraining"  # while they are needed; nothing in them is a result
+TUNE, RETRAINING, UNFINISHED = "tune", "retraining", "unfinished"  # while they are needed; no results
 SPACE_FILE, STATE_FILE = "space.yaml", "status.json"
 
 
@@ -59,6 +59,15 @@ def is_sweep(folder: Path) -> bool:
 def new_sweep_folder(name: str, storage: Path) -> Path:
     """Where the sweep `name` belongs; makes nothing."""
     return storage / check_name(name)
+
+
+def unfinished_folder(sweep: Path, recovery_id: str) -> Path:
+    """Where the units of a trial are kept that are recovered, until it has its row."""
+    return sweep / UNFINISHED / recovery_id
+
+
+def unit_file(folder: Path, unit: str) -> Path:
+    return folder / f"{unit}.safetensors"
 
 
 def row_files(folder: Path, part: str) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import ray
 from raysweep.errors import RaysweepError, ShardLostError, first_line
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.priority import PriorityExecutor
-from raysweep.shards.shared import Claim, SharedResults, share
+from raysweep.shards.shared import POLL_S, Claim, SharedResults, share
 from raysweep.shards.trace import Span, Trace
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class ShardActor:
 
     def abandon(self, owner: str) -> None:
         self._shared.abandon(owner)
+
+    def arrive(self, who: str) -> int:
+        return self._shared.arrive(who)
 
     def forget_shared(self) -> None:
         self._shared.clear()
@@ -159,6 +163,12 @@ class RayGroup:
 
         return share(key, owner, make, call("claim"), call("publish"), call("abandon"))
 
+    def wait_for_others(self, who: str, number: int, timeout_s: float) -> None:
+        """Waits until so many processes have come here, each under a name of its own, or for `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while self.result(self.actors[0].arrive.remote(who)) < number and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
     def forget_shared(self) -> None:
         self.result(self.actors[0].forget_shared.remote())
 
@@ -218,7 +228,7 @@ def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
     """Marks the methods that never wait for work. Here, so that the class itself knows nothing of actors' options."""
-    for method in ("claim", "publish", "abandon", "forget_shared", "spans"):
+    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans"):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls
 

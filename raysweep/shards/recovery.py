@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from raysweep.config.trial import Trial
@@ -20,8 +21,10 @@ class Recovery:
     behind a stream that passes through what the units before have become.
     """
 
-    def __init__(self, calls: Calls, trial: Trial) -> None:
+    def __init__(self, calls: Calls, trial: Trial, unfinished: Path | None = None) -> None:
+        """unfinished: where units are kept until the trial is finished, and taken over from"""
         self.calls, self.trial, self.info = calls, trial, calls.info
+        self._unfinished = unfinished
         self.rows: list[dict[str, Any]] = []
         self._portions = _portions(self.info.units[str(trial.granularity)])
         if not trial.is_sequential:
@@ -57,7 +60,7 @@ class Recovery:
         across = [unit for unit in units if len(self.info.shards_of(unit)) > 1]
         for unit in units:
             if unit not in across:
-                arguments = (self.calls.name, self.trial, unit.name)
+                arguments = (self.calls.name, self.trial, unit.name, self._unfinished)
                 calls[self.info.shard_of(unit.start)].append(("recover", arguments, f"recover {unit.name}"))
         rows = [
             *self.calls.interleaved(calls),
@@ -71,7 +74,7 @@ class Recovery:
         for unit in units:
             stream.reach(self.info.shard_of(unit.start))
             if len(self.info.shards_of(unit)) == 1:
-                arguments = (self.calls.name, self.trial, unit.name)
+                arguments = (self.calls.name, self.trial, unit.name, self._unfinished)
                 self._take(
                     [self.calls.ask(stream.shard, "recover", *arguments, label=f"recover {unit.name}")]
                 )

@@ -28,6 +28,7 @@ class SharedResults:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._arrived: set[str] = set()
         self._lock = threading.Lock()
 
     def claim(self, key: str, owner: str) -> Claim:
@@ -52,9 +53,16 @@ class SharedResults:
             ]:
                 del self._entries[key]
 
+    def arrive(self, who: str) -> int:
+        """Notes that `who` is here; returns how many are."""
+        with self._lock:
+            self._arrived.add(who)
+            return len(self._arrived)
+
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._arrived.clear()
 
 
 def share(

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,23 @@ from raysweep.shards.retrained import Retrained, RetrainingFolders, StartCost
 from raysweep.shards.streams import Stream
 
 
+@dataclass(frozen=True)
+class TrialFolders:
+    """Where a trial finds and leaves what is no result.
+
+    retraining: of a trial that was retrained, of which only the measuring is left
+    start: for the recovered weights, as `write_start` writes them: retraining starts from them
+    unfinished: for its units, until it is finished
+    """
+
+    retraining: RetrainingFolders | None = None
+    start: Path | None = None
+    unfinished: Path | None = None
+
+
+NO_FOLDERS = TrialFolders()
+
+
 def run_trial(group: ShardGroup, trial: Trial, name: str, order: int) -> Outcome:
     """Runs one trial under a name that no other trial in flight has. `order`: lower goes first at every shard.
 
@@ -57,14 +74,11 @@ def run_in_rungs(
     order: int,
     rungs: Sequence[float],
     metric: str | None = None,
-    retraining: RetrainingFolders | None = None,
-    keep: Path | None = None,
+    folders: TrialFolders = NO_FOLDERS,
 ) -> Generator[Rung | Outcome]:
     """The same with a halt at each of `rungs`, fractions of the blocks; the outcome comes last.
 
     metric: the column to be measured at a rung. Closing the iterator between two of them ends the trial there.
-    retraining: of a trial that was retrained, of which only the measuring is left
-    keep: a folder for the recovered weights, as `write_start` writes them: retraining starts from them
     """
     started = time.monotonic()
     run = _Run(group, name, order)
@@ -72,10 +86,10 @@ def run_in_rungs(
         outcome = run.dense()
     elif trial.is_pruned_only:
         outcome = run.pruned_only(trial)
-    elif retraining is not None:
-        outcome = run.retrained(trial, retraining)
+    elif folders.retraining is not None:
+        outcome = run.retrained(trial, folders.retraining)
     else:
-        outcome = yield from run.reconstructed(trial, rungs, metric, keep)
+        outcome = yield from run.reconstructed(trial, rungs, metric, folders)
     before = outcome.columns.get("seconds_total", 0.0)
     yield replace(outcome, columns=outcome.columns | {"seconds_total": before + time.monotonic() - started})
 
@@ -139,15 +153,15 @@ class _Run:
         return Outcome(columns, self._placed([*pruned.linear_rows, *block_rows(pruned.quality)]))
 
     def reconstructed(
-        self, trial: Trial, rungs: Sequence[float], metric: str | None, keep: Path | None
+        self, trial: Trial, rungs: Sequence[float], metric: str | None, folders: TrialFolders
     ) -> Generator[Rung, None, Outcome]:
         masks = self._shared_masks(trial)
         try:
             self.calls.everywhere("begin", self.name)
-            recovery = Recovery(self.calls, trial)
+            recovery = Recovery(self.calls, trial, folders.unfinished)
             yield from self._up_to_the_last(recovery, rungs, metric, masks)
-            if keep is not None:
-                self._keep_weights(masks, keep)
+            if folders.start is not None:
+                self._keep_weights(masks, folders.start)
             linear_rows = self._linear_rows()
             quality = self._evaluate(self.name, self.name, list(self.info.texts))
             finished = self._finish(self.name)

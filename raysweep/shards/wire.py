@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+AS_DENSE = "as dense"
+"""Stands for hidden states that the next shard has kept from the dense pass."""
+
 _INTEGER_VIEWS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 

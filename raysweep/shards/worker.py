@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections import defaultdict
@@ -18,7 +19,15 @@ import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
-from raysweep.model.block_files import OUTSIDE, block_file, read_block, write_block
+from raysweep.errors import RaysweepError, first_line
+from raysweep.model.block_files import (
+    OUTSIDE,
+    block_file,
+    read_block,
+    read_tensors,
+    write_block,
+    write_tensors,
+)
 from raysweep.model.evaluation import window_losses
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
@@ -30,9 +39,14 @@ from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, Cost
 from raysweep.reconstruction.optimizer import clip_factor
 from raysweep.reconstruction.part import UnitPart
 from raysweep.reconstruction.range import BlockRange
-from raysweep.reconstruction.recovery import is_pruned, recover_unit, units_in
+from raysweep.reconstruction.recovery import is_pruned, recover_unit, units_in, weights_of
+from raysweep.results.folders import unit_file
 from raysweep.shards.group_info import ShardSpec, UnitSpan
-from raysweep.shards.wire import from_wire, to_wire
+from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
+
+WRITE_S, WRITE_BYTES_PER_S = 0.02, 200e6  # that a file takes; assumption: a network file system
+
+log = logging.getLogger(__name__)
 
 Seconds = tuple[float, float]
 """Busy seconds of a trial: its own, and standalone (with what it shares computed again)."""
@@ -122,19 +136,56 @@ class ShardWorker:
             self.blocks.prune(name, MaskRecipe.of(trial), block)
             return self.blocks.linear_rows(name, block)
 
-    def recover(self, name: str, trial: Trial, unit: str) -> dict[str, Any] | None:
+    def recover(
+        self, name: str, trial: Trial, unit: str, unfinished: Path | None = None
+    ) -> dict[str, Any] | None:
         """Recovers one unit of the trial that lies here as a whole; returns its row, None where nothing was pruned.
 
+        unfinished: a folder of the trial's own, with the units of it that an earlier launch or shard has recovered;
+        this one joins them if it took longer than writing it will
         Raises NumericalError when it diverges.
         """
         with self._timed(name, "recovery"):
+            if (
+                unfinished is not None
+                and (row := self._taken_over(name, trial, unit, unfinished)) is not None
+            ):
+                return row
             watch = Stopwatch(self.shard.device)
             result = recover_unit(self.blocks, name, trial, unit)
             if result is None:
                 return None
             row = result.as_dict() | {"seconds": watch.seconds()}
             row["peak_device_bytes"] = row["peak_bytes"] if self.shard.device.type == "cuda" else None
+        if unfinished is not None:
+            self._leave(name, trial, unit, row, unfinished)
         return row
+
+    def _taken_over(self, name: str, trial: Trial, unit: str, folder: Path) -> dict[str, Any] | None:
+        """The row of a unit that was recovered before, whose weights become the trial's; its seconds count again."""
+        file = unit_file(folder, unit)
+        if not file.exists():
+            return None
+        try:
+            weights, row = read_tensors(file)
+        except RaysweepError as error:
+            log.warning("unit %s is recovered anew: %s", unit, first_line(error))
+            return None
+        moved = {full: tensor.to(self.shard.device) for full, tensor in weights.items()}
+        recover_unit(self.blocks, name, trial, unit, moved)
+        for place in (0, 1):
+            self._seconds[name]["recovery"][place] += row["seconds"]
+        return row
+
+    def _leave(self, name: str, trial: Trial, unit: str, row: dict[str, Any], folder: Path) -> None:
+        """Writes a recovered unit where that is cheaper than to recover it again. A full disk is no reason to fail."""
+        weights = weights_of(self.blocks, name, trial, unit)
+        if row["seconds"] < WRITE_S + sum(tensor.nbytes for tensor in weights.values()) / WRITE_BYTES_PER_S:
+            return
+        try:
+            write_tensors(unit_file(folder, unit), weights, row)
+        except OSError as error:
+            log.warning("unit %s is not kept for a later launch: %s", unit, first_line(error))
 
     def copy_pruned(self, name: str, copy: str) -> None:
         """Puts the weights that the trial began its recovery with under another name."""
@@ -289,17 +340,22 @@ class ShardWorker:
     def forward(self, name: str | None, text: str, start: int, stop: int, cost_name: str, hidden: Any) -> Any:
         """Passes a batch through the blocks with the weights of `name` (None: dense), at the cost of `cost_name`.
 
-        Returns hidden states for the next shard; the last shard returns the summed next-token losses of every window,
-        or None for a text that is only compared with the dense model's activations.
+        Returns hidden states for the next shard, or AS_DENSE; the last shard returns the summed next-token losses of
+        every window, or None for a text that is only compared with the dense model's activations.
         """
         with self._timed(cost_name, "evaluation"):
             rows = slice(start, stop)
             with self.blocks.using_outside(name):
-                hidden_BTH = self.blocks.forward(name, text, rows, self._incoming(text, rows, hidden))
+                incoming = (
+                    None if self._is_as_dense(name, text, hidden) else self._incoming(text, rows, hidden)
+                )
+                hidden_BTH = self.blocks.forward(name, text, rows, incoming)
                 if not self.shard.is_last:
-                    return to_wire(hidden_BTH)
+                    return AS_DENSE if hidden_BTH is None else to_wire(hidden_BTH)
                 if text == CALIBRATION:
                     return None
+                if hidden_BTH is None:
+                    hidden_BTH = self.blocks.dense_output(text, rows)
                 return window_losses(self.shard, hidden_BTH, self._ids[text][rows])
 
     def finish(self, name: str) -> dict[str, Any]:
@@ -329,6 +385,12 @@ class ShardWorker:
 
     def _received(self, hidden: Any) -> Tensor | None:
         return None if hidden is None else from_wire(hidden, self.shard.dtype)
+
+    def _is_as_dense(self, name: str | None, text: str, hidden: Any) -> bool:
+        """Whether a text that is kept here comes as in the dense model."""
+        if self.shard.is_first:
+            return text in self.blocks.texts and not self.blocks.outside(name)
+        return isinstance(hidden, str) and hidden == AS_DENSE
 
     def _incoming(self, text: str, rows: slice, hidden: Any) -> Tensor:
         if self.shard.is_first:

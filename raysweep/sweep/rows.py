@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import RaysweepError, ShardLostError
+from raysweep.results.folders import unfinished_folder
 from raysweep.results.schema import planned_columns
 from raysweep.results.writer import now, write_rows
 from raysweep.shards.group_info import ShardGroup
 from raysweep.shards.outcome import Outcome, Rung
-from raysweep.shards.trial import run_in_rungs
+from raysweep.shards.trial import TrialFolders, run_in_rungs
 from raysweep.sweep.identified import SweepTrial
 
 
@@ -100,14 +102,16 @@ def run_in_steps(
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
-        folders, keep = trial.retraining(rows.folder), rows.keep.get(trial.recovery_id)
-        with closing(run_in_rungs(*arguments, retraining=folders, keep=keep)) as steps:
+        unfinished = unfinished_folder(rows.folder, trial.recovery_id)
+        folders = TrialFolders(trial.retraining(rows.folder), rows.keep.get(trial.recovery_id), unfinished)
+        with closing(run_in_rungs(*arguments, folders)) as steps:
             for found in steps:
                 if isinstance(found, Rung):
                     passed.append(found)
                     yield found
                 else:
                     row = rows.write(trial, found, passed, started_at)
+                    shutil.rmtree(unfinished, ignore_errors=True)
     except GeneratorExit:
         if passed:
             rows.write_stopped(trial, passed, started_at)

@@ -22,15 +22,22 @@ from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext, plain, run_in_steps
 
 
+START_LIMIT_S = 60.0  # for the processes of trials; then they begin without the others
+
+
 @dataclass(frozen=True)
 class PhaseContext:
-    """What the processes of a phase's trials share; sent to each once. here: the resource that pins them to a node."""
+    """What the processes of a phase's trials share; sent to each once.
+
+    here: the resource that pins them to a node;  processes: how many there will be
+    """
 
     group_name: str
     here: str
     info: GroupInfo
     rows: RowContext
     search: SearchConfig
+    processes: int
 
 
 class SweepTrainable(tune.Trainable):
@@ -40,9 +47,15 @@ class SweepTrainable(tune.Trainable):
         self._context = context
         self._trial: SweepTrial = config[TRIAL]
         self._group = RayGroup.join(context.group_name, context.info)
+        self._is_new = True
         self._steps: Iterator[Rung | dict[str, Any]] | None = None
 
     def step(self) -> dict[str, Any]:
+        if self._is_new:
+            # A trial that ended while others wait for their processes would hand them its own. Theirs would be given up
+            # half started, the next trial would ask for another, and so on: a start of seconds for every trial.
+            self._group.wait_for_others(str(os.getpid()), self._context.processes, START_LIMIT_S)
+            self._is_new = False
         if self._steps is None:
             rungs = rungs_of(self._context.search)
             self._steps = run_in_steps(self._group, self._trial, self._context.rows, rungs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raysweep.errors import NumericalError, UsageError
+from raysweep.model.structure import Block
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION, UnitResult
@@ -265,6 +266,30 @@ def test_the_dense_model_has_no_errors():
     blocks.begin("same")
     blocks.forward("same", CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
     assert blocks.block_errors("same", CALIBRATION) == dict.fromkeys(range(BLOCKS), 0.0)
+
+
+def test_what_is_as_in_the_dense_model_is_not_computed_again(monkeypatch):
+    """Only the second block is pruned: the first one does not run, and no number differs."""
+    blocks, rows = range_of(make_model("llama")), slice(0, SAMPLES)
+    for name in ("whole", "spared"):
+        blocks.begin(name)
+        blocks.prune(name, WANDA, blocks.blocks[1])
+    whole = blocks.forward("whole", CALIBRATION, rows, blocks.shard.embed(IDS))
+    ran: list[int] = []
+    run = Block.run
+    monkeypatch.setattr(
+        Block, "run", lambda block, *arguments: ran.append(block.index) or run(block, *arguments)
+    )
+    assert torch.equal(blocks.forward("spared", CALIBRATION, rows, None), whole)
+    assert ran == list(range(1, BLOCKS))
+    assert blocks.block_errors("spared", CALIBRATION) == blocks.block_errors("whole", CALIBRATION)
+    blocks.begin("dense")
+    assert blocks.forward("dense", CALIBRATION, rows, None) is None
+    assert ran == list(range(1, BLOCKS))
+    assert blocks.block_errors("dense", CALIBRATION) == dict.fromkeys(range(BLOCKS), 0.0)
+    assert torch.equal(
+        blocks.dense_output(CALIBRATION, rows), blocks.texts[CALIBRATION].activations.inputs[BLOCKS]
+    )
 
 
 def test_another_calibration_set_begins_anew():

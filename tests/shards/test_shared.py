@@ -34,6 +34,13 @@ def test_a_value_is_made_once_however_many_ask_at_once():
     assert len(made) == 1
 
 
+def test_arrivals_are_counted_once_each():
+    table = SharedResults()
+    assert [table.arrive(who) for who in ("a", "b", "a", "c")] == [1, 2, 2, 3]
+    table.clear()
+    assert table.arrive("a") == 1
+
+
 def test_a_failure_passes_the_work_on_to_whoever_waits():
     table, begun = SharedResults(), threading.Event()
 

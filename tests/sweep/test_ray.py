@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 from raysweep.errors import RaysweepError, ShardLostError, UsageError
 from raysweep.launching.launch import launch
+from raysweep.launching.progress import Silent
 from raysweep.results.reader import load_results
 from raysweep.shards.group import RayGroup, Resources
 from raysweep.shards.group_info import ShardSpec
@@ -52,6 +53,17 @@ def test_ray_and_the_twin_in_process_give_the_same_numbers(
     assert (rows.shards == shards).all()
     assert_same_numbers(twin / "tiny", tmp_path / "tiny")
     assert not ray.is_initialized()
+
+
+def test_trials_share_a_few_processes(make_space, tmp_path, cluster):
+    """However short they are: a process takes seconds to start, and Tune gives up what it starts too often."""
+    sparsities = [round(0.1 + 0.05 * k, 2) for k in range(12)]
+    space = make_space(sweep=[{"recovery": "none", "criterion": "magnitude", "sparsity": sparsities}])
+    progress, processes = Silent(), list[int]()
+    progress.row = lambda row: processes.append(row["pid"])
+    launch(space, storage=tmp_path, address=cluster, progress=progress)
+    assert len(processes) == 13
+    assert len(set(processes)) <= 3
 
 
 def test_the_cluster_is_left_running_and_empty(make_space, tmp_path, cluster):
