@@ -21,7 +21,6 @@ from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext, plain, run_in_steps
 
-
 START_LIMIT_S = 60.0  # for the processes of trials; then they begin without the others
 
 
