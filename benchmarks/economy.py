@@ -156,7 +156,7 @@ class Clock:
         if text.startswith("Dense pass") and not self.ready:
             self.ready = time.perf_counter()
 
-    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
+    def begin(self, planned: int, finished: int, failed: int, dashboard: str | None, others: int) -> None:
         self.trials = time.perf_counter()
 
     def row(self, row: dict[str, Any]) -> None:

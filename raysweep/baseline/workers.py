@@ -119,7 +119,7 @@ def _begin(job: RetrainJob) -> bool:
     if attempts >= ATTEMPTS:
         reasons = [json.loads(file.read_text(encoding="utf-8"))["error"] for file in job.folder.glob(_ERRORS)]
         why = reasons[0] if reasons else "killed by the system for their memory, perhaps"
-        fail(job.folder, f"its workers ended {attempts} times before it did: {why}")
+        fail(job.folder, RaysweepError(f"its workers ended {attempts} times before it did: {why}"))
         return False
     write_json(record, {"attempts": attempts + 1})
     return True
@@ -136,9 +136,9 @@ def _attempt(job: RetrainJob, device: Any) -> None:
             retrain(job, device)
     except NumericalError as error:  # on all ranks
         if dist.get_rank() == 0:
-            fail(job.folder, str(error))
+            fail(job.folder, error)
     except (torch.cuda.OutOfMemoryError, RaysweepError) as error:  # would come again
-        fail(job.folder, first_line(error))
+        fail(job.folder, error)
         if dist.get_world_size() > 1:  # others may wait for this rank: all start anew
             raise
     except Exception as error:  # Ray Train starts the workers again; the reason is kept should it come again

@@ -28,7 +28,7 @@ class Display(Protocol):
 
     def stage(self, text: str) -> None: ...
 
-    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None: ...
+    def begin(self, planned: int, finished: int, failed: int, dashboard: str | None, others: int) -> None: ...
 
     def row(self, row: dict[str, Any]) -> None: ...
 
@@ -60,9 +60,10 @@ class PlainDisplay:
     def stage(self, text: str) -> None:
         self._line(text)
 
-    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
-        self.tally.begin(planned, finished)
+    def begin(self, planned: int, finished: int, failed: int, dashboard: str | None, others: int) -> None:
+        self.tally.begin(planned, finished, failed)
         kept = f", {finished} finished before" if finished else ""
+        kept += f", {failed} failed before" if failed else ""
         kept += f"; {other_rows(others)}" if others else ""
         where = f"; dashboard {dashboard}" if dashboard else ""
         self._line(f"{count(planned, 'trial')}{kept}{where}")
@@ -122,11 +123,11 @@ class LiveDisplay:
         self._stage = (text, time.monotonic())
         self._live.start()
 
-    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
+    def begin(self, planned: int, finished: int, failed: int, dashboard: str | None, others: int) -> None:
         from rich.text import Text
 
         self._finish_stage()
-        self.tally.begin(planned, finished)
+        self.tally.begin(planned, finished, failed)
         if others:
             self._console.print(Text.assemble(("! ", "yellow"), other_rows(others)))
         self._dashboard = dashboard
@@ -195,8 +196,8 @@ class LiveDisplay:
             (f"{tally.done}", "bold"),
             f" of {count(tally.planned, 'trial')}",
         ]
-        if tally.failures:
-            words += ["  ", (f"{len(tally.failures)} failed", "bold red")]
+        if tally.failed:
+            words += ["  ", (f"{tally.failed} failed", "bold red")]
         words += [(f"  {clock(tally.time_left.elapsed)}", "dim")]
         if left:
             words += [(f"  about {clock(left)} left", "cyan")]

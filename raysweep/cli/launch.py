@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,16 @@ def run_launch(
     space: str,
     settings: Sequence[str],
     name: str | None,
-    storage: str | None,
-    address: str | None,
-    in_process: bool,
-    trace: bool,
     as_json: bool,
+    options: Mapping[str, Any],
 ) -> int:
+    """options: of `raysweep.launch`"""
     loaded = load_space(space, settings, name)
-    folder = new_sweep_folder(loaded.name, storage_folder(storage, loaded.execution.storage))
+    folder = new_sweep_folder(loaded.name, storage_folder(options["storage"], loaded.execution.storage))
     tally = Tally.of(loaded, [row for row in labeled_rows(folder) if row["status"] != "failed"])
     try:
         with clean_interruptions():
-            rows = _run(loaded, tally, storage=storage, address=address, in_process=in_process, trace=trace)
+            rows = _run(loaded, tally, options)
     except KeyboardInterrupt as interruption:
         show_traceback()
         _say_kept(folder)
@@ -41,7 +39,7 @@ def run_launch(
     return _say_ending(folder, len(rows), tally)
 
 
-def _run(space: SearchSpace, tally: Tally, **options: Any) -> Any:
+def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
     quiet_libraries()
     with shown(tally) as display:
         display.stage("Loading libraries")
@@ -66,8 +64,11 @@ def _say_ending(folder: Path, rows: int, tally: Tally) -> int:
     say(f'{count(rows, "row")} in {path}; in pandas: raysweep.load_results("{path}")')
     missing = tally.planned - tally.done
     if missing > 0:
-        say(f"{count(missing, 'trial')} left no row; the same command runs them again", "red")
-    return FAILED if tally.failures or missing > 0 else 0
+        say(f"{count(missing, 'trial')} left no row; the same command runs them", "red")
+    if tally.failed_before:
+        kept = count(tally.failed_before, "trial")
+        say(f"{kept} had failed numerically before; --retry-failed runs them again", "red")
+    return FAILED if tally.failed or missing > 0 else 0
 
 
 def _short_path(folder: Path) -> str:

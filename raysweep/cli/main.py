@@ -12,11 +12,13 @@ from raysweep.cli.ending import DEBUG_VARIABLE, guarded
 from raysweep.cli.options import (
     DEFAULT_SPACE,
     Address,
+    FailFast,
     InProcess,
     Json,
     MaybeSweep,
     Name,
     OnlySweep,
+    RetryFailed,
     Settings,
     Sort,
     Space,
@@ -74,6 +76,8 @@ def launch(
     address: Address = None,
     in_process: InProcess = False,
     trace: Trace = False,
+    retry_failed: RetryFailed = False,
+    fail_fast: FailFast = False,
     as_json: Json = False,
 ) -> int:
     """Run a sweep, or continue the sweep of that name: finished trials are kept, new ones are added.
@@ -82,7 +86,15 @@ def launch(
     """
     from raysweep.cli.launch import run_launch
 
-    return run_launch(space, settings or [], name, storage, address, in_process, trace, as_json)
+    options = {
+        "storage": storage,
+        "address": address,
+        "in_process": in_process,
+        "trace": trace,
+        "retry_failed": retry_failed,
+        "fail_fast": fail_fast,
+    }
+    return run_launch(space, settings or [], name, as_json, options)
 
 
 @app.command()

@@ -11,11 +11,13 @@ from raysweep.config.spaces import DEFAULT_SPACE
 __all__ = [
     "DEFAULT_SPACE",
     "Address",
+    "FailFast",
     "InProcess",
     "Json",
     "MaybeSweep",
     "Name",
     "OnlySweep",
+    "RetryFailed",
     "Settings",
     "Sort",
     "Space",
@@ -79,6 +81,22 @@ Trace = Annotated[
         metavar="",
         help="Leave trace.json in the sweep's folder: what launch and shards did when, for ui.perfetto.dev or "
         "chrome://tracing.",
+    ),
+]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        metavar="",
+        help="Run trials again that failed numerically. Others that failed run again in any case.",
+    ),
+]
+FailFast = Annotated[
+    bool,
+    typer.Option(
+        "--fail-fast",
+        metavar="",
+        help="Begin nothing new once a trial has failed. Without it the sweep goes on with the others.",
     ),
 ]
 Json = Annotated[

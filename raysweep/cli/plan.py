@@ -89,16 +89,15 @@ def plan_document(prepared: Launch, plans: Sequence[ShardPlan], node: Node) -> d
 
 
 def trial_counts(prepared: Launch) -> dict[str, int]:
-    """planned = finished + to_run;  to_run = new + failed, which run again"""
-    planned, finished = prepared.planned, prepared.finished
-    failed = sum(prepared.states.get(trial.trial_id) == "failed" for trial in prepared.trials)
-    to_run = planned - finished
+    """planned = finished + failed, which stay so, + to_run;  to_run = new + again, which failed otherwise"""
+    again = sum(trial.trial_id in prepared.rows and not prepared.is_done(trial) for trial in prepared.trials)
     return {
-        "planned": planned,
-        "finished": finished,
-        "failed": failed,
-        "new": to_run - failed,
-        "to_run": to_run,
+        "planned": prepared.planned,
+        "finished": prepared.finished,
+        "failed": prepared.failed,
+        "new": prepared.to_run - again,
+        "again": again,
+        "to_run": prepared.to_run,
     }
 
 
@@ -173,7 +172,8 @@ def _print_plan(console: Console, prepared: Launch, plans: Sequence[ShardPlan], 
 
     counts = trial_counts(prepared)
     parts = [f"{counts[name]} {name}" for name in ("new", "finished") if counts[name] or name == "new"]
-    parts += [f"{counts['failed']} failed before, to run again"] if counts["failed"] else []
+    parts += [f"{counts['again']} failed before, to run again"] if counts["again"] else []
+    parts += [f"{counts['failed']} failed, to stay so"] if counts["failed"] else []
     console.print(
         Text.assemble(
             (prepared.space.name, "bold"), f": {count(counts['planned'], 'trial')} ({', '.join(parts)})"

@@ -21,13 +21,16 @@ KIND_COLUMNS = ("model", "recovery", "granularity", "epochs", "calibration_num_s
 
 @dataclass
 class Tally:
-    """finished: earlier launches counted;  failures: label and reason;  best: by the values of a cell"""
+    """finished: earlier launches counted;  failed_before: in those, and to stay so
+    failures: label and reason, of this launch;  best: by the values of a cell
+    """
 
     search: SearchConfig
     cell_columns: tuple[str, ...]
     time_left: TimeLeft
     planned: int = 0
     finished: int = 0
+    failed_before: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
     best: dict[tuple[Any, ...], Row] = field(default_factory=dict)
     dense: Row | None = None
@@ -41,9 +44,9 @@ class Tally:
             tally._note(row)
         return tally
 
-    def begin(self, planned: int, finished: int, seconds_ago: float = 0.0) -> None:
-        self.planned, self.finished = planned, finished
-        self.time_left.begin(planned, finished, seconds_ago)
+    def begin(self, planned: int, finished: int, failed: int) -> None:
+        self.planned, self.finished, self.failed_before = planned, finished, failed
+        self.time_left.begin(planned, finished + failed)
 
     def row(self, row: Row) -> None:
         self.time_left.row(row)
@@ -56,7 +59,11 @@ class Tally:
 
     @property
     def done(self) -> int:
-        return self.finished + len(self.failures)
+        return self.finished + self.failed
+
+    @property
+    def failed(self) -> int:
+        return self.failed_before + len(self.failures)
 
     def _note(self, row: Row) -> None:
         """Keeps the row if it is the best of its cell so far; the dense one stands beside all cells."""

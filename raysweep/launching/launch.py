@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from raysweep.launching.recorder import recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
 from raysweep.launching.tracing import Tracing
-from raysweep.results.folders import SPACE_FILE, new_sweep_folder, storage_folder
+from raysweep.results.folders import SPACE_FILE, UNFINISHED, new_sweep_folder, storage_folder
 from raysweep.results.lock import launch_lock, refuse_where_held
 from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
@@ -36,6 +37,8 @@ def launch(
     address: str | None = None,
     in_process: bool = False,
     trace: bool = False,
+    retry_failed: bool = False,
+    fail_fast: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Runs a sweep, or continues the one of that name; returns all its rows.
@@ -44,6 +47,8 @@ def launch(
     storage:    folder of the results, as `--storage`;  name: instead of the space's own
     address:    of a Ray cluster, as `--address`
     in_process: without Ray, one trial after another; the numbers are the same
+    retry_failed: run trials again that failed numerically; others that failed run again in any case
+    fail_fast:  begin nothing new once a trial has failed
     trace:      leave `trace.json` in the sweep's folder: what launch and shards did when, for Perfetto or Chrome
 
     Raises UsageError before anything starts or is written when the sweep cannot work. Trials that fail are rows with
@@ -53,18 +58,21 @@ def launch(
     loaded = _loaded(space, name)
     folder = checked_folder(loaded, storage)
     if in_process:
-        _run(prepare_launch(loaded, folder, device_here(), in_process), InProcess(), progress)
+        prepared = prepare_launch(loaded, folder, device_here(), in_process, retry_failed)
+        _run(prepared, InProcess(), progress, fail_fast)
     else:
-        _launch_on_ray(loaded, folder, address, progress)
+        _launch_on_ray(loaded, folder, address, progress, retry_failed, fail_fast)
     return load_results(folder)
 
 
-def prepare_launch(space: SearchSpace, folder: Path, device: str, in_process: bool = False) -> Launch:
+def prepare_launch(
+    space: SearchSpace, folder: Path, device: str, in_process: bool = False, retry_failed: bool = False
+) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
     refuse_where_held(folder)
     _check_scheduler(space, in_process)
     rows = trial_rows(folder) if folder.exists() else {}
-    return Launch(space, folder, prepare(space, device), rows)
+    return Launch(space, folder, prepare(space, device), rows, retry_failed)
 
 
 def _check_scheduler(space: SearchSpace, in_process: bool) -> None:
@@ -98,15 +106,22 @@ def _loaded(space: SearchSpace | str | Path, name: str | None) -> SearchSpace:
     return space.with_name(name) if name else space
 
 
-def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progress: Progress) -> None:
+def _launch_on_ray(
+    space: SearchSpace,
+    folder: Path,
+    address: str | None,
+    progress: Progress,
+    retry_failed: bool,
+    fail_fast: bool,
+) -> None:
     """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked."""
     from raysweep.cluster.connect import connected, running_address
 
     progress.stage("Checking model and data")
     joined = running_address(address)
-    prepared = prepare_launch(space, folder, device_here())
-    if prepared.finished == prepared.planned:
-        progress.begin(prepared.planned, prepared.finished, None, prepared.others)
+    prepared = prepare_launch(space, folder, device_here(), retry_failed=retry_failed)
+    if not prepared.to_run:
+        progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
         progress.end()
         return
     if joined is None:
@@ -118,12 +133,12 @@ def _launch_on_ray(space: SearchSpace, folder: Path, address: str | None, progre
     with connected(joined) as cluster:
         device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
         if device != device_here():
-            prepared = prepare_launch(space, folder, device)
-        _run(prepared, OnRay(cluster, importing), progress)
+            prepared = prepare_launch(space, folder, device, retry_failed=retry_failed)
+        _run(prepared, OnRay(cluster, importing), progress, fail_fast)
 
 
-def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
-    if prepared.finished < prepared.planned:
+def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) -> None:
+    if prepared.to_run:
         plans = make_plans(prepared.models, prepared.space, runner.nodes())
         retrain_plans = [prepared.retrain_plan(model, runner.nodes()) for model in prepared.models]
         prepared.folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +148,11 @@ def _run(prepared: Launch, runner: Runner, progress: Progress) -> None:
             tracing = progress if isinstance(progress, Tracing) else None
             with recorded(prepared, runner, plans[0].shards, progress) as recorder:
                 for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
-                    ModelRun(prepared, model, plan, retraining, runner, recorder, tracing).run()
+                    run = ModelRun(prepared, model, plan, retraining, runner, recorder, tracing, fail_fast)
+                    run.run()
+                    if fail_fast and run.has_failed:
+                        break
+            with suppress(OSError):  # units of trials without a row stay there
+                (prepared.folder / UNFINISHED).rmdir()
             if tracing is not None:
                 tracing.write(prepared.folder)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raysweep.baseline.plan import RetrainPlan
 from raysweep.config.space import SearchSpace
+from raysweep.errors import ShardLostError, first_line
 from raysweep.fingerprint import fingerprint
 from raysweep.launching.prepared import Launch
 from raysweep.launching.recorder import Recorder
 from raysweep.launching.retraining import Retraining, telling
 from raysweep.launching.runners import Runner
 from raysweep.launching.tracing import Tracing
-from raysweep.results.folders import TUNE
-from raysweep.results.reader import load_results, trial_rows, trial_states
+from raysweep.results.folders import TUNE, UNFINISHED
+from raysweep.results.reader import load_results, trial_rows
 from raysweep.shards.group_info import GroupInfo
 from raysweep.shards.plan import ShardPlan
 from raysweep.shards.setup import OwnedGroup, set_up, shard_specs
@@ -25,8 +27,7 @@ from raysweep.sweep.prepare import Phase, PreparedModel
 from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext
 
-if TYPE_CHECKING:
-    pass
+LOSSES_IN_A_ROW = 3  # of shards or of processes of trials, without a new row or unit in between
 
 
 class ModelRun:
@@ -42,38 +43,72 @@ class ModelRun:
         runner: Runner,
         recorder: Recorder,
         tracing: Tracing | None = None,
+        fail_fast: bool = False,
     ) -> None:
+        """fail_fast: whether nothing new begins once a trial has failed"""
         self.prepared, self.model, self.plan = prepared, model, plan
         self.retrain_plan, self.runner, self.recorder = retrain_plan, runner, recorder
         self.progress, self.tracing = recorder.progress, tracing
+        self._fail_fast, self.has_failed = fail_fast, False
+        self._groups = 0
         steps = prepared.space.execution.checkpoint_steps
         self.retraining = Retraining(prepared.folder, model, prepared.to_retrain(model), steps)
 
     def run(self) -> None:
         self.retraining.forget_failures()
         self._on_shards(retrained=False)
-        if self.retrain_plan is None:
+        if self.retrain_plan is None or self._is_over:
             return
         if jobs := self.retraining.jobs():
             workers = self.retrain_plan.workers_text
             self.progress.stage(f"Starting {workers} for {len(jobs)} retraining{'s' * (len(jobs) > 1)}")
             with telling(jobs, self.progress.stage):
                 self.runner.retrain(jobs, self.retrain_plan, self.prepared.folder / TUNE)
-        self.prepared = replace(self.prepared, rows=trial_rows(self.prepared.folder))
+        self._read_rows()
         self._on_shards(retrained=True)
-        self.retraining.clean_up(trial_states(self.prepared.folder))
+        self._read_rows()
+        self.retraining.clean_up(replace(self.prepared, retry_failed=False).done_rows)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._fail_fast and self.has_failed
+
+    def _read_rows(self) -> None:
+        self.prepared = replace(self.prepared, rows=trial_rows(self.prepared.folder))
 
     def _on_shards(self, retrained: bool) -> None:
-        """The phases of the model, one after another on the same shards."""
-        phases = [phase for phase in self.model.phases if self._has_work(phase, retrained)]
-        if not phases:
-            return
+        """The phases of the model. Where a shard is lost all are started again, and what has no row yet goes on from
+        the units that it has left. Raises ShardLostError when that brings nothing, several times in a row."""
+        losses = 0
+        while phases := [phase for phase in self.model.phases if self._has_work(phase, retrained)]:
+            before = self._achieved()
+            try:
+                self._through_a_group(phases, retrained)
+                return
+            except ShardLostError as error:
+                self._read_rows()
+                losses = 0 if self._achieved() > before else losses + 1
+                if losses == LOSSES_IN_A_ROW:
+                    raise
+                self.progress.stage(f"Going on with new shards: {first_line(error)}")
+
+    def _achieved(self) -> int:
+        """Rows, and units of trials that are not finished."""
+        units = (self.prepared.folder / UNFINISHED).glob("*/*.safetensors")
+        return len(self.prepared.rows) + sum(1 for _ in units)
+
+    def _through_a_group(self, phases: Sequence[Phase], retrained: bool) -> None:
+        """The phases, one after another on the same shards."""
         shards = self.plan.shards
         specs = shard_specs(self.plan, self.model.source, traces=self.tracing is not None)
         self.progress.stage(f"Loading {self.model.config.path} into {shards} shard{'s' * (shards > 1)}")
-        with self.runner.group(_group_name(self.prepared), specs, self.plan) as group:
+        self._groups += 1  # a name may be taken for a while after its group has ended
+        name = f"{_group_name(self.prepared)}/{self._groups}"
+        with self.runner.group(name, specs, self.plan) as group:
             for phase in phases:
                 self._phase(group, phase, retrained)
+                if self._is_over:
+                    return
                 if not retrained:
                     waiting = self.prepared.remaining(phase, retrained=True)
                     self.retraining.write_starts(group, waiting, self.progress.stage)
@@ -99,7 +134,29 @@ class ModelRun:
         keep = {} if retrained else self.retraining.starts(prepared.remaining(phase, retrained=True))
         rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep)
         self.recorder.begin(self.plan.concurrent_trials)
-        proposals = Proposals(
+        losses = 0
+        while True:
+            before = self._achieved()
+            proposals = self._proposals(phase, retrained)
+            heard = partial(self._heard, proposals)
+            lost = self.runner.run(group, proposals, rows, self.plan, prepared.space.search, heard)
+            if not lost:
+                return
+            group.check()  # raises where it was a shard; else trials alone have lost their processes
+            self._read_rows()
+            losses = 0 if self._achieved() > before else losses + 1
+            if losses == LOSSES_IN_A_ROW:
+                return
+
+    def _heard(self, proposals: Proposals, row: dict[str, Any]) -> None:
+        self.recorder.row(row)
+        self.has_failed |= row.get("status") == "failed"
+        if self._is_over:
+            proposals.end()
+
+    def _proposals(self, phase: Phase, retrained: bool) -> Proposals:
+        prepared, model = self.prepared, self.model
+        return Proposals(
             prepared.remaining(phase, retrained),
             () if retrained else phase.studies,
             prepared.space.search,
@@ -108,7 +165,6 @@ class ModelRun:
             prepared.done_rows,
             prepared.earlier,
         )
-        self.runner.run(group, proposals, rows, self.plan, prepared.space.search, self.recorder.row)
 
 
 def _the_same(value: Any) -> Any:
@@ -151,7 +207,7 @@ def _known_results(prepared: Launch, model: PreparedModel, phase: Phase, info: G
     done = {
         trial.trial_id: trial.trial
         for trial in (*model.phases[0].trials, *phase.trials)
-        if prepared.is_done(trial)
+        if prepared.rows.get(trial.trial_id, {}).get("status") == "finished"
     }
     wanted = {identity for identity, trial in done.items() if trial.recovery in ("dense", "none")}
     if not wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
 from raysweep.config.studies import Study
 from raysweep.launching.retraining import is_retrained, retrain_plan
+from raysweep.results.schema import NUMERICAL
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.prepare import Phase, PreparedModel
 from raysweep.sweep.proposals import Chosen, chosen_by
@@ -21,17 +22,19 @@ if TYPE_CHECKING:
     pass
 
 
-DONE = ("finished", "stopped")  # statuses of trials that are never run again
-
-
 @dataclass(frozen=True)
 class Launch:
-    """A sweep as it will run. rows: that are there already, by trial_id."""
+    """A sweep as it will run.
+
+    rows: that are there already, by trial_id
+    retry_failed: whether trials run again that failed numerically, as they will again unless something has changed
+    """
 
     space: SearchSpace
     folder: Path
     models: list[PreparedModel]
     rows: dict[str, dict[str, Any]]
+    retry_failed: bool = False
 
     @property
     def trials(self) -> list[SweepTrial]:
@@ -39,14 +42,13 @@ class Launch:
         return [trial for model in self.models for trial in model.trials]
 
     @cached_property
-    def states(self) -> dict[str, str]:
-        """Status of every row that is there, by trial_id."""
-        return {identity: row["status"] for identity, row in self.rows.items()}
-
-    @cached_property
     def done_rows(self) -> dict[str, dict[str, Any]]:
         """The rows of trials that will not run again."""
-        return {identity: row for identity, row in self.rows.items() if row["status"] in DONE}
+        return {identity: row for identity, row in self.rows.items() if self._stays(row)}
+
+    def _stays(self, row: Mapping[str, Any]) -> bool:
+        """Finished trials and those that a scheduler stopped are never run again; failed ones are, or may be."""
+        return row["status"] != "failed" or (row.get("error_kind") == NUMERICAL and not self.retry_failed)
 
     @property
     def planned(self) -> int:
@@ -54,8 +56,7 @@ class Launch:
         return len(self.trials) + sum(study.samples for phase in self._phases for study in phase.studies)
 
     def is_done(self, trial: SweepTrial) -> bool:
-        """Finished trials are never run again; failed ones are."""
-        return self.states.get(trial.trial_id) in DONE
+        return trial.trial_id in self.done_rows
 
     def remaining(self, phase: Phase, retrained: bool = False) -> list[SweepTrial]:
         """Trials of a phase that are to run: those that shards run alone, or those that are retrained."""
@@ -98,12 +99,24 @@ class Launch:
         return [phase for model in self.models for phase in model.phases]
 
     @cached_property
-    def finished(self) -> int:
+    def to_run(self) -> int:
+        """Trials of the sweep that have no row to stay, those of studies as many as they may run."""
         left = sum(map(self.left_of, self._phases))
-        return self.planned - left - sum(not self.is_done(trial) for trial in self.trials)
+        return left + sum(not self.is_done(trial) for trial in self.trials)
+
+    @cached_property
+    def failed(self) -> int:
+        """Trials of the sweep that failed before and stay so."""
+        chosen = {identity for study in self.earlier.values() for identity in study}
+        mine = {trial.trial_id for trial in self.trials} | chosen
+        return sum(row["status"] == "failed" for identity, row in self.done_rows.items() if identity in mine)
+
+    @property
+    def finished(self) -> int:
+        """Trials of the sweep that are finished or were stopped by a scheduler."""
+        return self.planned - self.to_run - self.failed
 
     @property
     def others(self) -> int:
-        """Finished rows in the folder of trials that are not in this space, but of another grid, model or text."""
-        known = self.finished
-        return max(0, len(self.done_rows) - known)
+        """Rows to stay of trials that are not in this space, but of another grid, model or text."""
+        return max(0, len(self.done_rows) - self.finished - self.failed)

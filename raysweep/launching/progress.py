@@ -14,8 +14,9 @@ class Progress(Protocol):
         """Something that takes seconds begins."""
         ...
 
-    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
-        """The sweep has `planned` trials, of which `finished` have rows already; `others` are rows of other trials."""
+    def begin(self, planned: int, finished: int, failed: int, dashboard: str | None, others: int) -> None:
+        """The sweep has `planned` trials, of which `finished` have rows already and `failed` stay as they failed;
+        `others` are rows of other trials."""
         ...
 
     def row(self, row: Row) -> None:
@@ -33,7 +34,7 @@ class Silent:
     def stage(self, text: str) -> None:
         """Nothing."""
 
-    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
+    def begin(self, planned: int, finished: int, failed: int, dashboard: str | None, others: int) -> None:
         """Nothing."""
 
     def row(self, row: Row) -> None:

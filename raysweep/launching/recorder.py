@@ -28,9 +28,8 @@ class Recorder:
         self._concurrent = concurrent_trials
         if not self._begun:
             self._begun = True
-            self.progress.begin(
-                self.state.planned, self.state.finished, self.state.dashboard, self.state.others
-            )
+            state = self.state
+            self.progress.begin(state.planned, state.finished, state.failed, state.dashboard, state.others)
 
     def row(self, row: dict[str, Any]) -> None:
         failed = row.get("status") == "failed"
@@ -52,6 +51,7 @@ def recorded(prepared: Launch, runner: Runner, shards: int, progress: Progress) 
         prepared.space.name,
         planned=prepared.planned,
         finished=prepared.finished,
+        failed=prepared.failed,
         others=prepared.others,
         shards=shards,
         dashboard=runner.dashboard,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,7 @@ class Retraining:
             except ShardLostError:
                 raise
             except RaysweepError as error:  # a criterion of the user's own, or numbers that are not finite
-                fail(folders.weights, str(error))
+                fail(folders.weights, error)
 
     def jobs(self) -> list[RetrainJob]:
         """The retrainings that are not over, with their token ids on storage."""
@@ -101,10 +101,10 @@ class Retraining:
             forget_attempts(job)
         return jobs
 
-    def clean_up(self, states: Mapping[str, str]) -> None:
-        """Removes what has served its purpose. states: of all rows, by trial_id"""
+    def clean_up(self, done: Container[str]) -> None:
+        """Removes what has served its purpose. done: identities of trials that will not run again"""
         folders = {trial: self._folders(trial) for trial in self.trials}
-        waiting = [trial for trial in self.trials if states.get(trial.trial_id) != "finished"]
+        waiting = [trial for trial in self.trials if trial.trial_id not in done]
         needed = {folder for trial in waiting for folder in (folders[trial].weights, folders[trial].start)}
         for served in {folder for each in folders.values() for folder in (each.weights, each.start)} - needed:
             shutil.rmtree(served, ignore_errors=True)

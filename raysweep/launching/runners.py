@@ -50,8 +50,9 @@ class Runner(Protocol):
         plan: ShardPlan,
         search: SearchConfig,
         on_row: OnRow,
-    ) -> None:
-        """Runs what is proposed to the end, the first ones first."""
+    ) -> int:
+        """Runs what is proposed to the end, the first ones first; returns how many trials lost their processes, or
+        shards. After one has, nothing new begins."""
         ...
 
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
@@ -83,11 +84,12 @@ class InProcess:
         plan: ShardPlan,
         search: SearchConfig,
         on_row: OnRow,
-    ) -> None:
+    ) -> int:
         while (trial := proposals.next()) is not None:
             row = run_and_write(group, trial, rows)
             proposals.done(trial, row)
             on_row(row)
+        return 0
 
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_here
@@ -124,14 +126,14 @@ class OnRay:
         plan: ShardPlan,
         search: SearchConfig,
         on_row: OnRow,
-    ) -> None:
+    ) -> int:
         from raysweep.sweep.tuning import PhaseContext, run_phase
 
         self._phases += 1
         processes = min(plan.concurrent_trials, proposals.total)
         context = PhaseContext(group.name, self._here, group.info, rows, search, processes)
         folder, name = rows.folder / TUNE, f"phase-{self._phases}"
-        run_phase(context, proposals, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
+        return run_phase(context, proposals, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
 
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_on_ray

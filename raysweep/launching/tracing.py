@@ -38,10 +38,10 @@ class Tracing:
         self._stage = (text, time.time())
         self._progress.stage(text)
 
-    def begin(self, planned: int, finished: int, dashboard: str | None, others: int) -> None:
+    def begin(self, planned: int, finished: int, failed: int, dashboard: str | None, others: int) -> None:
         self._end_stage()
         self._stage = ("trials", time.time())
-        self._progress.begin(planned, finished, dashboard, others)
+        self._progress.begin(planned, finished, failed, dashboard, others)
 
     def row(self, row: Row) -> None:
         if "trial_id" in row:

@@ -16,6 +16,7 @@ from raysweep.config.trial import Trial
 
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "failed", "stopped")
+NUMERICAL, OTHER = "numerical", "other"  # kinds of errors
 UNIT_KINDS = ("unit", "linear", "block")
 PERPLEXITY_PREFIX = "perplexity_"
 
@@ -100,6 +101,13 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("sweep", TEXT, "provenance", "name of the sweep"),
     Column("status", TEXT, "identity", "finished, failed, or stopped by the scheduler"),
     Column("error", TEXT, "provenance", "why a trial failed"),
+    Column(
+        "error_kind",
+        TEXT,
+        "provenance",
+        "numerical: a mask, unit or evaluation gave numbers that are not finite, as it would again, so that the trial "
+        "stays failed unless `--retry-failed`; other: the next launch runs it again",
+    ),
     Column(
         "stopped_at",
         REAL,

@@ -185,6 +185,11 @@ class RayGroup:
                 ray.cloudpickle.register_pickle_by_value(module)
         return dict(own_criteria)
 
+    def check(self) -> None:
+        """Raises ShardLostError when a shard is gone."""
+        for actor in self.actors:
+            self.result(actor.ready.remote())
+
     def spans(self) -> list[list[Span]]:
         """By shard, what it has done."""
         return [self.result(actor.spans.remote()) for actor in self.actors]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import NumericalError, RaysweepError
+from raysweep.errors import NumericalError, RaysweepError, first_line
 from raysweep.results.folders import RETRAINING
 from raysweep.results.writer import write_atomically
 
@@ -39,9 +39,9 @@ class Retrained:
 
     @classmethod
     def read(cls, folder: Path) -> Retrained:
-        """Of a retraining that is over. Raises NumericalError with the reason where it failed."""
+        """Of a retraining that is over. Raises what it failed of: NumericalError, or another RaysweepError."""
         if (failure := failure_in(folder)) is not None:
-            raise NumericalError(failure)
+            raise failure
         return cls(**_read(folder / DONE))
 
     def write(self, folder: Path) -> None:
@@ -103,14 +103,18 @@ def is_training(folder: Path) -> bool:
     return (folder / TRAINING).exists()
 
 
-def fail(folder: Path, error: str) -> None:
-    """Says that a retraining is not to be tried again, and why."""
-    write_json(folder / FAILED, {"error": error})
+def fail(folder: Path, error: Exception) -> None:
+    """Says that a retraining is not to be tried again in this launch, and why."""
+    reason = str(error) if isinstance(error, RaysweepError) else first_line(error)
+    write_json(folder / FAILED, {"error": reason, "numerical": isinstance(error, NumericalError)})
 
 
-def failure_in(folder: Path) -> str | None:
-    """Why a retraining failed for good; None where it did not."""
-    return str(_read(folder / FAILED)["error"]) if (folder / FAILED).exists() else None
+def failure_in(folder: Path) -> RaysweepError | None:
+    """Why a retraining failed; None where it did not."""
+    if not (folder / FAILED).exists():
+        return None
+    failure = _read(folder / FAILED)
+    return (NumericalError if failure.get("numerical") else RaysweepError)(str(failure["error"]))
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -41,6 +41,10 @@ class OwnedGroup(ShardGroup, Protocol):
         """Functions and paths as they reach the shards, also where modules cannot be imported."""
         ...
 
+    def check(self) -> None:
+        """Raises ShardLostError when a shard is gone."""
+        ...
+
     def spans(self) -> list[list[Span]]:
         """By shard, what it has done, where the specs ask for it."""
         ...

@@ -56,10 +56,13 @@ class Proposals:
         ]
         self._number = first_number
         self._of: dict[str, RunningStudy] = {}
+        self._ended = False
         self.total = len(self._listed) + sum(study.remaining for study in self._running)
 
     def next(self) -> SweepTrial | None:
         """The trial that is to run next; None when there is none left."""
+        if self._ended:
+            return None
         if self._listed:
             return self._listed.pop()
         while open_studies := [study for study in self._running if study.remaining]:
@@ -70,6 +73,10 @@ class Proposals:
                 self._of[trial.trial_id] = study
                 return trial
         return None
+
+    def end(self) -> None:
+        """Proposes nothing more."""
+        self._ended = True
 
     def done(self, trial: SweepTrial, row: Row | None) -> None:
         """Tells the study that chose the trial what came of it; None where its process was lost."""

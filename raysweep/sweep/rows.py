@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import RaysweepError, ShardLostError
+from raysweep.errors import NumericalError, RaysweepError, ShardLostError
 from raysweep.results.folders import unfinished_folder
-from raysweep.results.schema import planned_columns
+from raysweep.results.schema import NUMERICAL, OTHER, planned_columns
 from raysweep.results.writer import now, write_rows
 from raysweep.shards.group_info import ShardGroup
 from raysweep.shards.outcome import Outcome, Rung
@@ -45,7 +45,9 @@ class RowContext:
     def write_failure(self, trial: SweepTrial, error: Exception, started_at: datetime) -> dict[str, Any]:
         """Writes the row of a failed trial, which says why."""
         reason = str(error) if isinstance(error, RaysweepError) else f"{type(error).__name__}: {error}"
-        return self._without_units(trial, {"status": "failed", "error": reason}, started_at)
+        kind = NUMERICAL if isinstance(error, NumericalError) else OTHER
+        columns = {"status": "failed", "error": reason, "error_kind": kind}
+        return self._without_units(trial, columns, started_at)
 
     def write_stopped(self, trial: SweepTrial, rungs: Sequence[Rung], started_at: datetime) -> dict[str, Any]:
         """Writes the row of a trial that the scheduler stopped at the last of `rungs`: where, and what it had cost."""
@@ -99,10 +101,10 @@ def run_in_steps(
 ) -> Iterator[Rung | dict[str, Any]]:
     """The same with a halt at every rung. Closing the iterator there stops the trial and writes that as its row."""
     started_at, passed = now(), list[Rung]()
+    unfinished = unfinished_folder(rows.folder, trial.recovery_id)
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
-        unfinished = unfinished_folder(rows.folder, trial.recovery_id)
         folders = TrialFolders(trial.retraining(rows.folder), rows.keep.get(trial.recovery_id), unfinished)
         with closing(run_in_rungs(*arguments, folders)) as steps:
             for found in steps:
@@ -115,6 +117,7 @@ def run_in_steps(
     except GeneratorExit:
         if passed:
             rows.write_stopped(trial, passed, started_at)
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
     except (
         ShardLostError
@@ -122,6 +125,8 @@ def run_in_steps(
         raise
     except Exception as error:  # whatever it was, the row says so and the sweep goes on
         row = rows.write_failure(trial, error, started_at)
+        if row["error_kind"] == NUMERICAL:
+            shutil.rmtree(unfinished, ignore_errors=True)
     yield row | {"label": trial.label}
 
 

@@ -113,15 +113,23 @@ def run_phase(
     name: str,
     on_row: Callable[[dict[str, Any]], None],
     on_lost: Callable[[str, int], None],
-) -> None:
+) -> int:
     """Runs what is proposed to the end, oldest first; `on_row` hears of every trial that is done, `on_lost` of the id
-    and the number of one whose process is gone.
+    and the number of one whose process, or one of whose shards, is gone. Then nothing new begins. Returns how many
+    were lost.
 
     storage, name: Tune keeps its own state in storage/name.
     """
     if not proposals.total:
-        return
+        return 0
     _quiet_tune()
+    lost: list[str] = []
+
+    def note_loss(trial_id: str, number: int) -> None:
+        lost.append(trial_id)
+        proposals.end()
+        on_lost(trial_id, number)
+
     # Trials write their rows themselves, so their processes stay on the node that the storage was checked on.
     resources = {"CPU": TRIAL_CPUS, context.here: TRIAL_CPUS}
     trainable = tune.with_resources(
@@ -143,12 +151,13 @@ def run_phase(
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(storage),
-            callbacks=[_Listener(on_row, on_lost)],
+            callbacks=[_Listener(on_row, note_loss)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
     tuner.fit()
+    return len(lost)
 
 
 def _trial_name(trial: Any) -> str:
@@ -174,10 +183,9 @@ class _Listener(tune.Callback):
         self._on_row(stopped | trial.last_result | {"trial_id": planned.trial_id})  # Tune puts its own there
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Its own failures are rows: this is one whose process, or one of whose shards, is gone."""
         planned: SweepTrial = trial.config[TRIAL]
         self._on_lost(planned.trial_id, planned.number)
-        failed = {"status": "failed", "label": planned.label, "trial_id": planned.trial_id}
-        self._on_row(failed | {"error": "the process of the trial ended"})
 
 
 def _nobody(*_: Any) -> None:

@@ -47,7 +47,7 @@ def labeled(one: dict[str, Any]) -> dict[str, Any]:
 def a_launch(display: Any) -> None:
     display.stage("Checking model and data")
     display.stage("Starting Ray on this machine")
-    display.begin(10, 1, "http://127.0.0.1:8265", 0)
+    display.begin(10, 1, 0, "http://127.0.0.1:8265", 0)
     display.row(labeled(row(0, "none", perplexity=9.114, validation_perplexity=6.81, seconds_total=12.2)))
     display.row(labeled(failed(1, "perplexity is inf [not a style]", learning_rate=10.0)))
 
@@ -111,7 +111,7 @@ def test_the_picture_has_counts_best_trials_and_the_dashboard(tally):
 def test_more_cells_than_lines_are_counted(tally):
     console, _ = terminal()
     display = LiveDisplay(tally, console)
-    tally.begin(10, 0)
+    tally.begin(10, 0, 0)
     for number in range(40):
         tally.row(labeled(row(number, "none", sparsity=number / 100)))
     recorder = Console(width=60, height=24, file=io.StringIO(), record=True)

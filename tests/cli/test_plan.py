@@ -19,7 +19,14 @@ from raysweep.shards.plan import make_plan
 
 def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
     document = raysweep("plan", space_file, "--set", "execution.shards=2", "--json").json
-    assert document["trials"] == {"planned": 4, "finished": 0, "failed": 0, "new": 4, "to_run": 4}
+    assert document["trials"] == {
+        "planned": 4,
+        "finished": 0,
+        "failed": 0,
+        "new": 4,
+        "again": 0,
+        "to_run": 4,
+    }
     (model,) = document["models"]
     assert model["blocks"] == 4
     assert [shard["blocks"] for shard in model["shards"]] == [[0, 2], [2, 4]]
@@ -70,9 +77,10 @@ def test_finished_and_failed_trials_are_counted(raysweep, space_file, here):
     launch(space, in_process=True, storage=here / "raysweep-results")
     changed = ["--set", "sweep.1.learning_rate=[1e30, 0.01]"]
     document = raysweep("plan", space_file, *changed, "--json").json
-    assert document["trials"] == {"planned": 5, "finished": 3, "failed": 1, "new": 1, "to_run": 2}
+    counts = {"planned": 5, "finished": 3, "failed": 1, "new": 1, "again": 0, "to_run": 1}
+    assert document["trials"] == counts
     text = raysweep("plan", space_file, *changed).out
-    assert "small: 5 trials (1 new, 3 finished, 1 failed before, to run again)" in text
+    assert "small: 5 trials (1 new, 3 finished, 1 failed, to stay so)" in text
 
 
 def test_the_text_names_shards_blocks_and_totals(raysweep, space_file):

@@ -40,7 +40,7 @@ def labeled(one: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_the_best_row_of_every_cell_is_kept(mode):
     tally = Tally.of(space(search={"mode": mode}))
-    tally.begin(9, 0)
+    tally.begin(9, 0, 0)
     made = [
         row(0, "dense", validation_perplexity=1.0),
         row(1, "none", sparsity=0.5, validation_perplexity=9.0),
@@ -67,7 +67,7 @@ def test_the_best_row_of_every_cell_is_kept(mode):
 
 def test_rows_of_earlier_launches_compete(monkeypatch):
     tally = Tally.of(space(), [labeled(row(1, "none", sparsity=0.5, validation_perplexity=5.0))])
-    tally.begin(9, 1)
+    tally.begin(9, 1, 0)
     tally.row(labeled(row(2, "none", sparsity=0.5, criterion="magnitude", validation_perplexity=6.0)))
     assert tally.best[(0.5, "none")]["trial_id"] == f"{1:016x}"
     assert tally.finished == 2
@@ -84,7 +84,7 @@ def clock(monkeypatch):
 def test_no_estimate_before_a_row_of_every_recovery_is_there(clock):
     tally = Tally.of(space())
     assert tally.time_left.seconds() is None
-    tally.begin(9, 0)
+    tally.begin(9, 0, 0)
     assert tally.time_left.seconds() is None
     clock[0] += 1
     tally.row(labeled(row(0, "dense", seconds_total=1.0)))
@@ -102,7 +102,7 @@ def test_trials_side_by_side_shorten_the_time_left(clock):
     tally = Tally.of(
         space(sweep=[{"recovery": "none", "criterion": "wanda", "sparsity": [n / 10 for n in range(9)]}])
     )
-    tally.begin(10, 0)
+    tally.begin(10, 0, 0)
     clock[0] += 10
     for number in range(4):  # four in flight: each took 10 s of the same 10 s
         tally.row(labeled(row(number, "none", sparsity=number / 10, seconds_total=10.0)))
@@ -117,7 +117,7 @@ def test_what_earlier_launches_took_is_known_from_the_start(clock):
         labeled(row(2, sparsity=0.5, seconds_total=30.0)),
     ]
     tally = Tally.of(space(), earlier)
-    tally.begin(9, 3)
+    tally.begin(9, 3, 0)
     clock[0] += 2
     tally.row(labeled(row(3, "none", sparsity=0.6, seconds_total=2.0)))
     assert tally.time_left.seconds() == pytest.approx(2 * 2 + 3 * 30)
@@ -125,7 +125,7 @@ def test_what_earlier_launches_took_is_known_from_the_start(clock):
 
 def test_a_failed_trial_is_not_waited_for(clock):
     tally = Tally.of(space(sweep=[{"recovery": "none", "criterion": "wanda", "sparsity": [0.5, 0.6, 0.7]}]))
-    tally.begin(4, 0)
+    tally.begin(4, 0, 0)
     clock[0] += 1
     tally.row(labeled(row(0, "dense", seconds_total=1.0)))
     clock[0] += 1
@@ -139,7 +139,7 @@ def test_a_failed_trial_is_not_waited_for(clock):
 def test_the_start_of_processes_is_no_pace(clock):
     """The first row came after a minute, of which it took a second: the others will not take a minute each."""
     tally = Tally.of(space(sweep=[{"recovery": "none", "criterion": "wanda", "sparsity": [0.5, 0.6, 0.7]}]))
-    tally.begin(4, 0)
+    tally.begin(4, 0, 0)
     clock[0] += 60
     tally.row(labeled(row(0, "dense", seconds_total=1.0)))
     tally.row(labeled(row(1, "none", sparsity=0.5, seconds_total=2.0)))
@@ -149,7 +149,7 @@ def test_the_start_of_processes_is_no_pace(clock):
 def test_a_stopped_trial_is_not_the_best_of_its_cell():
     """Its metric is that of a model that is dense for the most part."""
     tally = Tally.of(space())
-    tally.begin(9, 0)
+    tally.begin(9, 0, 0)
     tally.row(labeled(row(1, sparsity=0.5, validation_perplexity=6.0)))
     tally.row(labeled(row(2, sparsity=0.5, learning_rate=1e-2, validation_perplexity=5.0, status="stopped")))
     assert tally.best[(0.5, "reconstruct")]["trial_id"] == f"{1:016x}"

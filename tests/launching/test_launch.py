@@ -172,9 +172,35 @@ def test_a_numerical_failure_is_a_row_that_says_why_and_the_sweep_goes_on(make_s
     assert SweepState.read(tmp_path / "tiny").state == "failed"
 
 
-def test_a_failed_trial_runs_again_and_its_row_is_replaced(make_space, tmp_path, monkeypatch):
-    def broken(self, name, trial, unit):
+def test_a_numerical_failure_stays_unless_it_is_to_be_tried_again(make_space, tmp_path, monkeypatch, calls):
+    def broken(self, *arguments):
         raise NumericalError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWorker, "recover", broken)
+        launched(make_space(), tmp_path)
+    calls.clear()
+    rows = launched(make_space(), tmp_path)
+    assert calls == []
+    assert rows[rows.status == "failed"].error_kind.tolist() == ["numerical"] * 6
+    rows = launch(make_space(), storage=tmp_path, in_process=True, retry_failed=True)
+    assert (rows.status == "finished").all()
+
+
+def test_nothing_begins_after_a_failure_when_that_is_asked_for(make_space, tmp_path, monkeypatch):
+    def broken(self, *arguments):
+        raise OSError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWorker, "recover", broken)
+        rows = launch(make_space(), storage=tmp_path, in_process=True, fail_fast=True)
+    assert rows.status.tolist() == ["finished"] * 3 + ["failed"]
+    assert (launched(make_space(), tmp_path).status == "finished").all()
+
+
+def test_a_failed_trial_runs_again_and_its_row_is_replaced(make_space, tmp_path, monkeypatch):
+    def broken(self, *arguments):
+        raise OSError("planted")
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWorker, "recover", broken)
@@ -296,6 +322,8 @@ def test_rows_of_another_model_in_the_folder_are_counted_apart(make_space, tmp_p
     longer = make_space(**pruned, calibration={"num_samples": 5})
     heard: list[tuple[int, int, int]] = []
     progress = Silent()
-    progress.begin = lambda planned, finished, dashboard, others: heard.append((planned, finished, others))
+    progress.begin = lambda planned, finished, failed, dashboard, others: heard.append(
+        (planned, finished, others)
+    )
     launch(longer, storage=tmp_path, in_process=True, progress=progress)
     assert heard == [(3, 1, 2)]  # the dense trial has seen no calibration set

@@ -164,17 +164,22 @@ def test_cleaning_up_leaves_what_others_still_need(make_space, tmp_path):
     retraining.clean_up({trials[0].trial_id: "finished", trials[2].trial_id: "finished"})
     assert [each.weights.exists() for each in folders] == [False, True, False]
     assert [each.start.exists() for each in folders] == [True, True, False]  # two start at the same weights
-    retraining.clean_up({trial.trial_id: "finished" for trial in trials})
+    retraining.clean_up({trial.trial_id for trial in trials})
     assert list((tmp_path / "tiny" / "retraining").iterdir()) == [foreign]
 
 
-def test_a_retraining_that_diverges_is_a_failed_row_and_runs_again(make_space, tmp_path):
+def test_a_retraining_that_diverges_is_a_failed_row_and_runs_again_when_asked(make_space, tmp_path):
     space = make_space(sweep=[RETRAIN | {"learning_rate": [1e30, 0.003]}])
-    for _ in range(2):
-        rows = launch(space, storage=tmp_path, in_process=True).set_index("learning_rate")
+    began = []
+    for retry in (False, False, True):
+        rows = launch(space, storage=tmp_path, in_process=True, retry_failed=retry).set_index("learning_rate")
         assert rows.loc[1e30].status == "failed"
+        assert rows.loc[1e30].error_kind == "numerical"
         assert "not finite" in rows.loc[1e30].error
         assert rows.loc[0.003].status == "finished"
+        began.append(rows.loc[1e30].started_at)
+    assert began[0] == began[1] < began[2]
+    assert not (tmp_path / "tiny" / "retraining").exists()
 
 
 def test_plans_count_retraining(make_space, tmp_path):

@@ -55,6 +55,34 @@ def test_ray_and_the_twin_in_process_give_the_same_numbers(
     assert not ray.is_initialized()
 
 
+def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_path, twin, tiny_llama, cluster):
+    """One is killed when three trials have their rows, and one of the next group as soon as that is up."""
+    if not (twin / "tiny").exists():
+        launch(make_space(execution={"shards": 1}), storage=twin, in_process=True)
+    progress, rows, stages = Silent(), list[str](), list[str]()
+
+    def kill_a_shard(group: int) -> None:
+        names = [name["name"] for name in ray.util.list_named_actors(all_namespaces=True)]
+        (name,) = (name for name in names if name.endswith(f"/{group}/1"))
+        ray.kill(ray.get_actor(name, "raysweep"))
+
+    def row(row) -> None:
+        rows.append(row["status"])
+        if len(rows) == 3:
+            kill_a_shard(1)
+
+    def stage(text: str) -> None:
+        stages.append(text)
+        if text.startswith("Dense pass") and sum(each.startswith("Dense pass") for each in stages) == 2:
+            kill_a_shard(2)
+
+    progress.row, progress.stage = row, stage
+    launch(make_space(execution={"shards": 2}), storage=tmp_path, address=cluster, progress=progress)
+    assert sum(text.startswith("Going on with new shards") for text in stages) == 2
+    assert rows == ["finished"] * 9
+    assert_same_numbers(twin / "tiny", tmp_path / "tiny")
+
+
 def test_trials_share_a_few_processes(make_space, tmp_path, cluster):
     """However short they are: a process takes seconds to start, and Tune gives up what it starts too often."""
     sparsities = [round(0.1 + 0.05 * k, 2) for k in range(12)]

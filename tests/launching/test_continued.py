@@ -1,0 +1,99 @@
+"""Trials that were interrupted go on from the units that they had recovered, and end with the same numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from raysweep.launching.launch import launch
+from raysweep.reconstruction import recovery
+from raysweep.results.cleaning import clean
+from raysweep.shards import worker
+from tests.frames import assert_same_numbers
+
+SEQUENTIAL = {"statistics_stream": "recovered", "input_stream": "pruned"}
+
+
+def space_of(make_space, **fields: Any):
+    group = {"recovery": "reconstruct", "criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
+    return make_space(sweep=[group | fields], execution={"shards": 2})
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, str]]:
+    """Granularity and name of every unit that was really trained. Every unit is worth a file."""
+    units: list[tuple[str, str]] = []
+    recovered = recovery._recovered
+
+    def noting(blocks, name, trial, unit):
+        if len(units) == limit[0]:
+            raise KeyboardInterrupt
+        units.append((str(trial.granularity), unit.name))
+        return recovered(blocks, name, trial, unit)
+
+    monkeypatch.setattr(recovery, "_recovered", noting)
+    monkeypatch.setattr(worker, "WRITE_S", 0.0)
+    monkeypatch.setattr(worker, "WRITE_BYTES_PER_S", math.inf)
+    limit[0] = None
+    return units
+
+
+limit: list[int | None] = [None]
+"""After how many units the user loses patience."""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"granularity": ["matrix", "subblock"]},
+        {"granularity": "subblock", "trainable": "lora+norms"},
+        {"granularity": "matrix", "optimizer": "exact"},
+        {"granularity": ["subblock", "window:2"], **SEQUENTIAL},
+    ],
+    ids=["matrix and subblock", "LoRA", "exact", "sequential"],
+)
+def test_no_unit_is_recovered_twice(make_space, tmp_path, trained, fields):
+    if fields.get("optimizer") == "exact":
+        fields = {"learning_rate": None, **fields}
+    space = space_of(make_space, **fields)
+    launch(space, storage=tmp_path / "whole", in_process=True)
+    units, interruptions = list(trained), 0
+    trained.clear()
+    while True:
+        limit[0] = len(trained) + 3
+        try:
+            launch(space, storage=tmp_path / "again", in_process=True)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions >= len(units) // 3 - 1
+    assert sorted(trained) == sorted(units)
+    assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
+    assert not (tmp_path / "again" / "tiny" / "unfinished").exists()
+
+
+def test_a_damaged_file_only_costs_its_unit(make_space, tmp_path, trained):
+    space = space_of(make_space, granularity="block")
+    launch(space, storage=tmp_path / "whole", in_process=True)
+    trained.clear()
+    limit[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        launch(space, storage=tmp_path / "again", in_process=True)
+    files = sorted((tmp_path / "again" / "tiny" / "unfinished").glob("*/*.safetensors"))
+    assert len(files) == 3
+    files[1].write_bytes(files[1].read_bytes()[:-100])
+    files[2].write_bytes(b"")
+    limit[0] = None
+    launch(space, storage=tmp_path / "again", in_process=True)
+    assert len(trained) == 3 + 1 + 2  # four blocks
+    assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
+
+
+def test_clean_removes_them(make_space, tmp_path, trained):
+    limit[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        launch(space_of(make_space, granularity="block"), storage=tmp_path, in_process=True)
+    assert clean(tmp_path / "tiny") > 0
+    assert not (tmp_path / "tiny" / "unfinished").exists()
