@@ -1,0 +1,224 @@
+"""Ends processes of a sweep at random and checks that nothing is lost: drivers, raylets, shards, retraining workers.
+
+    python benchmarks/kills.py                      100 kills: 40 drivers, 20 raylets, 30 shards, 10 retraining workers
+    python benchmarks/kills.py --kills 10 --seed 3  fewer, in the same proportions
+
+The sweep of `kills.yaml` runs undisturbed first. Then it is launched again and again into another storage, a process of
+it is killed some seconds later, and so on; when it is finished before the kills are, it begins anew. In the end every
+trial has one finished row with bitwise the numbers of the undisturbed run. Prints one JSON line per figure: kills by
+kind, seconds from a kill to the next progress, units and evaluation batches that were computed more than once.
+Needs Linux, and ends only what it has started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+
+HERE = Path(__file__).resolve().parent
+SHARES = {"driver": 0.4, "raylet": 0.2, "shard": 0.3, "retraining worker": 0.1}
+MARKS = {"raylet": "raylet/raylet", "shard": "ray::ShardActor", "retraining worker": "ray::RayTrainWorker"}
+LAUNCH_LIMIT_S, PATIENCE_S = 600.0, 25.0
+NOT_FOUND_S = 90.0  # for a kind of process to turn up; then another kind is killed
+
+
+def report(figure: str, **values: Any) -> None:
+    print(json.dumps({"figure": figure} | values), flush=True)
+
+
+class Sweep:
+    """Launches of one sweep into one storage, each a process of its own."""
+
+    def __init__(self, space: Path, storage: Path) -> None:
+        self.space, self.storage = space, storage
+        self.journal = storage / "journal.txt"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.launches = 0
+        storage.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def folder(self) -> Path:
+        return self.storage / "kills"
+
+    def start(self) -> None:
+        paths = [str(HERE / "journal"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "RAYSWEEP_JOURNAL": str(self.journal),
+        }
+        command = [sys.executable, "-m", "raysweep", "launch", str(self.space), "--address", "local"]
+        command += ["--name", "kills", "--storage", str(self.storage), "--json"]
+        self.launches += 1
+        with open(self.storage / f"launch-{self.launches}.txt", "wb") as output:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=output, start_new_session=True
+            )
+
+    def status(self) -> int | None:
+        return None if self.process is None else self.process.poll()
+
+    def wait(self) -> int:
+        assert self.process is not None
+        return self.process.wait(LAUNCH_LIMIT_S)
+
+    def lines(self) -> list[list[str]]:
+        """kind, trial, unit or batch, number"""
+        if not self.journal.exists():
+            return []
+        return [line.split(" ") for line in self.journal.read_text().splitlines()]
+
+    def rows(self) -> int:
+        return len(list((self.folder / "trials").glob("*.parquet")))
+
+    def find(self, kind: str) -> list[psutil.Process]:
+        """Living processes of that kind that belong to the launch that runs."""
+        if self.process is None:
+            return []
+        try:
+            driver = psutil.Process(self.process.pid)
+            if kind == "driver":
+                return [driver]
+            return [
+                each for each in driver.children(recursive=True) if MARKS[kind] in " ".join(each.cmdline())
+            ]
+        except psutil.Error:
+            return []
+
+
+def numbers(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows and units without cost and provenance, in a fixed order."""
+    from raysweep.results.reader import load_results, load_units
+    from raysweep.results.schema import NOT_NUMBERS
+
+    trials, units = load_results(folder), load_units(folder)
+    assert (trials.status == "finished").all(), trials.error.dropna().tolist()
+    assert trials.trial_id.is_unique
+    kept = [frame.drop(columns=list(NOT_NUMBERS), errors="ignore") for frame in (trials, units)]
+    return (
+        kept[0].sort_values("trial_id", ignore_index=True),
+        kept[1].sort_values(["trial_id", "kind", "unit"], ignore_index=True),
+    )
+
+
+def kinds(kills: int, chance: random.Random) -> list[str]:
+    """So many kinds of processes in a random order, in the proportions of SHARES."""
+    chosen = [kind for kind, share in SHARES.items() for _ in range(round(share * kills))]
+    chosen += ["driver"] * (kills - len(chosen))
+    chance.shuffle(chosen)
+    return chosen[:kills]
+
+
+def kill(sweep: Sweep, kind: str, chance: random.Random) -> bool:
+    """Waits a while, then kills a process of that kind as soon as there is one. Whether it did."""
+    time.sleep(chance.uniform(1.0, PATIENCE_S))
+    deadline = time.monotonic() + NOT_FOUND_S
+    while sweep.status() is None and time.monotonic() < deadline:
+        if found := sweep.find(kind):
+            chance.choice(sorted(found, key=lambda process: process.pid)).kill()
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def seconds_to_progress(sweep: Sweep) -> float:
+    """From now until a unit begins or a batch passes again, in this launch or, where that ends, in the next."""
+    begin, known = time.monotonic(), len(sweep.lines())
+    while len(sweep.lines()) == known and time.monotonic() - begin < LAUNCH_LIMIT_S:
+        if sweep.status() is not None:
+            if sweep.status() == 0:
+                break
+            sweep.start()
+        time.sleep(0.1)
+    return time.monotonic() - begin
+
+
+def repeated(lines: list[list[str]]) -> tuple[int, int, int]:
+    """Units that were begun again, steps of units that had ended once before, and evaluation batches taken again."""
+    begun = Counter((trial, unit) for kind, trial, unit, _ in lines if kind == "begin")
+    steps: dict[tuple[str, str], list[int]] = {}
+    for kind, trial, unit, number in lines:
+        if kind == "end":
+            steps.setdefault((trial, unit), []).append(int(number))
+    batches = Counter((trial, batch) for kind, trial, batch, _ in lines if kind == "batch")
+    again = [sum(counts.values()) - len(counts) for counts in (begun, batches)]
+    return again[0], sum(sum(each[1:]) for each in steps.values()), again[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--space", type=Path, default=HERE / "kills.yaml")
+    parser.add_argument("--storage", type=Path, help="keep all that is written in this folder")
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        storage = options.storage or Path(temporary)
+        whole = Sweep(options.space, storage / "undisturbed")
+        begin = time.monotonic()
+        whole.start()
+        if whole.wait() != 0:
+            sys.exit((whole.storage / "launch-1.txt").read_text())
+        expected = numbers(whole.folder)
+        report("undisturbed", seconds=round(time.monotonic() - begin, 1), rows=whole.rows())
+        waiting, done, waits = kinds(options.kills, chance), Counter[str](), list[float]()
+        rounds: list[Sweep] = []
+        while waiting:
+            sweep = Sweep(options.space, storage / f"round-{len(rounds) + 1}")
+            rounds.append(sweep)
+            sweep.start()
+            while waiting and sweep.status() is None:
+                kind = waiting[0]
+                if kill(sweep, kind, chance):
+                    waiting.pop(0)
+                    done[kind] += 1
+                    waits.append(seconds_to_progress(sweep))
+                    report(
+                        "kill",
+                        kind=kind,
+                        number=done.total(),
+                        progress_s=round(waits[-1], 1),
+                        rows=sweep.rows(),
+                    )
+                elif sweep.status() is None:
+                    chance.shuffle(waiting)  # no process of that kind is coming
+            while (status := sweep.wait()) not in (0,):
+                if status == 2 or sweep.launches > 3 * options.kills:
+                    sys.exit((sweep.storage / f"launch-{sweep.launches}.txt").read_text())
+                sweep.start()
+            for found, wanted in zip(numbers(sweep.folder), expected, strict=True):
+                pd.testing.assert_frame_equal(found, wanted, check_exact=True)
+            left = [path.name for path in sweep.folder.iterdir() if path.name in ("unfinished", "retraining")]
+            left += [path.name for path in sweep.folder.rglob("*.tmp")] + [
+                p.name for p in sweep.folder.glob("*.lock")
+            ]
+            units, steps, batches = repeated(sweep.lines())
+            report(
+                f"round {len(rounds)}: all rows there, numbers bitwise equal",
+                launches=sweep.launches,
+                units_begun_again=units,
+                steps_of_finished_units_again=steps,
+                evaluation_batches_again=batches,
+                left_behind=left,
+            )
+        report("kills", **dict(done), median_progress_s=round(sorted(waits)[len(waits) // 2], 1))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    main()
