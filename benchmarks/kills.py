@@ -75,7 +75,7 @@ class Sweep:
         return self.process.wait(LAUNCH_LIMIT_S)
 
     def lines(self) -> list[list[str]]:
-        """kind, trial, unit or batch, number"""
+        """kind, trial, unit or batch, number, process"""
         if not self.journal.exists():
             return []
         return [line.split(" ") for line in self.journal.read_text().splitlines()]
@@ -121,25 +121,31 @@ def kinds(kills: int, chance: random.Random) -> list[str]:
     return chosen[:kills]
 
 
-def kill(sweep: Sweep, kind: str, chance: random.Random) -> bool:
-    """Waits a while, then kills a process of that kind as soon as there is one. Whether it did."""
+def kill(sweep: Sweep, kind: str, chance: random.Random) -> list[psutil.Process] | None:
+    """Waits a while, then kills a process of that kind as soon as there is one; returns the shards that there were
+    before, None where it could not."""
     time.sleep(chance.uniform(1.0, PATIENCE_S))
     deadline = time.monotonic() + NOT_FOUND_S
     while sweep.status() is None and time.monotonic() < deadline:
+        shards = sweep.find("shard")
         if found := sweep.find(kind):
             chance.choice(sorted(found, key=lambda process: process.pid)).kill()
-            return True
+            return shards
         time.sleep(0.1)
-    return False
+    return None
 
 
-def seconds_to_progress(sweep: Sweep) -> float:
-    """From now until a unit begins or a batch passes again, in this launch or, where that ends, in the next."""
+def seconds_to_progress(sweep: Sweep, shards: list[psutil.Process]) -> float:
+    """From now until a new shard begins a unit or takes a batch, in this launch or, where that has ended, in the next.
+
+    shards: that lived before the kill; those of a dead driver go on for a moment
+    """
     begin, known = time.monotonic(), len(sweep.lines())
-    while len(sweep.lines()) == known and time.monotonic() - begin < LAUNCH_LIMIT_S:
+    old = {str(shard.pid) for shard in shards}
+    while all(line[-1] in old for line in sweep.lines()[known:]) and sweep.status() != 0:
+        if time.monotonic() - begin > LAUNCH_LIMIT_S:
+            sys.exit("the sweep does not go on")
         if sweep.status() is not None:
-            if sweep.status() == 0:
-                break
             sweep.start()
         time.sleep(0.1)
     return time.monotonic() - begin
@@ -147,12 +153,12 @@ def seconds_to_progress(sweep: Sweep) -> float:
 
 def repeated(lines: list[list[str]]) -> tuple[int, int, int]:
     """Units that were begun again, steps of units that had ended once before, and evaluation batches taken again."""
-    begun = Counter((trial, unit) for kind, trial, unit, _ in lines if kind == "begin")
+    begun = Counter((trial, unit) for kind, trial, unit, *_ in lines if kind == "begin")
     steps: dict[tuple[str, str], list[int]] = {}
-    for kind, trial, unit, number in lines:
+    for kind, trial, unit, number, _ in lines:
         if kind == "end":
             steps.setdefault((trial, unit), []).append(int(number))
-    batches = Counter((trial, batch) for kind, trial, batch, _ in lines if kind == "batch")
+    batches = Counter((trial, batch) for kind, trial, batch, *_ in lines if kind == "batch")
     again = [sum(counts.values()) - len(counts) for counts in (begun, batches)]
     return again[0], sum(sum(each[1:]) for each in steps.values()), again[1]
 
@@ -184,10 +190,10 @@ def main() -> None:
             sweep.start()
             while waiting and sweep.status() is None:
                 kind = waiting[0]
-                if kill(sweep, kind, chance):
+                if (shards := kill(sweep, kind, chance)) is not None:
                     waiting.pop(0)
                     done[kind] += 1
-                    waits.append(seconds_to_progress(sweep))
+                    waits.append(seconds_to_progress(sweep, shards))
                     report(
                         "kill",
                         kind=kind,

@@ -82,6 +82,18 @@ class ShardLostError(RaysweepError):
     """A shard's process ended before its work did."""
 
 
+class StorageError(RaysweepError):
+    """The storage cannot be written: it is full, read-only or gone. Ends a sweep; the rows that are there stay."""
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> StorageError:
+        """path: that could not be written"""
+        return cls(
+            f"{path} cannot be written: {error.strerror or error}.\n  Rows that are there stay; "
+            "once the storage can be written again, the same command continues the sweep."
+        )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a foreign error says, at most 300 characters; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

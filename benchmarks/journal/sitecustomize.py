@@ -19,7 +19,7 @@ JOURNAL = os.environ.get("RAYSWEEP_JOURNAL")
 
 def note(*words: object) -> None:
     descriptor = os.open(str(JOURNAL), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(descriptor, (" ".join(map(str, words)) + "\n").encode())
+    os.write(descriptor, (" ".join(map(str, (*words, os.getpid()))) + "\n").encode())
     os.close(descriptor)
 
 

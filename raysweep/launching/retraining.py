@@ -17,7 +17,7 @@ from raysweep.baseline.plan import RetrainPlan, plan_retraining
 from raysweep.baseline.workers import forget_attempts
 from raysweep.cluster.nodes import Node
 from raysweep.config.sections import ExecutionConfig
-from raysweep.errors import RaysweepError, ShardLostError
+from raysweep.errors import RaysweepError, ShardLostError, StorageError
 from raysweep.results.folders import RETRAINING
 from raysweep.shards.group_info import ShardGroup
 from raysweep.shards.retrained import (
@@ -89,7 +89,7 @@ class Retraining:
             name = f"{trial.start_id}@start"
             try:
                 write_start(group, trial.trial, name, trial.number, folders.start, trial.trial_id)
-            except ShardLostError:
+            except (ShardLostError, StorageError):
                 raise
             except RaysweepError as error:  # a criterion of the user's own, or numbers that are not finite
                 fail(folders.weights, error)

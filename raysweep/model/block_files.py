@@ -36,7 +36,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     """Writes tensors by name, and with them what JSON can hold `about` them; as a whole or not at all."""
     from safetensors.torch import save
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(file, save(own, {ABOUT: json.dumps(dict(about or {}), allow_nan=False)}))
 

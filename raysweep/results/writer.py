@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysweep.errors import NumericalError, RaysweepError
+from raysweep.errors import NumericalError, RaysweepError, StorageError
 from raysweep.fingerprint import is_identity
 from raysweep.results.folders import TRIALS, UNITS
 from raysweep.results.schema import SCHEMA_VERSION, STATUSES, UNIT_KINDS, trial_schema, unit_schema
@@ -78,22 +79,31 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file: readers see the old contents or the new ones, also after a crash of the machine."""
+    """Replaces a file: readers see the old contents or the new ones, also after a crash of the machine. Its folder is
+    made. Raises StorageError."""
     temporary = path.with_name(_temporary_name(path.name))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise StorageError.of(path, error) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
-    _sync_folder(path.parent)
+
+
+def _remove(temporary: Path) -> None:
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _replace(path: Path, table: pa.Table, metadata: Mapping[bytes, bytes] | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, table.schema, **_PLAIN) as file:
         file.write_table(table)

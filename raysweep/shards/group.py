@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 NAMESPACE = "raysweep"
 CALLS_AT_ONCE = 256  # that wait at one shard; each holds a thread, none of them works
 CONTROL = "control"
+LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 
 
 class ShardActor:
@@ -144,8 +145,10 @@ class RayGroup:
             return ray.get(ref)
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from error
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-            raise ShardLostError(f"a shard's process ended before its work did: {error}") from error
+        except LOST as error:
+            raise ShardLostError(
+                f"a shard's process ended before its work did: {first_line(error)}"
+            ) from error
 
     def settle(self, refs: list[Ref]) -> None:
         if refs:
@@ -247,4 +250,6 @@ def _cause(error: ray.exceptions.RayTaskError) -> Exception:
     cause = error.cause
     if isinstance(cause, RaysweepError):
         return cause
+    if isinstance(cause, LOST):  # of the shard that a call waited for
+        return ShardLostError(f"a shard's process ended before its work did: {first_line(cause)}")
     return RaysweepError(f"a shard failed: {type(cause).__name__}: {cause}")

@@ -119,7 +119,6 @@ def failure_in(folder: Path) -> RaysweepError | None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """The file is there as a whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(content).encode())
 
 

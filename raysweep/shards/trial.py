@@ -236,7 +236,7 @@ class _Run:
             self._write_weights(masks, folder, owner=self.name)
         except ShardLostError:
             raise
-        except (OSError, RaysweepError):
+        except RaysweepError:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _write_weights(self, masks: Finished, folder: Path, owner: str) -> None:

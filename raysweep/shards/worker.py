@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
-from raysweep.errors import RaysweepError, first_line
+from raysweep.errors import RaysweepError, StorageError, first_line
 from raysweep.model.block_files import (
     OUTSIDE,
     block_file,
@@ -184,7 +184,7 @@ class ShardWorker:
             return
         try:
             write_tensors(unit_file(folder, unit), weights, row)
-        except OSError as error:
+        except StorageError as error:
             log.warning("unit %s is not kept for a later launch: %s", unit, first_line(error))
 
     def copy_pruned(self, name: str, copy: str) -> None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import NumericalError, RaysweepError, ShardLostError
+from raysweep.errors import NumericalError, RaysweepError, ShardLostError, StorageError
 from raysweep.results.folders import unfinished_folder
 from raysweep.results.schema import NUMERICAL, OTHER, planned_columns
 from raysweep.results.writer import now, write_rows
@@ -120,8 +120,9 @@ def run_in_steps(
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
     except (
-        ShardLostError
-    ):  # a sweep that ends, or a node that did: nothing is known of the trial, so it has no row
+        ShardLostError,
+        StorageError,
+    ):  # nothing is known of the trial, or it cannot be said: it has no row
         raise
     except Exception as error:  # whatever it was, the row says so and the sweep goes on
         row = rows.write_failure(trial, error, started_at)

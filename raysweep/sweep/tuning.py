@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from raysweep.config.sections import SearchConfig
+from raysweep.errors import StorageError
 from raysweep.shards.group import RayGroup
 from raysweep.shards.group_info import TRIAL_CPUS, GroupInfo
 from raysweep.shards.outcome import Rung
@@ -116,19 +117,19 @@ def run_phase(
 ) -> int:
     """Runs what is proposed to the end, oldest first; `on_row` hears of every trial that is done, `on_lost` of the id
     and the number of one whose process, or one of whose shards, is gone. Then nothing new begins. Returns how many
-    were lost.
+    were lost. Raises StorageError when rows cannot be written.
 
     storage, name: Tune keeps its own state in storage/name.
     """
     if not proposals.total:
         return 0
     _quiet_tune()
-    lost: list[str] = []
+    lost: list[BaseException | None] = []
 
-    def note_loss(trial_id: str, number: int) -> None:
-        lost.append(trial_id)
+    def note_loss(trial: SweepTrial, cause: BaseException | None) -> None:
+        lost.append(cause)
         proposals.end()
-        on_lost(trial_id, number)
+        on_lost(trial.trial_id, trial.number)
 
     # Trials write their rows themselves, so their processes stay on the node that the storage was checked on.
     resources = {"CPU": TRIAL_CPUS, context.here: TRIAL_CPUS}
@@ -157,6 +158,9 @@ def run_phase(
         ),
     )
     tuner.fit()
+    for cause in lost:
+        if isinstance(cause, StorageError):
+            raise cause
     return len(lost)
 
 
@@ -169,7 +173,11 @@ def _trial_name(trial: Any) -> str:
 class _Listener(tune.Callback):
     """Hands finished trials to the display of the launching process."""
 
-    def __init__(self, on_row: Callable[[dict[str, Any]], None], on_lost: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        on_row: Callable[[dict[str, Any]], None],
+        on_lost: Callable[[SweepTrial, BaseException | None], None],
+    ) -> None:
         self._on_row, self._on_lost = on_row, on_lost
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -184,8 +192,8 @@ class _Listener(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Its own failures are rows: this is one whose process, or one of whose shards, is gone."""
-        planned: SweepTrial = trial.config[TRIAL]
-        self._on_lost(planned.trial_id, planned.number)
+        error = trial.get_pickled_error()
+        self._on_lost(trial.config[TRIAL], getattr(error, "cause", error))
 
 
 def _nobody(*_: Any) -> None:
