@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_sweep_survives_a_full_disk(make_space, tmp_path, small_disk, in_proce
     def row(row) -> None:
         rows.append(row["status"])
         if len(rows) == 3:  # to the last byte
-            with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as stream:
+            with suppress(OSError), open(filler, "wb", buffering=0) as stream:
                 while True:
                     stream.write(bytes(512))
 
