@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ import psutil
 
 HERE = Path(__file__).resolve().parent
 SHARES = {"driver": 0.4, "raylet": 0.2, "shard": 0.3, "retraining worker": 0.1}
-MARKS = {"raylet": "raylet/raylet", "shard": "ray::ShardActor", "retraining worker": "ray::RayTrainWorker"}
+MARKS = {"raylet": "raylet/raylet", "retraining worker": "ray::RayTrainWorker"}
 LAUNCH_LIMIT_S, PATIENCE_S = 600.0, 25.0
+MOST_LAUNCHES = 100
 NOT_FOUND_S = 90.0  # for a kind of process to turn up; then another kind is killed
 
 
@@ -85,17 +87,25 @@ class Sweep:
 
     def find(self, kind: str) -> list[psutil.Process]:
         """Living processes of that kind that belong to the launch that runs."""
-        if self.process is None:
+        if self.process is None or not psutil.pid_exists(self.process.pid):
             return []
-        try:
-            driver = psutil.Process(self.process.pid)
-            if kind == "driver":
-                return [driver]
-            return [
-                each for each in driver.children(recursive=True) if MARKS[kind] in " ".join(each.cmdline())
-            ]
-        except psutil.Error:
-            return []
+        driver = psutil.Process(self.process.pid)
+        if kind == "driver":
+            return [driver]
+        shards = {line[-1] for line in self.lines() if line[0] == "shard"}  # their titles say what they do
+        found = []
+        for each in driver.children(recursive=True):
+            with suppress(psutil.Error):
+                title = " ".join(each.cmdline())
+                if str(each.pid) in shards if kind == "shard" else MARKS[kind] in title:
+                    found.append(each)
+        return found
+
+    def end(self) -> None:
+        """Whatever comes in between, nothing of it runs on."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(LAUNCH_LIMIT_S)
 
 
 def numbers(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -129,8 +139,9 @@ def kill(sweep: Sweep, kind: str, chance: random.Random) -> list[psutil.Process]
     while sweep.status() is None and time.monotonic() < deadline:
         shards = sweep.find("shard")
         if found := sweep.find(kind):
-            chance.choice(sorted(found, key=lambda process: process.pid)).kill()
-            return shards
+            with suppress(psutil.NoSuchProcess):
+                chance.choice(sorted(found, key=lambda process: process.pid)).kill()
+                return shards
         time.sleep(0.1)
     return None
 
@@ -142,7 +153,9 @@ def seconds_to_progress(sweep: Sweep, shards: list[psutil.Process]) -> float:
     """
     begin, known = time.monotonic(), len(sweep.lines())
     old = {str(shard.pid) for shard in shards}
-    while all(line[-1] in old for line in sweep.lines()[known:]) and sweep.status() != 0:
+    while (
+        all(line[-1] in old or line[0] == "shard" for line in sweep.lines()[known:]) and sweep.status() != 0
+    ):
         if time.monotonic() - begin > LAUNCH_LIMIT_S:
             sys.exit("the sweep does not go on")
         if sweep.status() is not None:
@@ -163,6 +176,37 @@ def repeated(lines: list[list[str]]) -> tuple[int, int, int]:
     return again[0], sum(sum(each[1:]) for each in steps.values()), again[1]
 
 
+def disturbed(sweep: Sweep, waiting: list[str], chance: random.Random, waits: dict[str, list[float]]) -> None:
+    """Launches the sweep until it is finished, and kills what `waiting` names meanwhile, which it takes from there."""
+    sweep.start()
+    while waiting and sweep.status() is None:
+        kind = waiting[0]
+        shards = kill(sweep, kind, chance)
+        if shards is not None:
+            waiting.pop(0)
+            seconds = seconds_to_progress(sweep, shards)
+            waits.setdefault(kind, []).append(seconds)
+            number = sum(map(len, waits.values()))
+            report("kill", kind=kind, number=number, progress_s=round(seconds, 1), rows=sweep.rows())
+        elif sweep.status() is None:
+            chance.shuffle(waiting)  # no process of that kind is coming
+    while (status := sweep.wait()) != 0:
+        if status == 2 or sweep.launches > MOST_LAUNCHES:
+            sys.exit((sweep.storage / f"launch-{sweep.launches}.txt").read_text())
+        sweep.start()
+
+
+def check(sweep: Sweep, expected: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    """That a finished sweep has the numbers of the undisturbed one, and has left nothing behind."""
+    for found, wanted in zip(numbers(sweep.folder), expected, strict=True):
+        pd.testing.assert_frame_equal(found, wanted, check_exact=True)
+    left = [path.name for path in sweep.folder.iterdir() if path.name in ("unfinished", "retraining")]
+    left += [path.name for path in sweep.folder.rglob("*.tmp")]
+    left += [path.name for path in sweep.folder.glob("*.lock")]
+    if left:
+        sys.exit(f"left behind: {left}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,56 +217,35 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, help="keep all that is written in this folder")
     options = parser.parse_args()
     chance = random.Random(options.seed)
+    sweeps: list[Sweep] = []
     with tempfile.TemporaryDirectory() as temporary:
         storage = options.storage or Path(temporary)
-        whole = Sweep(options.space, storage / "undisturbed")
-        begin = time.monotonic()
-        whole.start()
-        if whole.wait() != 0:
-            sys.exit((whole.storage / "launch-1.txt").read_text())
-        expected = numbers(whole.folder)
-        report("undisturbed", seconds=round(time.monotonic() - begin, 1), rows=whole.rows())
-        waiting, done, waits = kinds(options.kills, chance), Counter[str](), list[float]()
-        rounds: list[Sweep] = []
-        while waiting:
-            sweep = Sweep(options.space, storage / f"round-{len(rounds) + 1}")
-            rounds.append(sweep)
-            sweep.start()
-            while waiting and sweep.status() is None:
-                kind = waiting[0]
-                if (shards := kill(sweep, kind, chance)) is not None:
-                    waiting.pop(0)
-                    done[kind] += 1
-                    waits.append(seconds_to_progress(sweep, shards))
-                    report(
-                        "kill",
-                        kind=kind,
-                        number=done.total(),
-                        progress_s=round(waits[-1], 1),
-                        rows=sweep.rows(),
-                    )
-                elif sweep.status() is None:
-                    chance.shuffle(waiting)  # no process of that kind is coming
-            while (status := sweep.wait()) not in (0,):
-                if status == 2 or sweep.launches > 3 * options.kills:
-                    sys.exit((sweep.storage / f"launch-{sweep.launches}.txt").read_text())
-                sweep.start()
-            for found, wanted in zip(numbers(sweep.folder), expected, strict=True):
-                pd.testing.assert_frame_equal(found, wanted, check_exact=True)
-            left = [path.name for path in sweep.folder.iterdir() if path.name in ("unfinished", "retraining")]
-            left += [path.name for path in sweep.folder.rglob("*.tmp")] + [
-                p.name for p in sweep.folder.glob("*.lock")
-            ]
-            units, steps, batches = repeated(sweep.lines())
-            report(
-                f"round {len(rounds)}: all rows there, numbers bitwise equal",
-                launches=sweep.launches,
-                units_begun_again=units,
-                steps_of_finished_units_again=steps,
-                evaluation_batches_again=batches,
-                left_behind=left,
-            )
-        report("kills", **dict(done), median_progress_s=round(sorted(waits)[len(waits) // 2], 1))
+        try:
+            sweeps.append(Sweep(options.space, storage / "undisturbed"))
+            begin = time.monotonic()
+            sweeps[0].start()
+            if sweeps[0].wait() != 0:
+                sys.exit((sweeps[0].storage / "launch-1.txt").read_text())
+            expected = numbers(sweeps[0].folder)
+            report("undisturbed", seconds=round(time.monotonic() - begin, 1), rows=sweeps[0].rows())
+            waiting, waits = kinds(options.kills, chance), dict[str, list[float]]()
+            while waiting:
+                sweeps.append(Sweep(options.space, storage / f"round-{len(sweeps)}"))
+                disturbed(sweeps[-1], waiting, chance, waits)
+                check(sweeps[-1], expected)
+                units, steps, batches = repeated(sweeps[-1].lines())
+                report(
+                    f"round {len(sweeps) - 1}: all rows there, numbers bitwise equal",
+                    launches=sweeps[-1].launches,
+                    units_begun_again=units,
+                    steps_of_finished_units_again=steps,
+                    evaluation_batches_again=batches,
+                )
+            medians = {kind: round(sorted(found)[len(found) // 2], 1) for kind, found in waits.items()}
+            report("kills", **{kind: len(found) for kind, found in waits.items()}, median_progress_s=medians)
+        finally:
+            for sweep in sweeps:
+                sweep.end()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def note(*words: object) -> None:
 
 
 def watch(module: ModuleType) -> None:
+    note("shard", "-", "-", 0)
     recover, forward = module.recover_unit, module.ShardWorker.forward
 
     def noting(blocks: Any, name: str, trial: Any, unit: str, recovered: Any = None) -> Any:

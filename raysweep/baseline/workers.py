@@ -15,7 +15,7 @@ from typing import Any
 
 from raysweep.baseline.job import RetrainJob
 from raysweep.baseline.plan import RetrainPlan
-from raysweep.errors import NumericalError, RaysweepError, first_line
+from raysweep.errors import NumericalError, RaysweepError, StorageError, first_line
 from raysweep.shards.retrained import TRAINING, fail, is_over, write_json
 
 ATTEMPTS = 3  # of one job whose workers end before it does; then it has failed and the others go on
@@ -137,6 +137,8 @@ def _attempt(job: RetrainJob, device: Any) -> None:
     except NumericalError as error:  # on all ranks
         if dist.get_rank() == 0:
             fail(job.folder, error)
+    except StorageError:  # not the trial's failure: Ray Train tries again, and then the sweep ends
+        raise
     except (torch.cuda.OutOfMemoryError, RaysweepError) as error:  # would come again
         fail(job.folder, error)
         if dist.get_world_size() > 1:  # others may wait for this rank: all start anew

@@ -95,7 +95,7 @@ def other_rows(number: int) -> str:
 def row_words(row: Row) -> str:
     """wanda/row 0.6 subblock lr=0.001  perplexity 9.11  validation 6.81  12 s"""
     if row.get("status") == "failed":
-        return f"{row.get('label')}  failed: {row.get('error') or 'its process ended'}"
+        return f"{row.get('label')}  failed: {row.get('error')}"
     words = [str(row.get("label"))]
     for title, name in (("perplexity", "perplexity"), ("validation", "validation_perplexity")):
         if row.get(name) is not None:

@@ -65,9 +65,8 @@ def _say_ending(folder: Path, rows: int, tally: Tally) -> int:
     missing = tally.planned - tally.done
     if missing > 0:
         say(f"{count(missing, 'trial')} left no row; the same command runs them", "red")
-    if tally.failed_before:
-        kept = count(tally.failed_before, "trial")
-        say(f"{kept} had failed numerically before; --retry-failed runs them again", "red")
+    if tally.to_stay:
+        say(f"{count(tally.to_stay, 'trial')} failed numerically; only --retry-failed runs them again", "red")
     return FAILED if tally.failed or missing > 0 else 0
 
 

@@ -133,7 +133,7 @@ def stop(name: Sweep, storage: Storage = None) -> None:
 @app.command()
 @guarded
 def clean(name: Sweep, storage: Storage = None) -> None:
-    """Remove what a sweep keeps beside its rows: state of Ray Tune, weights and checkpoints of retraining."""
+    """Remove what a sweep keeps beside its rows: recovered units, checkpoints of retraining, state of Ray Tune."""
     from raysweep.cli.clean import run_clean
 
     run_clean(name, storage)

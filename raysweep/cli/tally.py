@@ -11,7 +11,7 @@ from typing import Any
 from raysweep.config.expansion import PlannedTrial
 from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
-from raysweep.results.schema import planned_columns
+from raysweep.results.schema import NUMERICAL, planned_columns
 
 Row = Mapping[str, Any]
 Kind = tuple[Any, ...]  # what decides how long a trial takes, more or less
@@ -22,7 +22,8 @@ KIND_COLUMNS = ("model", "recovery", "granularity", "epochs", "calibration_num_s
 @dataclass
 class Tally:
     """finished: earlier launches counted;  failed_before: in those, and to stay so
-    failures: label and reason, of this launch;  best: by the values of a cell
+    failures: label and reason, of this launch;  to_stay: how many of all failures are numerical
+    best: by the values of a cell
     """
 
     search: SearchConfig
@@ -32,6 +33,7 @@ class Tally:
     finished: int = 0
     failed_before: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
+    to_stay: int = 0
     best: dict[tuple[Any, ...], Row] = field(default_factory=dict)
     dense: Row | None = None
 
@@ -45,13 +47,15 @@ class Tally:
         return tally
 
     def begin(self, planned: int, finished: int, failed: int) -> None:
-        self.planned, self.finished, self.failed_before = planned, finished, failed
+        self.planned, self.finished = planned, finished
+        self.failed_before = self.to_stay = failed
         self.time_left.begin(planned, finished + failed)
 
     def row(self, row: Row) -> None:
         self.time_left.row(row)
         if row.get("status") == "failed":
-            self.failures.append((str(row.get("label")), str(row.get("error") or "its process ended")))
+            self.failures.append((str(row.get("label")), str(row.get("error"))))
+            self.to_stay += row.get("error_kind") == NUMERICAL
         else:
             self.finished += 1
             if row.get("status") != "stopped":  # whose metric is that of a model that is partly dense

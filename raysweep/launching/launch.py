@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,8 +123,7 @@ def _launch_on_ray(
     joined = running_address(address)
     prepared = prepare_launch(space, folder, device_here(), retry_failed=retry_failed)
     if not prepared.to_run:
-        progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
-        progress.end()
+        _say_done(prepared, progress)
         return
     if joined is None:
         make_plans(prepared.models, space, [this_node()])
@@ -138,21 +139,39 @@ def _launch_on_ray(
 
 
 def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) -> None:
-    if prepared.to_run:
-        plans = make_plans(prepared.models, prepared.space, runner.nodes())
-        retrain_plans = [prepared.retrain_plan(model, runner.nodes()) for model in prepared.models]
-        prepared.folder.mkdir(parents=True, exist_ok=True)
-        with launch_lock(prepared.folder), stoppable(prepared.folder):
-            remove_stale_temporaries(prepared.folder)
-            write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
-            tracing = progress if isinstance(progress, Tracing) else None
-            with recorded(prepared, runner, plans[0].shards, progress) as recorder:
-                for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
-                    run = ModelRun(prepared, model, plan, retraining, runner, recorder, tracing, fail_fast)
-                    run.run()
-                    if fail_fast and run.has_failed:
-                        break
-            with suppress(OSError):  # units of trials without a row stay there
-                (prepared.folder / UNFINISHED).rmdir()
-            if tracing is not None:
-                tracing.write(prepared.folder)
+    if not prepared.to_run:
+        _say_done(prepared, progress)
+        return
+    plans = make_plans(prepared.models, prepared.space, runner.nodes())
+    retrain_plans = [prepared.retrain_plan(model, runner.nodes()) for model in prepared.models]
+    prepared.folder.mkdir(parents=True, exist_ok=True)
+    with launch_lock(prepared.folder), stoppable(prepared.folder):
+        remove_stale_temporaries(prepared.folder)
+        write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
+        tracing = progress if isinstance(progress, Tracing) else None
+        with recorded(prepared, runner, plans[0].shards, progress) as recorder:
+            for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
+                run = ModelRun(prepared, model, plan, retraining, runner, recorder, tracing, fail_fast)
+                run.run()
+                if fail_fast and run.has_failed:
+                    break
+        _remove_leftovers(replace(prepared, rows=trial_rows(prepared.folder)))
+        if tracing is not None:
+            tracing.write(prepared.folder)
+
+
+def _say_done(prepared: Launch, progress: Progress) -> None:
+    progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
+    progress.end()
+
+
+def _remove_leftovers(prepared: Launch) -> None:
+    """Units of trials that will not come again: that have their rows, or are no longer in the space."""
+    waiting = [trial for trial in prepared.trials if not prepared.is_done(trial)]
+    needed = {identity for trial in waiting for identity in (trial.trial_id, trial.start_id)}
+    place = prepared.folder / UNFINISHED
+    for folder in place.glob("*"):
+        if folder.name not in needed:
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        place.rmdir()

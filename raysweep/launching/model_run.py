@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,17 +19,19 @@ from raysweep.launching.recorder import Recorder
 from raysweep.launching.retraining import Retraining, telling
 from raysweep.launching.runners import Runner
 from raysweep.launching.tracing import Tracing
-from raysweep.results.folders import TUNE, UNFINISHED
+from raysweep.results.folders import TUNE
 from raysweep.results.reader import load_results, trial_rows
+from raysweep.results.writer import now
 from raysweep.shards.group_info import GroupInfo
 from raysweep.shards.plan import ShardPlan
 from raysweep.shards.setup import OwnedGroup, set_up, shard_specs
 from raysweep.shards.trial import DENSE_KEY, known_perplexity, pruned_key
+from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.prepare import Phase, PreparedModel
 from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext
 
-LOSSES_IN_A_ROW = 3  # of shards or of processes of trials, without a new row or unit in between
+MOST_LOSSES = 3  # of one trial, and of shards in a row while no trial runs
 
 
 class ModelRun:
@@ -50,7 +54,7 @@ class ModelRun:
         self.retrain_plan, self.runner, self.recorder = retrain_plan, runner, recorder
         self.progress, self.tracing = recorder.progress, tracing
         self._fail_fast, self.has_failed = fail_fast, False
-        self._groups = 0
+        self._begun, self._heard_of, self._lost = now(), set[str](), Counter[str]()
         steps = prepared.space.execution.checkpoint_steps
         self.retraining = Retraining(prepared.folder, model, prepared.to_retrain(model), steps)
 
@@ -74,41 +78,40 @@ class ModelRun:
         return self._fail_fast and self.has_failed
 
     def _read_rows(self) -> None:
-        self.prepared = replace(self.prepared, rows=trial_rows(self.prepared.folder))
+        rows = trial_rows(self.prepared.folder)
+        self.prepared = replace(self.prepared, rows=rows, settled=frozenset(self._heard_of))
 
     def _on_shards(self, retrained: bool) -> None:
         """The phases of the model. Where a shard is lost all are started again, and what has no row yet goes on from
-        the units that it has left. Raises ShardLostError when that brings nothing, several times in a row."""
-        losses = 0
-        while phases := [phase for phase in self.model.phases if self._has_work(phase, retrained)]:
-            before = self._achieved()
+        the units that it has left. Raises ShardLostError when shards end again and again before a trial runs."""
+        in_a_row = 0
+        while not self._is_over:
+            phases = [phase for phase in self.model.phases if self._has_work(phase, retrained)]
+            if not phases:
+                return
+            before = (len(self._heard_of), self._lost.total())
             try:
                 self._through_a_group(phases, retrained)
                 return
             except ShardLostError as error:
                 self._read_rows()
-                losses = 0 if self._achieved() > before else losses + 1
-                if losses == LOSSES_IN_A_ROW:
+                in_a_row = in_a_row + 1 if before == (len(self._heard_of), self._lost.total()) else 0
+                if in_a_row == MOST_LOSSES:
                     raise
                 self.progress.stage(f"Going on with new shards: {first_line(error)}")
-
-    def _achieved(self) -> int:
-        """Rows, and units of trials that are not finished."""
-        units = (self.prepared.folder / UNFINISHED).glob("*/*.safetensors")
-        return len(self.prepared.rows) + sum(1 for _ in units)
 
     def _through_a_group(self, phases: Sequence[Phase], retrained: bool) -> None:
         """The phases, one after another on the same shards."""
         shards = self.plan.shards
         specs = shard_specs(self.plan, self.model.source, traces=self.tracing is not None)
         self.progress.stage(f"Loading {self.model.config.path} into {shards} shard{'s' * (shards > 1)}")
-        self._groups += 1  # a name may be taken for a while after its group has ended
-        name = f"{_group_name(self.prepared)}/{self._groups}"
+        # A name is taken for a while after its group has ended, so that each has another.
+        name = f"{_group_name(self.prepared)}/{secrets.token_hex(2)}"
         with self.runner.group(name, specs, self.plan) as group:
             for phase in phases:
                 self._phase(group, phase, retrained)
                 if self._is_over:
-                    return
+                    break
                 if not retrained:
                     waiting = self.prepared.remaining(phase, retrained=True)
                     self.retraining.write_starts(group, waiting, self.progress.stage)
@@ -134,30 +137,46 @@ class ModelRun:
         keep = {} if retrained else self.retraining.starts(prepared.remaining(phase, retrained=True))
         rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep)
         self.recorder.begin(self.plan.concurrent_trials)
-        losses = 0
         while True:
-            before = self._achieved()
             proposals = self._proposals(phase, retrained)
-            heard = partial(self._heard, proposals)
-            lost = self.runner.run(group, proposals, rows, self.plan, prepared.space.search, heard)
+            hear = partial(self._hear, proposals)
+            lost = self.runner.run(group, proposals, rows, self.plan, prepared.space.search, hear)
             if not lost:
                 return
+            self._note_losses(lost, rows)
             group.check()  # raises where it was a shard; else trials alone have lost their processes
-            self._read_rows()
-            losses = 0 if self._achieved() > before else losses + 1
-            if losses == LOSSES_IN_A_ROW:
+            if self._is_over:
                 return
 
-    def _heard(self, proposals: Proposals, row: dict[str, Any]) -> None:
+    def _hear(self, proposals: Proposals | None, row: dict[str, Any]) -> None:
+        self._heard_of.add(row["trial_id"])
         self.recorder.row(row)
         self.has_failed |= row.get("status") == "failed"
-        if self._is_over:
+        if self._is_over and proposals is not None:
             proposals.end()
 
+    def _note_losses(self, lost: Sequence[SweepTrial], rows: RowContext) -> None:
+        """Of trials whose end nobody has told of. Some have their rows; one that is lost again and again fails."""
+        self._read_rows()
+        for trial in lost:
+            row = self.prepared.rows.get(trial.trial_id)
+            if row is None or row["finished_at"] < self._begun:
+                self._lost[trial.trial_id] += 1
+                if self._lost[trial.trial_id] < MOST_LOSSES:
+                    continue
+                error = ShardLostError(f"its process, or a shard, ended {MOST_LOSSES} times while it ran")
+                row = rows.write_failure(trial, error, self._begun)
+            self._hear(None, row | {"label": trial.label})
+        self._read_rows()
+
     def _proposals(self, phase: Phase, retrained: bool) -> Proposals:
+        """Those that were lost come last: one of them may have been the reason."""
         prepared, model = self.prepared, self.model
         return Proposals(
-            prepared.remaining(phase, retrained),
+            sorted(
+                prepared.remaining(phase, retrained),
+                key=lambda trial: (self._lost[trial.trial_id], trial.number),
+            ),
             () if retrained else phase.studies,
             prepared.space.search,
             model.identify,

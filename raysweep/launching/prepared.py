@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node
@@ -18,9 +18,6 @@ from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.prepare import Phase, PreparedModel
 from raysweep.sweep.proposals import Chosen, chosen_by
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -28,6 +25,7 @@ class Launch:
 
     rows: that are there already, by trial_id
     retry_failed: whether trials run again that failed numerically, as they will again unless something has changed
+    settled: identities of trials that this launch has run, to whatever end
     """
 
     space: SearchSpace
@@ -35,6 +33,7 @@ class Launch:
     models: list[PreparedModel]
     rows: dict[str, dict[str, Any]]
     retry_failed: bool = False
+    settled: frozenset[str] = frozenset()
 
     @property
     def trials(self) -> list[SweepTrial]:
@@ -44,7 +43,11 @@ class Launch:
     @cached_property
     def done_rows(self) -> dict[str, dict[str, Any]]:
         """The rows of trials that will not run again."""
-        return {identity: row for identity, row in self.rows.items() if self._stays(row)}
+        return {
+            identity: row
+            for identity, row in self.rows.items()
+            if identity in self.settled or self._stays(row)
+        }
 
     def _stays(self, row: Mapping[str, Any]) -> bool:
         """Finished trials and those that a scheduler stopped are never run again; failed ones are, or may be."""
@@ -118,5 +121,6 @@ class Launch:
 
     @property
     def others(self) -> int:
-        """Rows to stay of trials that are not in this space, but of another grid, model or text."""
-        return max(0, len(self.done_rows) - self.finished - self.failed)
+        """Finished rows in the folder of trials that are not in this space, but of another grid, model or text."""
+        finished = [row for row in self.done_rows.values() if row["status"] != "failed"]
+        return max(0, len(finished) - self.finished)

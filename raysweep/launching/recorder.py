@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress
 from raysweep.launching.runners import Runner
 from raysweep.results.state import SweepState
-
-if TYPE_CHECKING:
-    pass
 
 
 class Recorder:

@@ -18,7 +18,7 @@ from raysweep.baseline.workers import forget_attempts
 from raysweep.cluster.nodes import Node
 from raysweep.config.sections import ExecutionConfig
 from raysweep.errors import RaysweepError, ShardLostError, StorageError
-from raysweep.results.folders import RETRAINING
+from raysweep.results.folders import RETRAINING, unfinished_folder
 from raysweep.shards.group_info import ShardGroup
 from raysweep.shards.retrained import (
     RetrainingFolders,
@@ -88,7 +88,8 @@ class Retraining:
             tell(f"Start weights of {trial.label}")
             name = f"{trial.start_id}@start"
             try:
-                write_start(group, trial.trial, name, trial.number, folders.start, trial.trial_id)
+                unfinished = unfinished_folder(self.folder, str(trial.start_id))
+                write_start(group, trial.trial, name, trial.number, folders.start, trial.trial_id, unfinished)
             except (ShardLostError, StorageError):
                 raise
             except RaysweepError as error:  # a criterion of the user's own, or numbers that are not finite

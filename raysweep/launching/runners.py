@@ -17,6 +17,7 @@ from raysweep.results.folders import TUNE
 from raysweep.shards.group_info import ShardSpec
 from raysweep.shards.plan import ShardPlan
 from raysweep.shards.setup import OwnedGroup
+from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext, run_and_write
 
@@ -50,8 +51,8 @@ class Runner(Protocol):
         plan: ShardPlan,
         search: SearchConfig,
         on_row: OnRow,
-    ) -> int:
-        """Runs what is proposed to the end, the first ones first; returns how many trials lost their processes, or
+    ) -> Sequence[SweepTrial]:
+        """Runs what is proposed to the end, the first ones first; returns the trials that lost their processes, or
         shards. After one has, nothing new begins."""
         ...
 
@@ -84,12 +85,12 @@ class InProcess:
         plan: ShardPlan,
         search: SearchConfig,
         on_row: OnRow,
-    ) -> int:
+    ) -> Sequence[SweepTrial]:
         while (trial := proposals.next()) is not None:
             row = run_and_write(group, trial, rows)
             proposals.done(trial, row)
             on_row(row)
-        return 0
+        return ()
 
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_here
@@ -126,7 +127,7 @@ class OnRay:
         plan: ShardPlan,
         search: SearchConfig,
         on_row: OnRow,
-    ) -> int:
+    ) -> Sequence[SweepTrial]:
         from raysweep.sweep.tuning import PhaseContext, run_phase
 
         self._phases += 1

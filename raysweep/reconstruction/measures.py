@@ -93,7 +93,9 @@ class UnitResult:
     def of(cls, unit: str, block: int, before: Errors, after: Errors, parts: Iterable[Cost]) -> UnitResult:
         """Of a unit in one or several parts. block: its first. Raises NumericalError when an error is not finite."""
         for when, errors in {"before": before, "after": after}.items():
-            if not all(math.isfinite(error.loss) for error in errors.values()):
+            if not all(
+                math.isfinite(error.loss) and math.isfinite(error.relative) for error in errors.values()
+            ):
                 raise NumericalError(f"the error of unit {unit} {when} recovery is not finite")
         costs = list(parts)
         return cls(

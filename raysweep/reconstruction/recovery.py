@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -57,10 +57,18 @@ def recover_unit(
     return result
 
 
-def weights_of(blocks: BlockRange, name: str, trial: Trial, unit_name: str) -> Weights:
-    """The trial's own tensors of a unit that lies here as a whole, by full name."""
-    mine = find_unit(blocks, str(trial.granularity), unit_name).parameter_names
-    return {full: tensor for full, tensor in blocks.weights[name].items() if full in mine}
+def weights_of(
+    blocks: BlockRange, name: str, trial: Trial, unit_name: str, before: Collection[str]
+) -> Weights:
+    """What the recovery of a unit that lies here as a whole has made of the trial's tensors, by full name: its linears,
+    and those that the trial did not have `before`, such as norms. Halves of a block share these, so that those of the
+    other half are left out."""
+    linears = tuple(f"{linear}." for linear in find_unit(blocks, str(trial.granularity), unit_name).linears)
+    return {
+        full: tensor
+        for full, tensor in blocks.weights[name].items()
+        if full.startswith(linears) or full not in before
+    }
 
 
 def is_pruned(blocks: BlockRange, name: str, unit: Unit) -> bool:

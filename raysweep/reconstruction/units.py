@@ -67,19 +67,6 @@ class Unit:
         modules = set(self.module.modules())
         return {name: linear for name, linear in inside.items() if linear.module in modules}
 
-    @property
-    def parameter_names(self) -> set[str]:
-        """Full names of the parameters of what runs here. The halves of a block share its norms."""
-        if self.linear is not None:
-            return {f"{self.linear.name}.{name}" for name, _ in self.linear.module.named_parameters()}
-        runs = set(self.module.parameters()) if self.half is not None else None
-        return {
-            f"{block.prefix}.{name}"
-            for block in self.blocks
-            for name, parameter in block.module.named_parameters()
-            if runs is None or parameter in runs
-        }
-
     def block_of(self, name: str) -> Block:
         """The block that a linear or parameter of that full name is in."""
         return next(block for block in self.blocks if name.startswith(f"{block.prefix}."))

@@ -61,9 +61,10 @@ def new_sweep_folder(name: str, storage: Path) -> Path:
     return storage / check_name(name)
 
 
-def unfinished_folder(sweep: Path, recovery_id: str) -> Path:
-    """Where the units of a trial are kept that are recovered, until it has its row."""
-    return sweep / UNFINISHED / recovery_id
+def unfinished_folder(sweep: Path, identity: str) -> Path:
+    """Where the recovered units of a trial are kept until it has its row, or those of start weights until they are
+    written. identity: the trial's, whose rows of units depend on the validation set; of start weights theirs"""
+    return sweep / UNFINISHED / identity
 
 
 def unit_file(folder: Path, unit: str) -> Path:

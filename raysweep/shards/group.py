@@ -166,10 +166,14 @@ class RayGroup:
 
         return share(key, owner, make, call("claim"), call("publish"), call("abandon"))
 
+    def arrive(self, who: str) -> int:
+        """Says that a process of trials is here; returns how many are."""
+        return int(self.result(self.actors[0].arrive.remote(who)))
+
     def wait_for_others(self, who: str, number: int, timeout_s: float) -> None:
         """Waits until so many processes have come here, each under a name of its own, or for `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        while self.result(self.actors[0].arrive.remote(who)) < number and time.monotonic() < deadline:
+        while self.arrive(who) < number and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
     def forget_shared(self) -> None:

@@ -94,12 +94,16 @@ def run_in_rungs(
     yield replace(outcome, columns=outcome.columns | {"seconds_total": before + time.monotonic() - started})
 
 
-def write_start(group: ShardGroup, trial: Trial, name: str, order: int, folder: Path, owner: str) -> None:
+def write_start(
+    group: ShardGroup, trial: Trial, name: str, order: int, folder: Path, owner: str, unfinished: Path
+) -> None:
     """Makes the masks of a retraining and the weights that it starts from, and writes them by block.
 
-    owner: the trial on whose account they are made. Raises NumericalError as `run_trial` does.
+    owner: the trial on whose account they are made;  unfinished: for their units, until they are written
+    Raises NumericalError as `run_trial` does.
     """
-    _Run(group, name, order).write_start(trial, folder, owner)
+    _Run(group, name, order).write_start(trial, folder, owner, unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 DENSE_KEY = "dense"
@@ -195,14 +199,14 @@ class _Run:
         columns["fallbacks"] = fallbacks_of(linear_rows)
         return Outcome(columns, self._placed([*linear_rows, *block_rows(quality)]))
 
-    def write_start(self, trial: Trial, folder: Path, owner: str) -> None:
+    def write_start(self, trial: Trial, folder: Path, owner: str, unfinished: Path) -> None:
         masks = self._shared_masks(trial)
         try:
             self.calls.everywhere("begin", self.name)
             if trial.start is None:
                 self._prune(self.name, trial)
             else:
-                Recovery(self.calls, trial.start).go_on(1.0)
+                Recovery(self.calls, trial.start, unfinished).go_on(1.0)
             self._write_weights(masks, folder, owner)
         finally:
             self.calls.release(self.name)

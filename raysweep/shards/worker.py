@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ from raysweep.shards.group_info import ShardSpec, UnitSpan
 from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
 
 WRITE_S, WRITE_BYTES_PER_S = 0.02, 200e6  # that a file takes; assumption: a network file system
+WORTH = 2.0  # a unit is written that took so many times longer than writing it will
+FREE_SHARE = 0.05  # of the room on the storage, that one unit may take
 
 log = logging.getLogger(__name__)
 
@@ -151,14 +154,17 @@ class ShardWorker:
                 and (row := self._taken_over(name, trial, unit, unfinished)) is not None
             ):
                 return row
-            watch = Stopwatch(self.shard.device)
+            watch, before = Stopwatch(self.shard.device), set(self.blocks.weights[name])
+            saved = self.blocks.knowledge.saved_seconds
             result = recover_unit(self.blocks, name, trial, unit)
             if result is None:
                 return None
             row = result.as_dict() | {"seconds": watch.seconds()}
             row["peak_device_bytes"] = row["peak_bytes"] if self.shard.device.type == "cuda" else None
         if unfinished is not None:
-            self._leave(name, trial, unit, row, unfinished)
+            weights = weights_of(self.blocks, name, trial, unit, before)
+            standalone = row["seconds"] + self.blocks.knowledge.saved_seconds - saved
+            _leave(unit_file(unfinished, unit), weights, row, standalone)
         return row
 
     def _taken_over(self, name: str, trial: Trial, unit: str, folder: Path) -> dict[str, Any] | None:
@@ -167,25 +173,16 @@ class ShardWorker:
         if not file.exists():
             return None
         try:
-            weights, row = read_tensors(file)
+            weights, about = read_tensors(file)
         except RaysweepError as error:
             log.warning("unit %s is recovered anew: %s", unit, first_line(error))
             return None
         moved = {full: tensor.to(self.shard.device) for full, tensor in weights.items()}
         recover_unit(self.blocks, name, trial, unit, moved)
-        for place in (0, 1):
-            self._seconds[name]["recovery"][place] += row["seconds"]
+        row: dict[str, Any] = about["row"]
+        for place, seconds in enumerate((row["seconds"], about["standalone"])):
+            self._seconds[name]["recovery"][place] += seconds
         return row
-
-    def _leave(self, name: str, trial: Trial, unit: str, row: dict[str, Any], folder: Path) -> None:
-        """Writes a recovered unit where that is cheaper than to recover it again. A full disk is no reason to fail."""
-        weights = weights_of(self.blocks, name, trial, unit)
-        if row["seconds"] < WRITE_S + sum(tensor.nbytes for tensor in weights.values()) / WRITE_BYTES_PER_S:
-            return
-        try:
-            write_tensors(unit_file(folder, unit), weights, row)
-        except StorageError as error:
-            log.warning("unit %s is not kept for a later launch: %s", unit, first_line(error))
 
     def copy_pruned(self, name: str, copy: str) -> None:
         """Puts the weights that the trial began its recovery with under another name."""
@@ -413,6 +410,23 @@ class ShardWorker:
         pair = self._seconds[name][phase]
         pair[0] += own
         pair[1] += own + self.blocks.knowledge.saved_seconds - saved
+
+
+def _leave(file: Path, weights: Mapping[str, Tensor], row: Mapping[str, Any], standalone: float) -> None:
+    """Writes a recovered unit where that is cheap beside recovering it again, and the storage has room to spare.
+
+    standalone: seconds that it would have taken alone
+    """
+    nbytes = sum(tensor.nbytes for tensor in weights.values())
+    if row["seconds"] < WORTH * (WRITE_S + nbytes / WRITE_BYTES_PER_S):
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if nbytes > FREE_SHARE * shutil.disk_usage(file.parent).free:
+            return
+        write_tensors(file, weights, {"row": dict(row), "standalone": standalone})
+    except (OSError, StorageError) as error:
+        log.warning("%s is not kept for a later launch: %s", file.name, first_line(error))
 
 
 def _device_name(device: torch.device) -> str:

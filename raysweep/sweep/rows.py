@@ -101,7 +101,7 @@ def run_in_steps(
 ) -> Iterator[Rung | dict[str, Any]]:
     """The same with a halt at every rung. Closing the iterator there stops the trial and writes that as its row."""
     started_at, passed = now(), list[Rung]()
-    unfinished = unfinished_folder(rows.folder, trial.recovery_id)
+    unfinished = unfinished_folder(rows.folder, trial.trial_id)
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -22,7 +24,7 @@ from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext, plain, run_in_steps
 
-START_LIMIT_S = 60.0  # for the processes of trials; then they begin without the others
+START_LIMIT_S = 60.0  # for the processes of trials; then trials end without the others
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,20 @@ class SweepTrainable(tune.Trainable):
         self._context = context
         self._trial: SweepTrial = config[TRIAL]
         self._group = RayGroup.join(context.group_name, context.info)
+        self._group.arrive(str(os.getpid()))
         self._is_new = True
         self._steps: Iterator[Rung | dict[str, Any]] | None = None
 
     def step(self) -> dict[str, Any]:
+        if self._steps is None:
+            rungs = rungs_of(self._context.search)
+            self._steps = run_in_steps(self._group, self._trial, self._context.rows, rungs)
+        found = next(self._steps)
         if self._is_new:
             # A trial that ended while others wait for their processes would hand them its own. Theirs would be given up
             # half started, the next trial would ask for another, and so on: a start of seconds for every trial.
             self._group.wait_for_others(str(os.getpid()), self._context.processes, START_LIMIT_S)
             self._is_new = False
-        if self._steps is None:
-            rungs = rungs_of(self._context.search)
-            self._steps = run_in_steps(self._group, self._trial, self._context.rows, rungs)
-        found = next(self._steps)
         if isinstance(found, Rung):
             return {TIME: SIXTEENTHS[found.number], self._context.search.metric: found.value, "done": False}
         self._steps = None
@@ -114,20 +117,22 @@ def run_phase(
     name: str,
     on_row: Callable[[dict[str, Any]], None],
     on_lost: Callable[[str, int], None],
-) -> int:
+) -> list[SweepTrial]:
     """Runs what is proposed to the end, oldest first; `on_row` hears of every trial that is done, `on_lost` of the id
-    and the number of one whose process, or one of whose shards, is gone. Then nothing new begins. Returns how many
-    were lost. Raises StorageError when rows cannot be written.
+    and the number of one that ended without a word: its process, or one of its shards, is gone. Then nothing new
+    begins. Returns those trials. Raises StorageError when rows cannot be written.
 
     storage, name: Tune keeps its own state in storage/name.
     """
     if not proposals.total:
-        return 0
+        return []
     _quiet_tune()
-    lost: list[BaseException | None] = []
+    lost: list[SweepTrial] = []
+    causes: list[BaseException | None] = []
 
     def note_loss(trial: SweepTrial, cause: BaseException | None) -> None:
-        lost.append(cause)
+        lost.append(trial)
+        causes.append(cause)
         proposals.end()
         on_lost(trial.trial_id, trial.number)
 
@@ -158,10 +163,10 @@ def run_phase(
         ),
     )
     tuner.fit()
-    for cause in lost:
+    for cause in causes:
         if isinstance(cause, StorageError):
             raise cause
-    return len(lost)
+    return lost
 
 
 def _trial_name(trial: Any) -> str:
@@ -192,8 +197,18 @@ class _Listener(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Its own failures are rows: this is one whose process, or one of whose shards, is gone."""
-        error = trial.get_pickled_error()
-        self._on_lost(trial.config[TRIAL], getattr(error, "cause", error))
+        self._on_lost(trial.config[TRIAL], _cause_of(trial))
+
+
+def _cause_of(trial: Any) -> BaseException | None:
+    """What a trial raised, as far as Tune has kept it: on this machine, since the storage may be what failed."""
+    try:
+        with open(trial.pickled_error_file, "rb") as stream:
+            error = ray.cloudpickle.load(stream)
+    except (OSError, TypeError, EOFError, pickle.UnpicklingError):
+        return None
+    cause: BaseException | None = getattr(error, "cause", error)
+    return cause
 
 
 def _nobody(*_: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from raysweep.analysis.table import trial_label
-from raysweep.cli.display import LiveDisplay, PlainDisplay, row_words, shown
+from raysweep.cli.display import LiveDisplay, PlainDisplay, shown
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
 from tests.analysis.rows import failed, row
@@ -75,10 +75,6 @@ def test_lines_where_no_terminal_is(tally, capsys):
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 5
     assert "\x1b" not in captured.err
-
-
-def test_a_trial_whose_process_ended_has_a_line():
-    assert row_words({"status": "failed", "label": "x"}) == "x  failed: its process ended"
 
 
 def terminal(width: int = 100) -> tuple[Console, io.StringIO]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from raysweep.launching.launch import launch
 from raysweep.reconstruction import recovery
 from raysweep.results.cleaning import clean
 from raysweep.shards import worker
-from tests.frames import assert_same_numbers
+from tests.frames import assert_same_numbers, numbers
 
 SEQUENTIAL = {"statistics_stream": "recovered", "input_stream": "pruned"}
 
@@ -34,8 +34,7 @@ def trained(monkeypatch) -> list[tuple[str, str]]:
         return recovered(blocks, name, trial, unit)
 
     monkeypatch.setattr(recovery, "_recovered", noting)
-    monkeypatch.setattr(worker, "WRITE_S", 0.0)
-    monkeypatch.setattr(worker, "WRITE_BYTES_PER_S", math.inf)
+    monkeypatch.setattr(worker, "WORTH", 0.0)
     limit[0] = None
     return units
 
@@ -89,6 +88,35 @@ def test_a_damaged_file_only_costs_its_unit(make_space, tmp_path, trained):
     launch(space, storage=tmp_path / "again", in_process=True)
     assert len(trained) == 3 + 1 + 2  # four blocks
     assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
+
+
+def test_units_with_losses_on_another_validation_set_are_not_taken_over(make_space, tmp_path, trained):
+    limit[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        launch(space_of(make_space, granularity="block"), storage=tmp_path / "again", in_process=True)
+    limit[0] = None
+    group = {"recovery": "reconstruct", "criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
+    other = make_space(
+        sweep=[group | {"granularity": "block"}], execution={"shards": 2}, validation={"samples": 2}
+    )
+    launch(other, storage=tmp_path / "again", in_process=True)
+    launch(other, storage=tmp_path / "whole", in_process=True)
+    expected, found = (numbers(tmp_path / part / "tiny")[1] for part in ("whole", "again"))
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)  # the old dense row has no units
+    assert not (tmp_path / "again" / "tiny" / "unfinished").exists()
+
+
+def test_start_weights_go_on_too(make_space, tmp_path, trained):
+    start = {"granularity": "block", "learning_rate": 0.01}
+    group = {"recovery": "retrain", "criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.001}
+    space = make_space(sweep=[group | {"start_from": start}])
+    limit[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        launch(space, storage=tmp_path, in_process=True)
+    limit[0] = None
+    assert (launch(space, storage=tmp_path, in_process=True).status == "finished").all()
+    assert len(trained) == len(set(trained)) == 4
+    assert not (tmp_path / "tiny" / "unfinished").exists()
 
 
 def test_clean_removes_them(make_space, tmp_path, trained):

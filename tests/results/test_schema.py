@@ -52,6 +52,7 @@ def test_numbers_are_all_but_cost_provenance_and_shard():
         *PROVENANCE.split(),
         "sweep",
         "error",
+        "error_kind",
         "stopped_at",
         "rungs",
         "study",

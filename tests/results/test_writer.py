@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from raysweep.errors import NumericalError, RaysweepError
+from raysweep.errors import NumericalError, RaysweepError, StorageError
 from raysweep.results import writer
 from raysweep.results.reader import load_results, load_units, trial_states
 from raysweep.results.schema import SCHEMA_VERSION, trial_schema, unit_schema
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_neither_row_nor_temporary(tmp_path, trial_row, unit_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         write_rows(tmp_path, trial_row(2), unit_rows(1), [])
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [f"{1:016x}.parquet"] * 2
 
