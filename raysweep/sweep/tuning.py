@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -204,8 +203,8 @@ def _cause_of(trial: Any) -> BaseException | None:
     """What a trial raised, as far as Tune has kept it: on this machine, since the storage may be what failed."""
     try:
         with open(trial.pickled_error_file, "rb") as stream:
-            error = ray.cloudpickle.load(stream)
-    except (OSError, TypeError, EOFError, pickle.UnpicklingError):
+            error = pickle.load(stream)  # noqa: S301  # what Tune has just written
+    except (OSError, TypeError, EOFError, ImportError, pickle.UnpicklingError):
         return None
     cause: BaseException | None = getattr(error, "cause", error)
     return cause
