@@ -72,7 +72,8 @@ class PlainDisplay:
         self.tally.row(row)
         width = len(str(self.tally.planned))
         left = self.tally.time_left.seconds()
-        more = f"  {duration(left)} left" if left else ""
+        shown = left and row.get("status") != "failed" and self.tally.done < self.tally.planned
+        more = f"  {duration(left)} left" if left and shown else ""
         self._line(f"[{self.tally.done:>{width}}/{self.tally.planned}] {row_words(row)}{more}")
 
     def end(self) -> None:

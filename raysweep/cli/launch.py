@@ -36,7 +36,7 @@ def run_launch(
         _say_kept(folder)
         return interruption_status(interruption)
     show_rows(folder, rows, as_json=as_json)
-    return _say_ending(folder, len(rows), tally)
+    return _say_ending(folder, len(rows), tally, bool(options["fail_fast"]))
 
 
 def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
@@ -58,16 +58,23 @@ def _say_kept(folder: Path) -> None:
     say(f"interrupted: {where}; the same command continues the sweep")
 
 
-def _say_ending(folder: Path, rows: int, tally: Tally) -> int:
+def _say_ending(folder: Path, rows: int, tally: Tally, fail_fast: bool) -> int:
     """The last line; and the exit status."""
     path = _short_path(folder)
     say(f'{count(rows, "row")} in {path}; in pandas: raysweep.load_results("{path}")')
     missing = tally.planned - tally.done
+    if missing > 0 and fail_fast and tally.failures:
+        say(f"--fail-fast: nothing new began after {tally.failures[0][0]} had failed", "red")
     if missing > 0:
-        say(f"{count(missing, 'trial')} left no row; the same command runs them", "red")
+        say(f"{count(missing, 'trial')} did not run to an end; the same command runs {_them(missing)}", "red")
     if tally.to_stay:
-        say(f"{count(tally.to_stay, 'trial')} failed numerically; only --retry-failed runs them again", "red")
+        again = f"only --retry-failed runs {_them(tally.to_stay)} again"
+        say(f"{count(tally.to_stay, 'trial')} failed numerically; {again}", "red")
     return FAILED if tally.failed or missing > 0 else 0
+
+
+def _them(number: int) -> str:
+    return "it" if number == 1 else "them"
 
 
 def _short_path(folder: Path) -> str:

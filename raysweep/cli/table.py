@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.numbers import MIB, count, decimals_for, fixed
@@ -11,7 +14,6 @@ from raysweep.cli.numbers import MIB, count, decimals_for, fixed
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
-    from rich.table import Table
 
 Cells = list[str]
 
@@ -38,6 +40,7 @@ FIRST_TO_GO = (
 rest wraps."""
 BESIDE_LABELS = ("model", "model_hash", "dtype", "evaluation")  # what tells trials apart and no label says
 SETTINGS = ("criterion", "learning_rate", "start_from", "calibration_seed")  # which labels say
+LEAST_WORDS = 8  # characters of a column of words
 LEAST_LABEL = 24  # characters of a column of labels
 GAP = 2  # characters between columns: one of padding, one of the divider
 
@@ -71,10 +74,12 @@ def print_summary(
     table = summary_table(rows, sort)
     if len(table):
         columns = table_columns(table)
-        shown, dropped = arranged(columns, labeled_columns(table, rows), console.width)
-        console.print(_rich_table(table, shown, best, grouped=sort is None))
-        hint = (width_of(columns), dropped)
-        _print_caption(console, fixed_columns(rows), rows, hint, marked=bool(best))
+        shown, dropped = arranged(columns, partial(labeled_columns, table, rows), console.width)
+        _print_rows(console, table, shown, best, grouped=sort is None)
+        listed = rows[rows["trial_id"].isin(table.index)]
+        _print_caption(
+            console, fixed_columns(listed), listed, (width_of(columns), dropped), marked=bool(best)
+        )
     stopped = int((rows["status"] == "stopped").sum())
     if stopped:
         from rich.text import Text
@@ -115,14 +120,14 @@ def labeled_columns(table: pd.DataFrame, rows: pd.DataFrame) -> list[ColumnText]
 
 
 def arranged(
-    columns: list[ColumnText], labeled: list[ColumnText], width: int
+    columns: list[ColumnText], labeled: Callable[[], list[ColumnText]], width: int
 ) -> tuple[list[ColumnText], list[ColumnText]]:
     """What is shown of a table, and what is not: with a column for each setting where these leave room for a cost."""
     shown, dropped = fitting(columns, width)
     costly = any(column.name == FIRST_TO_GO[-1] for column in dropped)
     if not costly and width_of(shown) <= width:
         return shown, dropped
-    return fitting(labeled, width)
+    return fitting(labeled(), width)
 
 
 def width_of(columns: list[ColumnText]) -> int:
@@ -167,44 +172,67 @@ def _format(name: str, numbers: list[Any]) -> Callable[[Any], str]:
     return _number_or_word
 
 
-def _rich_table(
-    table: pd.DataFrame, columns: list[ColumnText], best: Collection[str], grouped: bool
-) -> Table:
-    from rich import box
-    from rich.table import Table
+def _print_rows(
+    console: Console, table: pd.DataFrame, columns: list[ColumnText], best: Collection[str], grouped: bool
+) -> None:
+    """Rows under a head, a gap where a new mask begins. By lines: rich's own tables take a second for 2,000 rows."""
     from rich.text import Text
 
     from raysweep.analysis.table import mask_groups
 
-    made = Table(
-        box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
-    )
-    for column in columns:
-        made.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            vertical="bottom",
-            overflow="fold",
-            no_wrap=column.right,
-        )
+    widths = _widths(columns, console.width)
+    line = partial(_lines, widths=widths, rights=[column.right for column in columns])
+    heads = [column.title.split("\n") for column in columns]
+    height = max(map(len, heads))
+    for level in range(height):
+        cells = [head[level - height] if level >= height - len(head) else "" for head in heads]
+        console.print(Text(line(cells)[0], style="bold"), soft_wrap=True)
+    rule = "-" if console.options.ascii_only else "─"
+    console.print(rule * (sum(widths) + GAP * len(widths) - GAP), soft_wrap=True, highlight=False)
     groups = mask_groups(table) if grouped else list(range(len(table)))
     sections = _sections(columns, groups) if grouped else [0] * len(table)
-    for place in range(len(table)):
+    dense, identities = table["recovery"].eq("dense").tolist(), table.index.tolist()
+    ends = list(accumulate(widths, lambda end, width: end + GAP + width))
+    spans = {c.name: (end - width, end) for c, end, width in zip(columns, ends, widths, strict=True)}
+    mark = spans.get("validation_perplexity", (0, 0))
+    for place, identity in enumerate(identities):
         repeated = grouped and place > 0 and groups[place] == groups[place - 1]
-        style = "dim" if table["recovery"].iloc[place] == "dense" else ""
-        cells = [_cell(column, place, repeated) for column in columns]
-        marked = [
-            Text(
-                cell,
-                style="bold green"
-                if table.index[place] in best and column.name == "validation_perplexity"
-                else style,
-            )
-            for column, cell in zip(columns, cells, strict=True)
-        ]
-        ends = place + 1 < len(table) and sections[place] != sections[place + 1]
-        made.add_row(*marked, end_section=ends)
-    return made
+        for text in line([_cell(column, place, repeated) for column in columns]):
+            shown = Text(text, style="dim" if dense[place] else "")
+            if identity in best:
+                shown.stylize("bold green", *mark)
+            console.print(shown, soft_wrap=True)
+        if place + 1 < len(identities) and sections[place] != sections[place + 1]:
+            console.print()
+
+
+def _widths(columns: Sequence[ColumnText], room: int) -> list[int]:
+    """As wide as what they hold; where that is too much, columns of words become narrower, the widest first."""
+    widths = [max(len(line) for line in [*column.title.split("\n"), *column.cells]) for column in columns]
+    words = [place for place, column in enumerate(columns) if not column.right]
+    while sum(widths) + GAP * (len(widths) - 1) > room:
+        widest = max(words, key=lambda place: widths[place], default=None)
+        if widest is None or widths[widest] <= LEAST_WORDS:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _lines(cells: Sequence[str], widths: Sequence[int], rights: Sequence[bool]) -> list[str]:
+    """The lines of a row, more than one where words wrap."""
+    wrapped = [
+        [cell] if len(cell) <= width else wrap(cell, width, break_on_hyphens=False)
+        for cell, width in zip(cells, widths, strict=True)
+    ]
+    lines = []
+    for level in range(max(map(len, wrapped))):
+        parts = [pieces[level] if level < len(pieces) else "" for pieces in wrapped]
+        aligned = (
+            part.rjust(width) if right else part.ljust(width)
+            for part, width, right in zip(parts, widths, rights, strict=True)
+        )
+        lines.append((" " * GAP).join(aligned).rstrip())
+    return lines
 
 
 def _sections(columns: list[ColumnText], groups: list[int]) -> Sequence[object]:
@@ -246,7 +274,7 @@ def _print_caption(
     width, dropped = hint
     if dropped:
         gone = ", ".join(column.name for column in dropped)
-        console.print(Text(f"COLUMNS={width}, a terminal as wide, or --json also shows {gone}", style="dim"))
+        console.print(Text(f"Hidden for want of room ({width} columns): {gone}", style="dim"))
 
 
 def constant_words(constants: Mapping[str, Any]) -> tuple[list[str], list[str]]:

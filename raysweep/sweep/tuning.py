@@ -203,7 +203,7 @@ def _cause_of(trial: Any) -> BaseException | None:
     """What a trial raised, as far as Tune has kept it: on this machine, since the storage may be what failed."""
     try:
         with open(trial.pickled_error_file, "rb") as stream:
-            error = pickle.load(stream)  # noqa: S301  # what Tune has just written
+            error = pickle.load(stream)  # what Tune has just written
     except (OSError, TypeError, EOFError, ImportError, pickle.UnpicklingError):
         return None
     cause: BaseException | None = getattr(error, "cause", error)
