@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from raysweep.shards.trace import Span, Trace
 
 if TYPE_CHECKING:
     from raysweep.shards.worker import ShardWorker
-
-log = logging.getLogger(__name__)
 
 NAMESPACE = "raysweep"
 CALLS_AT_ONCE = 256  # that wait at one shard; each holds a thread, none of them works
@@ -99,21 +96,10 @@ class RayGroup:
 
     @classmethod
     def start(cls, name: str, specs: Sequence[ShardSpec], resources: Resources, timeout_s: float) -> RayGroup:
-        """Starts the actors and waits until all have loaded their blocks. Where one ends before that, as processes of
-        Ray sometimes do on a busy machine, all are started once more, as another group.
+        """Starts the actors and waits until all have loaded their blocks.
 
-        Raises ShardLostError when one ends again, RaysweepError when they are not ready after `timeout_s`.
+        Raises ShardLostError when one ends, RaysweepError when they are not ready after `timeout_s`.
         """
-        try:
-            return cls._started(name, specs, resources, timeout_s)
-        except ShardLostError as error:
-            log.warning("the shards are started once more: %s", first_line(error))
-            return cls._started(f"{name}/again", specs, resources, timeout_s)
-
-    @classmethod
-    def _started(
-        cls, name: str, specs: Sequence[ShardSpec], resources: Resources, timeout_s: float
-    ) -> RayGroup:
         actors: list[Any] = []
         try:
             actors += [_start_actor(f"{name}/{k}", spec, resources) for k, spec in enumerate(specs)]

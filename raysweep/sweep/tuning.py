@@ -204,7 +204,7 @@ def _cause_of(trial: Any) -> BaseException | None:
     try:
         with open(trial.pickled_error_file, "rb") as stream:
             error = pickle.load(stream)  # what Tune has just written
-    except (OSError, TypeError, EOFError, ImportError, pickle.UnpicklingError):
+    except (OSError, TypeError, EOFError, AttributeError, ImportError, pickle.UnpicklingError):
         return None
     cause: BaseException | None = getattr(error, "cause", error)
     return cause
