@@ -48,11 +48,12 @@ class SweepTrainable(tune.Trainable):
         self._context = context
         self._trial: SweepTrial = config[TRIAL]
         self._group = RayGroup.join(context.group_name, context.info)
-        self._group.arrive(str(os.getpid()))
         self._is_new = True
         self._steps: Iterator[Rung | dict[str, Any]] | None = None
 
     def step(self) -> dict[str, Any]:
+        if self._is_new:  # here and not in `setup`, after which Tune has yet to hear that the process is there
+            self._group.arrive(str(os.getpid()))
         if self._steps is None:
             rungs = rungs_of(self._context.search)
             self._steps = run_in_steps(self._group, self._trial, self._context.rows, rungs)
