@@ -168,7 +168,7 @@ def _say_done(prepared: Launch, progress: Progress) -> None:
 def _remove_leftovers(prepared: Launch) -> None:
     """Units of trials that will not come again: that have their rows, or are no longer in the space."""
     waiting = [trial for trial in prepared.trials if not prepared.is_done(trial)]
-    needed = {identity for trial in waiting for identity in (trial.trial_id, trial.start_id)}
+    needed = {identity for trial in waiting for identity in trial.unfinished}
     place = prepared.folder / UNFINISHED
     for folder in place.glob("*"):
         if folder.name not in needed:

@@ -1,10 +1,11 @@
-"""What recovery finds out about a unit, as plain numbers. No torch, so that trials can hold them."""
+"""What recovery finds out about a unit and evaluation about a batch, as plain numbers. No torch, so that trials can
+hold them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from raysweep.errors import NumericalError
@@ -56,6 +57,35 @@ class TextError:
 
 Errors = Mapping[str, TextError]
 """By text."""
+
+BlockErrors = dict[int, list[float]]
+"""By block, the squared error of its output against the dense one, sample by sample."""
+
+
+@dataclass(frozen=True)
+class BatchMeasures:
+    """What the evaluation of one batch finds out on its way through the blocks.
+
+    text, start, stop: samples of which text
+    losses: by sample, next-token losses summed over its targets; none of a text that is only compared
+    errors: of a text whose dense activations are kept
+    seconds: that it took, over all shards
+    """
+
+    text: str
+    start: int
+    stop: int
+    losses: list[float] = field(default_factory=list)
+    errors: BlockErrors = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        return self.text, self.start, self.stop
+
+    def and_then(self, losses: list[float], errors: BlockErrors, seconds: float) -> BatchMeasures:
+        """With what the next shard adds."""
+        return replace(self, losses=losses, errors=self.errors | errors, seconds=self.seconds + seconds)
 
 
 @dataclass(frozen=True)

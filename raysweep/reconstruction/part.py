@@ -12,7 +12,7 @@ from raysweep.reconstruction.activations import fetch, keep_rows
 from raysweep.reconstruction.losses import LOSSES, batch_error
 from raysweep.reconstruction.measures import Cost, TextError
 from raysweep.reconstruction.objectives import ModuleObjective
-from raysweep.reconstruction.range import BlockRange
+from raysweep.reconstruction.range import BlockRange, Weights
 from raysweep.reconstruction.recovery import find_unit, stage_cost
 from raysweep.reconstruction.stage import Stage
 
@@ -21,12 +21,15 @@ class UnitPart:
     """Activations come batch by batch from the part before and go to the part after, by way of the caller.
 
     The first part takes them from the unit's own inputs; the last one knows the targets.
+
+    found: by block, weights that an earlier process has recovered
     """
 
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit_name: str) -> None:
         self.blocks, self.name, self.trial = blocks, name, trial
         self.unit = find_unit(blocks, str(trial.granularity), unit_name)
         self.objective = ModuleObjective(blocks, name, trial, self.unit)
+        self.found: list[Weights] = []
         self._loss = LOSSES[str(trial.loss)]
         self._stage: Stage | None = None
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from raysweep.pruning.statistics import InputStatistics, output_error
 from raysweep.reconstruction.activations import TextActivations, batches, fetch, keep_rows
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
 from raysweep.reconstruction.losses import squared_sums
-from raysweep.reconstruction.measures import CALIBRATION, ratio
+from raysweep.reconstruction.measures import CALIBRATION, BlockErrors, ratio
 
 Weights = dict[str, Tensor]
 """A trial's tensors by full parameter name, as stored in the model; what is missing is dense."""
@@ -85,13 +86,12 @@ class BlockRange:
         self.layers: dict[str, dict[str, PrunedLayer]] = {}
         self.streams: dict[str, dict[str, Tensor]] = {}
         self.captured: dict[tuple[str, str], tuple[str, Tensor]] = {}
-        self._errors: dict[tuple[str, str, int], dict[int, float]] = {}
 
     # The dense pass
 
     def forget_texts(self) -> None:
         """Before another calibration set: drops activations, statistics and all that came of them."""
-        for store in (self.texts, self.weights, self.layers, self.streams, self.captured, self._errors):
+        for store in (self.texts, self.weights, self.layers, self.streams, self.captured):
             store.clear()
         self.knowledge.clear()
         self.dense_seconds = 0.0
@@ -298,26 +298,30 @@ class BlockRange:
             yield
 
     @torch.no_grad()
-    def forward(self, name: str | None, text: str, rows: slice, hidden_BTH: Tensor | None) -> Tensor | None:
-        """One batch through the blocks with the weights of `name`.
+    def forward(
+        self, name: str | None, text: str, rows: slice, hidden_BTH: Tensor | None
+    ) -> tuple[Tensor | None, BlockErrors]:
+        """One batch through the blocks with the weights of `name`; for a kept text also how far every block's output
+        then is from the dense one.
 
         hidden_BTH: None where a kept text arrives as in the dense model. Its activations are known up to the first
-        block that is not dense, so they are not computed again; the result is None where all blocks are.
-        For a kept text, the squared error of every block's output against the dense one is noted.
+        block that is not dense, so they are not computed again; what comes out is None where all blocks are.
         """
+        errors: BlockErrors = {}
+        compares = name is not None and text in self.texts
         if hidden_BTH is not None:
             hidden_BTH = hidden_BTH.to(self.device)
         for block in self.blocks.values():
             if hidden_BTH is None and self._is_dense(name, block):
-                self._note_error(name, text, block, rows, None)
+                errors[block.index] = [0.0] * (rows.stop - rows.start)
                 continue
             if hidden_BTH is None:
                 hidden_BTH = fetch(self.texts[text].activations.inputs[block.index], rows, self.device)
             with self.using(name, block):
                 hidden_BTH = block.run(hidden_BTH)
-            if text in self.texts:
-                self._note_error(name, text, block, rows, hidden_BTH)
-        return hidden_BTH
+            if compares:
+                errors[block.index] = self._block_error(text, block, rows, hidden_BTH)
+        return hidden_BTH, errors if compares else {}
 
     def dense_output(self, text: str, rows: slice) -> Tensor:
         """What leaves the range when a batch of a kept text passes through the dense model."""
@@ -326,33 +330,19 @@ class BlockRange:
     def _is_dense(self, name: str | None, block: Block) -> bool:
         return name is None or not any(full.startswith(f"{block.prefix}.") for full in self.weights[name])
 
-    def _note_error(
-        self, name: str | None, text: str, block: Block, rows: slice, hidden_BTH: Tensor | None
-    ) -> None:
-        """hidden_BTH: None for the dense one"""
-        if name is None:
-            return
-        sums = [0.0] * (rows.stop - rows.start)
-        if hidden_BTH is not None:
-            dense_BTH = self.texts[text].activations.inputs[block.index + 1][rows].to(self.device)
-            sums = squared_sums(hidden_BTH.float() - dense_BTH.float())
-        errors = self._errors.setdefault((name, text, block.index), {})
-        errors.update(zip(range(rows.start, rows.stop), sums, strict=True))
+    def _block_error(self, text: str, block: Block, rows: slice, hidden_BTH: Tensor) -> list[float]:
+        dense_BTH = self.texts[text].activations.inputs[block.index + 1][rows].to(self.device)
+        return squared_sums(hidden_BTH.float() - dense_BTH.float())
 
-    def block_errors(self, name: str, text: str) -> dict[int, float]:
-        """By block, the error of its output over the text against the dense one, as `forward` noted it."""
-        return {
-            index: ratio(self._errors[name, text, index].values(), self._target_power(text, index))
-            for index in self.blocks
-            if (name, text, index) in self._errors
-        }
-
-    def _target_power(self, text: str, index: int) -> list[float]:
+    def target_power(self, text: str, index: int) -> float:
+        """The squared dense output of a block, summed over a kept text: what errors are divided by."""
         target_STH = self.texts[text].activations.inputs[index + 1]
 
-        def make() -> list[float]:
+        def make() -> float:
             pieces = batches(target_STH.shape[0], target_STH.shape[1], self.device)
-            return [total for rows in pieces for total in squared_sums(fetch(target_STH, rows, self.device))]
+            return math.fsum(
+                total for rows in pieces for total in squared_sums(fetch(target_STH, rows, self.device))
+            )
 
         return self.knowledge.get(("target_power", text, index), make)
 
@@ -375,14 +365,12 @@ class BlockRange:
             self.advance(stream, block.run)
 
     def release(self, name: str) -> None:
-        """Forgets a trial's weights, layers, stream and noted errors."""
+        """Forgets a trial's weights, layers and stream."""
         self.weights.pop(name, None)
         self.layers.pop(name, None)
         self.streams.pop(name, None)
         for captured in [key for key in self.captured if key[0] == name]:
             del self.captured[captured]
-        for noted in [key for key in self._errors if key[0] == name]:
-            del self._errors[noted]
 
 
 @contextmanager

@@ -62,13 +62,26 @@ def new_sweep_folder(name: str, storage: Path) -> Path:
 
 
 def unfinished_folder(sweep: Path, identity: str) -> Path:
-    """Where the recovered units of a trial are kept until it has its row, or those of start weights until they are
-    written. identity: the trial's, whose rows of units depend on the validation set; of start weights theirs"""
+    """Where the recovered units and evaluated batches of a trial are kept until it has its row, and the units of start
+    weights until they are written.
+
+    identity: the trial's, whose rows depend on the texts too; of start weights theirs
+    """
     return sweep / UNFINISHED / identity
 
 
 def unit_file(folder: Path, unit: str) -> Path:
     return folder / f"{unit}.safetensors"
+
+
+def part_file(folder: Path, unit: str, block: int) -> Path:
+    """Of a unit that reaches over several shards, what lies in one block."""
+    return folder / f"{unit}.block-{block}.safetensors"
+
+
+def across_file(folder: Path, unit: str) -> Path:
+    """What is known of a unit that reaches over several shards; there once all its parts are."""
+    return folder / f"{unit}.json"
 
 
 def row_files(folder: Path, part: str) -> Iterator[Path]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from raysweep.config.trial import Trial
+from raysweep.errors import StorageError
 from raysweep.reconstruction.measures import Cost, Errors, TextError, UnitResult
+from raysweep.results.folders import across_file
+from raysweep.results.writer import write_atomically
 from raysweep.shards.calls import Calls
 from raysweep.shards.group_info import Ref, TextInfo, UnitSpan
 from raysweep.shards.streams import kept_texts
@@ -16,21 +22,49 @@ STEPS_AHEAD = (
 )
 
 
-def recover_across(calls: Calls, trial: Trial, unit: UnitSpan) -> dict[str, Any] | None:
+def recover_across(
+    calls: Calls, trial: Trial, unit: UnitSpan, unfinished: Path | None = None
+) -> dict[str, Any] | None:
     """The row of the unit, None where nothing in it is pruned. The trial's weights are pruned; a stream of its name, if
-    it has one, is at the unit's door and leaves behind it. Raises NumericalError when the weights or the errors of the
-    unit are not finite."""
-    shards = calls.info.shards_of(unit)
-    is_pruned = any(calls.everywhere("open_part", calls.name, trial, unit.name, shards=shards))
-    found = _trained(calls, trial, shards) if is_pruned else None
+    it has one, is at the unit's door and leaves behind it.
+
+    unfinished: as in `ShardWorker.recover`
+    Raises NumericalError when the weights or the errors of the unit are not finite.
+    """
+    shards, row = calls.info.shards_of(unit), None
+    if any(calls.everywhere("open_part", calls.name, trial, unit.name, shards=shards)):
+        if unfinished is not None:
+            row = _taken_over(calls, unit, shards, unfinished)
+        row = row or _recovered(calls, trial, unit, shards, unfinished)
     if trial.is_sequential:
         for _ in calls.along(_kept(calls), "pass_stream", calls.name, shards=shards):
             pass  # it waits in the last shard
-    seconds = calls.everywhere("close_part", calls.name, shards=shards)
-    if found is None:
+    calls.everywhere("close_part", calls.name, shards=shards)
+    return row
+
+
+def _taken_over(calls: Calls, unit: UnitSpan, shards: range, folder: Path) -> dict[str, Any] | None:
+    """The row of a unit that was recovered before, whose weights become the trial's; its seconds count again."""
+    try:
+        row: dict[str, Any] = json.loads(across_file(folder, unit.name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    row = UnitResult.of(unit.name, unit.start, *found).as_dict()
-    return row | {"seconds": sum(seconds), "peak_device_bytes": None}
+    if not all(calls.everywhere("find_part", calls.name, unit.name, folder, shards=shards)):
+        return None
+    calls.everywhere("take_part", calls.name, row["seconds"] / len(shards), shards=shards)
+    return row
+
+
+def _recovered(
+    calls: Calls, trial: Trial, unit: UnitSpan, shards: range, unfinished: Path | None
+) -> dict[str, Any]:
+    row = UnitResult.of(unit.name, unit.start, *_trained(calls, trial, shards)).as_dict()
+    seconds = calls.everywhere("part_seconds", calls.name, shards=shards)
+    row |= {"seconds": sum(seconds), "peak_device_bytes": None}
+    if unfinished and all(calls.everywhere("leave_part", calls.name, unit.name, unfinished, shards=shards)):
+        with suppress(StorageError):  # what is not kept is recovered anew
+            write_atomically(across_file(unfinished, unit.name), json.dumps(row).encode())
+    return row
 
 
 def _trained(calls: Calls, trial: Trial, shards: range) -> tuple[Errors, Errors, list[Cost]]:

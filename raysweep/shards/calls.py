@@ -75,14 +75,13 @@ class Calls:
         texts: Iterable[TextInfo],
         method: str,
         *lead: Any,
-        tail: tuple[Any, ...] = (),
         shards: range | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Passes texts through shards that follow one another; yields what the last one says, batch by batch, each with
         the name of its text.
 
-        Each call is `method(*lead, text, start, stop, *tail, hidden)`, with what the shard before gave. Several batches
-        are on their way at once, so that every shard works on another one.
+        Each call is `method(*lead, text, start, stop, hidden)`, with what the shard before gave. Several batches are on
+        their way at once, so that every shard works on another one; what is there is yielded before more is asked for.
         """
         shards = range(self.info.shards) if shards is None else shards
         ahead: deque[tuple[str, list[Ref]]] = deque()
@@ -90,11 +89,13 @@ class Calls:
             for start, stop in text.batches:
                 refs: list[Ref] = [None]
                 for shard in shards:
-                    arguments = (*lead, text.name, start, stop, *tail, refs[-1])
+                    arguments = (*lead, text.name, start, stop, refs[-1])
                     label = f"{method.replace('_', ' ')} {text.name}[{start}:{stop}]"
                     refs.append(self.submit(shard, method, *arguments, label=label))
                 ahead.append((text.name, refs[1:]))
-                if len(ahead) > CALLS_AHEAD * len(shards):
+                while ahead and (
+                    len(ahead) > CALLS_AHEAD * len(shards) or self.group.is_there(ahead[0][1][-1])
+                ):
                     yield self._taken(*ahead.popleft())
         while ahead:
             yield self._taken(*ahead.popleft())

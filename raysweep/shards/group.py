@@ -136,6 +136,9 @@ class RayGroup:
                 f"a shard's process ended before its work did: {first_line(error)}"
             ) from error
 
+    def is_there(self, ref: Ref) -> bool:
+        return bool(ray.wait([ref], timeout=0, fetch_local=False)[0])
+
     def settle(self, refs: list[Ref]) -> None:
         if refs:
             ray.wait(refs, num_returns=len(refs), fetch_local=False)

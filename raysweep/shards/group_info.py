@@ -105,6 +105,10 @@ class ShardGroup(Protocol):
         """Waits for a result. Raises what the call raised."""
         ...
 
+    def is_there(self, ref: Ref) -> bool:
+        """Whether a result, or what the call raised, can be had without waiting."""
+        ...
+
     def settle(self, refs: list[Ref]) -> None:
         """Waits until all of `refs` are done or have failed, without taking their results."""
         ...

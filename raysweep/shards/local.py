@@ -48,6 +48,9 @@ class LocalGroup:
             raise ref.error
         return ref.value
 
+    def is_there(self, ref: Ref) -> bool:
+        return True
+
     def settle(self, refs: list[Ref]) -> None:
         """Nothing: every call is done when it has been submitted."""
 
@@ -76,6 +79,8 @@ class LocalGroup:
         return [list(trace.spans) for trace in self._traces]
 
     def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
         self.workers.clear()
 
     def _loaded(self, shard: int, spec: ShardSpec) -> ShardWorker:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from raysweep.errors import NumericalError
-from raysweep.reconstruction.measures import CALIBRATION
+from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, BatchMeasures, ratio
 from raysweep.shards.group_info import TextInfo
 
 PHASES = ("statistics", "mask", "recovery", "evaluation")
@@ -80,16 +80,35 @@ def phase_seconds(finished: Iterable[Mapping[str, Any]]) -> tuple[dict[str, floa
     return own, standalone
 
 
-def errors_of(finished: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    errors: dict[str, dict[int, float]] = {}
+def quality_of(
+    batches: Sequence[BatchMeasures], finished: Finished, texts: Mapping[str, TextInfo]
+) -> Quality:
+    """What batches, which may lack the errors of blocks, and shards make together. Raises NumericalError."""
+    by_text: dict[str, list[BatchMeasures]] = {}
+    for batch in batches:
+        by_text.setdefault(batch.text, []).append(batch)
+    losses = {text: [loss for batch in found for loss in batch.losses] for text, found in by_text.items()}
+    return Quality(
+        {text: perplexity(losses[text], texts[text]) for text in by_text if text != CALIBRATION},
+        {text: _block_errors(by_text[text], text, finished) for text in KEPT_TEXTS if text in by_text},
+        sum(int(shard["weight_zeros"]) for shard in finished),
+    )
+
+
+def _block_errors(batches: Sequence[BatchMeasures], text: str, finished: Finished) -> dict[int, float]:
+    powers: dict[int, float] = {}
     for shard in finished:
-        for text, by_block in shard["errors"].items():
-            errors.setdefault(text, {}).update(by_block)
-    return errors
+        powers |= shard["target_powers"][text]
+    return {
+        index: ratio([error for batch in batches for error in batch.errors[index]], [powers[index]])
+        for index in sorted(batches[0].errors)
+    }
 
 
-def zeros_of(finished: Iterable[Mapping[str, Any]]) -> int:
-    return sum(int(shard["weight_zeros"]) for shard in finished)
+def evaluation_cost(batches: Iterable[BatchMeasures]) -> dict[str, Any]:
+    """What batches took, beside what shards say of the rest: nothing of it is shared or kept."""
+    seconds = math.fsum(batch.seconds for batch in batches)
+    return {"seconds": {"evaluation": (seconds, seconds)}, "dense_seconds": 0.0}
 
 
 def perplexity(losses: list[float], text: TextInfo) -> float:

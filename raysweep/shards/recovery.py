@@ -64,7 +64,7 @@ class Recovery:
                 calls[self.info.shard_of(unit.start)].append(("recover", arguments, f"recover {unit.name}"))
         rows = [
             *self.calls.interleaved(calls),
-            *(recover_across(self.calls, self.trial, unit) for unit in across),
+            *(recover_across(self.calls, self.trial, unit, self._unfinished) for unit in across),
         ]
         self._take(rows)
 
@@ -83,7 +83,7 @@ class Recovery:
                 ahead = stream.fork(f"ahead@{self.calls.name}")
                 ahead.prune(self.calls.name, self.trial, unit.start, unit.stop)
                 ahead.drop()
-            self._take([recover_across(self.calls, self.trial, unit)])
+            self._take([recover_across(self.calls, self.trial, unit, self._unfinished)])
             stream.has_moved(self.info.shard_of(unit.stop - 1))
 
     def _take(self, rows: Iterable[dict[str, Any] | None]) -> None:

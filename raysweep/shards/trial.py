@@ -17,6 +17,7 @@ from raysweep.fingerprint import fingerprint
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.calls import Calls
 from raysweep.shards.group_info import EVALUATION_PREFIX, GroupInfo, ShardGroup
+from raysweep.shards.measured import MeasuredBatches
 from raysweep.shards.outcome import (
     PHASES,
     Evaluated,
@@ -26,13 +27,12 @@ from raysweep.shards.outcome import (
     Rung,
     as_shared,
     block_rows,
-    errors_of,
+    evaluation_cost,
     fallbacks_of,
-    perplexity,
     phase_seconds,
+    quality_of,
     unit_columns,
     unit_row,
-    zeros_of,
 )
 from raysweep.shards.recovery import Recovery, prune_blocks
 from raysweep.shards.retrained import Retrained, RetrainingFolders, StartCost
@@ -45,12 +45,15 @@ class TrialFolders:
 
     retraining: of a trial that was retrained, of which only the measuring is left
     start: for the recovered weights, as `write_start` writes them: retraining starts from them
-    unfinished: for its units, until it is finished
+    unfinished: for its units and batches, until it is finished
+    pruned, dense: the same of the model before recovery and of the dense one, which other trials need as well
     """
 
     retraining: RetrainingFolders | None = None
     start: Path | None = None
     unfinished: Path | None = None
+    pruned: Path | None = None
+    dense: Path | None = None
 
 
 NO_FOLDERS = TrialFolders()
@@ -81,7 +84,7 @@ def run_in_rungs(
     metric: the column to be measured at a rung. Closing the iterator between two of them ends the trial there.
     """
     started = time.monotonic()
-    run = _Run(group, name, order)
+    run = _Run(group, name, order, folders)
     if trial.is_dense:
         outcome = run.dense()
     elif trial.is_pruned_only:
@@ -89,7 +92,7 @@ def run_in_rungs(
     elif folders.retraining is not None:
         outcome = run.retrained(trial, folders.retraining)
     else:
-        outcome = yield from run.reconstructed(trial, rungs, metric, folders)
+        outcome = yield from run.reconstructed(trial, rungs, metric)
     before = outcome.columns.get("seconds_total", 0.0)
     yield replace(outcome, columns=outcome.columns | {"seconds_total": before + time.monotonic() - started})
 
@@ -102,7 +105,7 @@ def write_start(
     owner: the trial on whose account they are made;  unfinished: for their units, until they are written
     Raises NumericalError as `run_trial` does.
     """
-    _Run(group, name, order).write_start(trial, folder, owner, unfinished)
+    _Run(group, name, order, TrialFolders(unfinished=unfinished)).write_start(trial, folder, owner)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -130,8 +133,8 @@ def only_pruned(trial: Trial) -> Trial:
 
 
 class _Run:
-    def __init__(self, group: ShardGroup, name: str, order: int) -> None:
-        self.group, self.name, self.order = group, name, order
+    def __init__(self, group: ShardGroup, name: str, order: int, folders: TrialFolders) -> None:
+        self.group, self.name, self.order, self.folders = group, name, order, folders
         self.info: GroupInfo = group.info
         self.calls = Calls(group, name, order)
 
@@ -157,19 +160,17 @@ class _Run:
         return Outcome(columns, self._placed([*pruned.linear_rows, *block_rows(pruned.quality)]))
 
     def reconstructed(
-        self, trial: Trial, rungs: Sequence[float], metric: str | None, folders: TrialFolders
+        self, trial: Trial, rungs: Sequence[float], metric: str | None
     ) -> Generator[Rung, None, Outcome]:
         masks = self._shared_masks(trial)
         try:
             self.calls.everywhere("begin", self.name)
-            recovery = Recovery(self.calls, trial, folders.unfinished)
+            recovery = Recovery(self.calls, trial, self.folders.unfinished)
             yield from self._up_to_the_last(recovery, rungs, metric, masks)
-            if folders.start is not None:
-                self._keep_weights(masks, folders.start)
+            if self.folders.start is not None:
+                self._keep_weights(masks, self.folders.start)
             linear_rows = self._linear_rows()
-            quality = self._evaluate(self.name, self.name, list(self.info.texts))
-            finished = self._finish(self.name)
-            quality.block_errors, quality.zeros = errors_of(finished), zeros_of(finished)
+            quality, finished = self._evaluate(self.name, list(self.info.texts), self._batches("end"))
             before = self._before_recovery() if trial.statistics_stream == "recovered" else None
         finally:
             self.calls.release(self.name)
@@ -189,9 +190,7 @@ class _Run:
             linear_rows = self._prune(masks, trial)
             self.calls.everywhere("begin", self.name)
             self.calls.everywhere("read_weights", self.name, folders.weights)
-            quality = self._evaluate(self.name, self.name, list(self.info.texts))
-            finished = self._finish(self.name)
-            quality.block_errors, quality.zeros = errors_of(finished), zeros_of(finished)
+            quality, finished = self._evaluate(self.name, list(self.info.texts), self._batches("end"))
         finally:
             self.calls.release(self.name)
         columns = self._quality_columns(quality) | self._compared(self._shared_pruned(trial)[0])
@@ -199,14 +198,14 @@ class _Run:
         columns["fallbacks"] = fallbacks_of(linear_rows)
         return Outcome(columns, self._placed([*linear_rows, *block_rows(quality)]))
 
-    def write_start(self, trial: Trial, folder: Path, owner: str, unfinished: Path) -> None:
+    def write_start(self, trial: Trial, folder: Path, owner: str) -> None:
         masks = self._shared_masks(trial)
         try:
             self.calls.everywhere("begin", self.name)
             if trial.start is None:
                 self._prune(self.name, trial)
             else:
-                Recovery(self.calls, trial.start, unfinished).go_on(1.0)
+                Recovery(self.calls, trial.start, self.folders.unfinished).go_on(1.0)
             self._write_weights(masks, folder, owner)
         finally:
             self.calls.release(self.name)
@@ -219,16 +218,14 @@ class _Run:
         """Recovers everything, with a halt at each rung that lies between two portions of the model."""
         for number, fraction in enumerate(rungs):
             if recovery.go_on(fraction) and recovery.remains:
-                value, finished = self._measured(str(metric))
+                value, finished = self._measured(str(metric), number)
                 yield Rung(number, recovery.done, value, self._cost_columns([*masks, *finished]))
         recovery.go_on(1.0)
 
-    def _measured(self, metric: str) -> tuple[float | None, Finished]:
-        """The metric of the weights as they are, and what the shards say so far."""
+    def _measured(self, metric: str, rung: int) -> tuple[float | None, Finished]:
+        """The metric of the weights as they are, and what it took so far."""
         text = CALIBRATION if metric == "output_error_calibration" else VALIDATION
-        quality = self._evaluate(self.name, self.name, [text])
-        finished = self._finish(self.name)
-        quality.block_errors = errors_of(finished)
+        quality, finished = self._evaluate(self.name, [text], self._batches(f"rung-{rung}"))
         value = self._quality_of_text(quality, text).get(metric)
         if value is not None and not math.isfinite(value):
             raise NumericalError(f"{metric} is {value} with a part of the model recovered")
@@ -269,7 +266,7 @@ class _Run:
                 self.calls.release(name)
 
         finished = self.group.share(f"{pruned_key(trial)}/masks", self.name, make)
-        costs = [{**shard, "dense_seconds": 0.0, "errors": {}, "weight_zeros": 0} for shard in finished]
+        costs = [shard | {"dense_seconds": 0.0} for shard in finished]
         return costs if made_here else as_shared(costs)
 
     def _shared_pruned(self, trial: Trial) -> tuple[Evaluated | NumericalError, bool]:
@@ -285,10 +282,8 @@ class _Run:
             try:
                 self.calls.everywhere("begin", name)
                 linear_rows = self._prune(name, alone)
-                quality = self._evaluate(name, name, list(self.info.texts))
-                finished = self._finish(name)
-                quality.block_errors, quality.zeros = errors_of(finished), zeros_of(finished)
-                return Evaluated(linear_rows, quality, finished)
+                batches = MeasuredBatches.of(self.folders.pruned, "end")
+                return Evaluated(linear_rows, *self._evaluate(name, list(self.info.texts), batches))
             except NumericalError as error:
                 return error
             finally:
@@ -301,22 +296,18 @@ class _Run:
         name = f"pruned@{self.name}"
         self.calls.everywhere("copy_pruned", self.name, name)
         try:
-            return Evaluated([], self._evaluate(name, name, [_first_text(self.info)]), [])
+            return Evaluated([], *self._evaluate(name, [_first_text(self.info)], self._batches("before")))
         except NumericalError as error:
             return error
 
     def _shared_dense(self) -> tuple[Evaluated, bool]:
         """The dense model's perplexities, for all trials."""
         made_here: list[bool] = []
-        name = f"{DENSE_KEY}@{self.name}"
 
         def make() -> Evaluated:
             made_here.append(True)
-            try:
-                texts = [text for text in self.info.texts if text != CALIBRATION]
-                return Evaluated([], self._evaluate(None, name, texts), self._finish(name))
-            finally:
-                self.calls.release(name)
+            texts = [text for text in self.info.texts if text != CALIBRATION]
+            return Evaluated([], *self._evaluate(None, texts, MeasuredBatches.of(self.folders.dense, "end")))
 
         return self.group.share(DENSE_KEY, self.name, make), bool(made_here)
 
@@ -326,16 +317,22 @@ class _Run:
     def _linear_rows(self) -> list[dict[str, Any]]:
         return [row for rows in self.calls.everywhere("pruned_rows", self.name) for row in rows]
 
-    def _evaluate(self, weights: str | None, cost_name: str, texts: list[str]) -> Quality:
-        """Passes the texts through the chain, several batches at once; every shard works on another one."""
-        losses: dict[str, list[float]] = {text: [] for text in texts}
-        infos = [self.info.texts[text] for text in texts]
-        for text, batch in self.calls.along(infos, "forward", weights, tail=(cost_name,)):
-            losses[text] += batch or ()
-        perplexities = {
-            text: perplexity(losses[text], self.info.texts[text]) for text in texts if text != CALIBRATION
-        }
-        return Quality(perplexities)
+    def _evaluate(
+        self, weights: str | None, texts: list[str], known: MeasuredBatches
+    ) -> tuple[Quality, Finished]:
+        """How good the weights are on the texts, and what all that was done under their name took.
+
+        Batches that are not known yet pass through the chain, several at once; every shard works on another one.
+        """
+        wanted = [known.missing(self.info.texts[text]) for text in texts]
+        for _, batch in self.calls.along(wanted, "forward", weights):
+            known.add(batch)
+        batches = [batch for text in texts for batch in known.of_text(self.info.texts[text])]
+        finished = self._finish(weights or DENSE_KEY)
+        return quality_of(batches, finished, self.info.texts), [*finished, evaluation_cost(batches)]
+
+    def _batches(self, what: str) -> MeasuredBatches:
+        return MeasuredBatches.of(self.folders.unfinished, what)
 
     def _finish(self, name: str) -> Finished:
         return self.calls.everywhere("finish", name)

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,14 +18,11 @@ import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
-from raysweep.errors import RaysweepError, StorageError, first_line
 from raysweep.model.block_files import (
     OUTSIDE,
     block_file,
     read_block,
-    read_tensors,
     write_block,
-    write_tensors,
 )
 from raysweep.model.evaluation import window_losses
 from raysweep.model.loading import ModelSource
@@ -36,20 +31,15 @@ from raysweep.pruning.criteria import OwnFunction
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.knowledge import Stopwatch
-from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, Cost
+from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, BatchMeasures, Cost
 from raysweep.reconstruction.optimizer import clip_factor
 from raysweep.reconstruction.part import UnitPart
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import is_pruned, recover_unit, units_in, weights_of
-from raysweep.results.folders import unit_file
+from raysweep.results.folders import part_file, unit_file
 from raysweep.shards.group_info import ShardSpec, UnitSpan
+from raysweep.shards.unfinished import UnfinishedUnits
 from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
-
-WRITE_S, WRITE_BYTES_PER_S = 0.02, 200e6  # that a file takes; assumption: a network file system
-WORTH = 2.0  # a unit is written that took so many times longer than writing it will
-FREE_SHARE = 0.05  # of the room on the storage, that one unit may take
-
-log = logging.getLogger(__name__)
 
 Seconds = tuple[float, float]
 """Busy seconds of a trial: its own, and standalone (with what it shares computed again)."""
@@ -74,6 +64,7 @@ class ShardWorker:
         if spec.stored_on_device:
             self.blocks.store = self.blocks.device
         self._ids: dict[str, Tensor] = {}
+        self._unfinished = UnfinishedUnits()
         self._parts: dict[str, UnitPart] = {}
         self._part_began: dict[str, float] = {}
         self._seconds: dict[str, dict[str, list[float]]] = defaultdict(
@@ -164,25 +155,27 @@ class ShardWorker:
         if unfinished is not None:
             weights = weights_of(self.blocks, name, trial, unit, before)
             standalone = row["seconds"] + self.blocks.knowledge.saved_seconds - saved
-            _leave(unit_file(unfinished, unit), weights, row, standalone)
+            about = {"row": row, "standalone": standalone}
+            self._unfinished.leave(unit_file(unfinished, unit), weights, about, row["seconds"])
         return row
 
     def _taken_over(self, name: str, trial: Trial, unit: str, folder: Path) -> dict[str, Any] | None:
         """The row of a unit that was recovered before, whose weights become the trial's; its seconds count again."""
-        file = unit_file(folder, unit)
-        if not file.exists():
+        found = self._unfinished.take(unit_file(folder, unit))
+        if found is None:
             return None
-        try:
-            weights, about = read_tensors(file)
-        except RaysweepError as error:
-            log.warning("unit %s is recovered anew: %s", unit, first_line(error))
-            return None
-        moved = {full: tensor.to(self.shard.device) for full, tensor in weights.items()}
-        recover_unit(self.blocks, name, trial, unit, moved)
+        weights, about = found
+        recover_unit(self.blocks, name, trial, unit, self._on_device(weights))
         row: dict[str, Any] = about["row"]
-        for place, seconds in enumerate((row["seconds"], about["standalone"])):
-            self._seconds[name]["recovery"][place] += seconds
+        self._add_seconds(name, row["seconds"], about["standalone"])
         return row
+
+    def _on_device(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {full: tensor.to(self.shard.device) for full, tensor in weights.items()}
+
+    def _add_seconds(self, name: str, own: float, standalone: float) -> None:
+        for place, seconds in enumerate((own, standalone)):
+            self._seconds[name]["recovery"][place] += seconds
 
     def copy_pruned(self, name: str, copy: str) -> None:
         """Puts the weights that the trial began its recovery with under another name."""
@@ -320,10 +313,38 @@ class ShardWorker:
         with self._timed(name, "recovery"):
             return self._parts[name].close()
 
-    def close_part(self, name: str) -> float:
-        """Forgets the part; returns the busy seconds that it took."""
-        del self._parts[name]
-        return self._seconds[name]["recovery"][0] - self._part_began.pop(name)
+    def part_seconds(self, name: str) -> float:
+        """The busy seconds that the part took so far."""
+        return self._seconds[name]["recovery"][0] - self._part_began[name]
+
+    def leave_part(self, name: str, unit: str, folder: Path) -> bool:
+        """Has the part kept, a file for every block, so that other shards can take it over; returns whether it is
+        worth it."""
+        part, files = self._parts[name], list[bool]()
+        seconds = self.part_seconds(name) / len(part.unit.blocks)
+        for block in part.unit.blocks:
+            prefix, weights = f"{block.prefix}.", self.blocks.weights[name]
+            mine = {full: tensor for full, tensor in weights.items() if full.startswith(prefix)}
+            files.append(self._unfinished.leave(part_file(folder, unit, block.index), mine, {}, seconds))
+        self._unfinished.settle()
+        return all(files)
+
+    def find_part(self, name: str, unit: str, folder: Path) -> bool:
+        """Reads what `leave_part` has left of the part; returns whether it is there as a whole."""
+        part = self._parts[name]
+        found = [self._unfinished.take(part_file(folder, unit, block.index)) for block in part.unit.blocks]
+        part.found = [weights for weights, _ in filter(None, found)]
+        return len(part.found) == len(found)
+
+    def take_part(self, name: str, seconds: float) -> None:
+        """Takes over what `find_part` has read. seconds: for the trial's account"""
+        for weights in self._parts[name].found:
+            self.blocks.weights[name] |= self._on_device(weights)
+        self._add_seconds(name, seconds, seconds)
+
+    def close_part(self, name: str) -> None:
+        """Forgets the part."""
+        del self._parts[name], self._part_began[name]
 
     def _backward(self, part: UnitPart, number: int, gradient_BTH: Tensor | None) -> Any:
         """Steps at once unless gradients are clipped, for which those of all parts must be known."""
@@ -334,42 +355,48 @@ class ShardWorker:
 
     # Evaluation
 
-    def forward(self, name: str | None, text: str, start: int, stop: int, cost_name: str, hidden: Any) -> Any:
-        """Passes a batch through the blocks with the weights of `name` (None: dense), at the cost of `cost_name`.
+    def forward(
+        self, name: str | None, text: str, start: int, stop: int, before: tuple[Any, BatchMeasures] | None
+    ) -> Any:
+        """Passes a batch through the blocks with the weights of `name` (None: dense).
 
-        Returns hidden states for the next shard, or AS_DENSE; the last shard returns the summed next-token losses of
-        every window, or None for a text that is only compared with the dense model's activations.
+        before: what the shard before returned. Returns hidden states for the next shard, or AS_DENSE, and what is
+        measured so far; the last shard that alone. The calibration set is only compared with the dense model's
+        activations.
         """
-        with self._timed(cost_name, "evaluation"):
-            rows = slice(start, stop)
-            with self.blocks.using_outside(name):
-                incoming = (
-                    None if self._is_as_dense(name, text, hidden) else self._incoming(text, rows, hidden)
-                )
-                hidden_BTH = self.blocks.forward(name, text, rows, incoming)
-                if not self.shard.is_last:
-                    return AS_DENSE if hidden_BTH is None else to_wire(hidden_BTH)
-                if text == CALIBRATION:
-                    return None
+        watch, rows = Stopwatch(self.shard.device), slice(start, stop)
+        hidden, measures = before or (None, BatchMeasures(text, start, stop))
+        losses: list[float] = []
+        with self.blocks.using_outside(name):
+            incoming = None if self._is_as_dense(name, text, hidden) else self._incoming(text, rows, hidden)
+            hidden_BTH, errors = self.blocks.forward(name, text, rows, incoming)
+            if not self.shard.is_last:
+                hidden = AS_DENSE if hidden_BTH is None else to_wire(hidden_BTH)
+            elif text != CALIBRATION:
                 if hidden_BTH is None:
                     hidden_BTH = self.blocks.dense_output(text, rows)
-                return window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+                losses = window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+        measures = measures.and_then(losses, errors, watch.seconds())
+        return measures if self.shard.is_last else (hidden, measures)
 
     def finish(self, name: str) -> dict[str, Any]:
-        """Output errors of the trial's blocks by text, and its busy seconds by phase on this shard."""
-        errors = {
-            text: self.blocks.block_errors(name, text) for text in KEPT_TEXTS if text in self.blocks.texts
-        }
+        """What this shard knows of the work under a name: busy seconds by phase, zeros among its weights; and of kept
+        texts by block what errors are divided by."""
+        texts = [text for text in KEPT_TEXTS if text in self.blocks.texts]
         return {
-            "errors": errors,
             "seconds": {phase: tuple(pair) for phase, pair in self._seconds.get(name, {}).items()},
             "dense_seconds": self.blocks.dense_seconds,
             "weight_zeros": self._zeros(name),
+            "target_powers": {
+                text: {index: self.blocks.target_power(text, index) for index in self.blocks.blocks}
+                for text in texts
+            },
         }
 
     def release(self, name: str) -> None:
         """Forgets the weights and figures under `name` and under names that end in `@name`, of models that the trial
         evaluated for others. Releasing twice does no harm."""
+        self._unfinished.settle()
         known = {*self.blocks.weights, *self.blocks.streams, *self._seconds}
         for each in {name, *(other for other in known if other.endswith(f"@{name}"))}:
             self.blocks.release(each)
@@ -377,6 +404,10 @@ class ShardWorker:
             self._part_began.pop(each, None)
             self.blocks.knowledge.close_account(each)
             self._seconds.pop(each, None)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._unfinished.settle()
 
     # Within
 
@@ -410,23 +441,6 @@ class ShardWorker:
         pair = self._seconds[name][phase]
         pair[0] += own
         pair[1] += own + self.blocks.knowledge.saved_seconds - saved
-
-
-def _leave(file: Path, weights: Mapping[str, Tensor], row: Mapping[str, Any], standalone: float) -> None:
-    """Writes a recovered unit where that is cheap beside recovering it again, and the storage has room to spare.
-
-    standalone: seconds that it would have taken alone
-    """
-    nbytes = sum(tensor.nbytes for tensor in weights.values())
-    if row["seconds"] < WORTH * (WRITE_S + nbytes / WRITE_BYTES_PER_S):
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if nbytes > FREE_SHARE * shutil.disk_usage(file.parent).free:
-            return
-        write_tensors(file, weights, {"row": dict(row), "standalone": standalone})
-    except (OSError, StorageError) as error:
-        log.warning("%s is not kept for a later launch: %s", file.name, first_line(error))
 
 
 def _device_name(device: torch.device) -> str:

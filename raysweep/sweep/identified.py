@@ -15,6 +15,8 @@ from raysweep.shards.retrained import RetrainingFolders
 class SweepTrial:
     """One trial of a sweep; `number` is its place in it, from 0.
 
+    dense_id, pruned_id: of the trials whose models it is compared with: the dense one, and the one with its mask alone,
+    if it is not its recovery that the mask comes from
     study: that chose it, by its key
     start_id: of one that is retrained, the identity of the weights that it starts from
     data_hash, data_tokens: of the token ids that it is trained on
@@ -24,6 +26,8 @@ class SweepTrial:
     recovery_id: str
     trial_id: str
     number: int
+    dense_id: str
+    pruned_id: str | None
     study: str | None = None
     start_id: str | None = None
     data_hash: str | None = None
@@ -32,6 +36,12 @@ class SweepTrial:
     @property
     def trial(self) -> Trial:
         return self.planned.trial
+
+    @property
+    def unfinished(self) -> set[str]:
+        """The identities under which work for this trial may wait to be gone on with."""
+        found = (self.trial_id, self.start_id, self.dense_id, self.pruned_id)
+        return {identity for identity in found if identity is not None}
 
     def retraining(self, sweep: Path) -> RetrainingFolders | None:
         """Where it is retrained, within the sweep's folder; None where it is not."""

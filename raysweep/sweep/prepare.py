@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,10 @@ class _Preparation:
         if validation is not None:
             hashes[VALIDATION] = validation.content_hash
 
+        @cache
+        def evaluated(recovery: str) -> str:
+            return trial_id(recovery, self.space.evaluation_protocol(), hashes)
+
         def identified(trial: PlannedTrial, number: int) -> SweepTrial:
             calibration_hash = calibrations[trial.calibration].content_hash if trial.calibration else None
             own = criteria.get(str(trial.trial.criterion))
@@ -146,15 +150,19 @@ class _Preparation:
                 criterion_hash=criterion_hash,
             )
             recovery = hashed(trial.trial, data_hash=own_data.content_hash if own_data else None)
-            row = trial_id(recovery, self.space.evaluation_protocol(), hashes)
+            alone = not trial.trial.is_dense and trial.trial.statistics_stream != "recovered"
+            pruned = evaluated(hashed(only_pruned(trial.trial))) if alone else None
+            compared = evaluated(hashed(Trial.dense())), pruned
+            row = evaluated(recovery)
             if trial.trial.recovery != "retrain" or trial.calibration is None:
-                return SweepTrial(trial, recovery, row, number)
+                return SweepTrial(trial, recovery, row, number, *compared)
             tokens = own_data or calibrations[trial.calibration]
             return SweepTrial(
                 trial,
                 recovery,
                 row,
                 number,
+                *compared,
                 start_id=hashed(trial.trial.start or only_pruned(trial.trial)),
                 data_hash=tokens.content_hash,
                 data_tokens=len(tokens) * tokens.sequence_length,

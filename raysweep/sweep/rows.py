@@ -105,7 +105,13 @@ def run_in_steps(
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
-        folders = TrialFolders(trial.retraining(rows.folder), rows.keep.get(trial.recovery_id), unfinished)
+        folders = TrialFolders(
+            trial.retraining(rows.folder),
+            rows.keep.get(trial.recovery_id),
+            unfinished,
+            pruned=unfinished_folder(rows.folder, trial.pruned_id) if trial.pruned_id else None,
+            dense=unfinished_folder(rows.folder, trial.dense_id),
+        )
         with closing(run_in_rungs(*arguments, folders)) as steps:
             for found in steps:
                 if isinstance(found, Rung):

@@ -52,7 +52,9 @@ class SweepTrainable(tune.Trainable):
         self._steps: Iterator[Rung | dict[str, Any]] | None = None
 
     def step(self) -> dict[str, Any]:
-        if self._is_new:  # here and not in `setup`, after which Tune has yet to hear that the process is there
+        if (
+            self._is_new
+        ):  # here and not in `setup`, after which Tune has yet to hear that the process is there
             self._group.arrive(str(os.getpid()))
         if self._steps is None:
             rungs = rungs_of(self._context.search)

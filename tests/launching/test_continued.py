@@ -10,20 +10,23 @@ import pytest
 from raysweep.launching.launch import launch
 from raysweep.reconstruction import recovery
 from raysweep.results.cleaning import clean
-from raysweep.shards import worker
+from raysweep.shards import across, unfinished, worker
+from raysweep.shards.worker import ShardWorker
 from tests.frames import assert_same_numbers, numbers
 
 SEQUENTIAL = {"statistics_stream": "recovered", "input_stream": "pruned"}
 
 
-def space_of(make_space, **fields: Any):
+def space_of(make_space, shards: int = 2, **fields: Any):
     group = {"recovery": "reconstruct", "criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
-    return make_space(sweep=[group | fields], execution={"shards": 2})
+    return make_space(sweep=[group | fields], execution={"shards": shards})
 
 
 @pytest.fixture
 def trained(monkeypatch) -> list[tuple[str, str]]:
     """Granularity and name of every unit that was really trained. Every unit is worth a file."""
+    monkeypatch.setattr(unfinished, "BYTES_PER_S", float("inf"))
+    monkeypatch.setattr(unfinished, "perf_counter", lambda: 0.0)
     units: list[tuple[str, str]] = []
     recovered = recovery._recovered
 
@@ -34,7 +37,6 @@ def trained(monkeypatch) -> list[tuple[str, str]]:
         return recovered(blocks, name, trial, unit)
 
     monkeypatch.setattr(recovery, "_recovered", noting)
-    monkeypatch.setattr(worker, "WORTH", 0.0)
     limit[0] = None
     return units
 
@@ -58,16 +60,9 @@ def test_no_unit_is_recovered_twice(make_space, tmp_path, trained, fields):
         fields = {"learning_rate": None, **fields}
     space = space_of(make_space, **fields)
     launch(space, storage=tmp_path / "whole", in_process=True)
-    units, interruptions = list(trained), 0
+    units = list(trained)
     trained.clear()
-    while True:
-        limit[0] = len(trained) + 3
-        try:
-            launch(space, storage=tmp_path / "again", in_process=True)
-            break
-        except KeyboardInterrupt:
-            interruptions += 1
-    assert interruptions >= len(units) // 3 - 1
+    assert interrupted_again_and_again(space, tmp_path / "again", trained) >= len(units) // 3 - 1
     assert sorted(trained) == sorted(units)
     assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
     assert not (tmp_path / "again" / "tiny" / "unfinished").exists()
@@ -104,6 +99,95 @@ def test_units_with_losses_on_another_validation_set_are_not_taken_over(make_spa
     expected, found = (numbers(tmp_path / part / "tiny")[1] for part in ("whole", "again"))
     pd.testing.assert_frame_equal(found, expected, check_exact=True)  # the old dense row has no units
     assert not (tmp_path / "again" / "tiny" / "unfinished").exists()
+
+
+def interrupted_again_and_again(space, storage, done: list[Any]) -> int:
+    """Launches until the sweep is finished, while the user loses patience after every third of what is noted in
+    `done`; returns how often that was."""
+    for interruptions in range(200):
+        limit[0] = len(done) + 3
+        try:
+            launch(space, storage=storage, in_process=True)
+            return interruptions
+        except KeyboardInterrupt:
+            pass
+    raise AssertionError(f"no end in sight: {done}")
+
+
+def test_no_batch_is_evaluated_twice(make_space, tmp_path, monkeypatch):
+    """Of the dense model, of pruned ones that have no row of their own, of recovered ones, and before recovery."""
+    batches: list[tuple[str | None, str, int]] = []
+    forward = ShardWorker.forward
+
+    def noting(worker, name, text, start, stop, before):
+        if worker.shard.is_last:
+            if len(batches) == limit[0]:
+                raise KeyboardInterrupt
+            batches.append((name, text, start))
+        return forward(worker, name, text, start, stop, before)
+
+    monkeypatch.setattr(ShardWorker, "forward", noting)
+    monkeypatch.setattr(
+        worker, "batches", lambda samples, tokens, device: map(slice, range(samples), range(1, samples + 1))
+    )
+    group = {"recovery": "reconstruct", "criterion": "wanda", "sparsity": 0.5, "learning_rate": 0.01}
+    space = make_space(
+        sweep=[
+            {"recovery": "none", "criterion": "magnitude", "sparsity": 0.5},
+            group | {"granularity": "block"},
+            group | {"granularity": "block"} | SEQUENTIAL,
+        ],
+        execution={"shards": 2},
+    )
+    limit[0] = None
+    launch(space, storage=tmp_path / "whole", in_process=True)
+    expected = list(batches)
+    batches.clear()
+    assert interrupted_again_and_again(space, tmp_path / "again", batches) >= len(expected) // 3 - 1
+    assert sorted(batches, key=str) == sorted(expected, key=str)
+    assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
+    assert not (tmp_path / "again" / "tiny" / "unfinished").exists()
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> dict[str, bool]:
+    """While `is` is set, the user interrupts once all units of a trial are recovered."""
+    state, forward = {"is": False}, ShardWorker.forward
+
+    def interrupting(worker, name, *more):
+        if state["is"] and name is not None and "@" not in name:
+            raise KeyboardInterrupt
+        return forward(worker, name, *more)
+
+    monkeypatch.setattr(ShardWorker, "forward", interrupting)
+    return state
+
+
+@pytest.mark.parametrize("fields", [{}, SEQUENTIAL], ids=["dense inputs", "sequential"])
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_units_across_shards_are_taken_over_by_others(
+    make_space, tmp_path, trained, monkeypatch, impatient, fields, damaged
+):
+    """Four blocks in windows of three: the first one reaches over both shards, and over two of three in the end."""
+    again, ranges, real = tmp_path / "again", list[range](), across._trained
+    monkeypatch.setattr(across, "_trained", lambda *all: ranges.append(all[-1]) or real(*all))
+    space = space_of(make_space, granularity="window:3", **fields)
+    launch(space, storage=tmp_path / "whole", in_process=True)
+    impatient["is"] = True
+    with pytest.raises(KeyboardInterrupt):
+        launch(space, storage=again, in_process=True)
+    impatient["is"] = False
+    parts = sorted((again / "tiny" / "unfinished").glob("*/*.block-*.safetensors"))
+    assert len(parts) == 3
+    if damaged:
+        parts[1].write_bytes(b"")
+    ranges.clear()
+    trained.clear()
+    launch(space_of(make_space, shards=3, granularity="window:3", **fields), storage=again, in_process=True)
+    assert ranges == [range(2)] * damaged
+    assert trained == []
+    assert_same_numbers(tmp_path / "whole" / "tiny", again / "tiny")
+    assert not (again / "tiny" / "unfinished").exists()
 
 
 def test_start_weights_go_on_too(make_space, tmp_path, trained):

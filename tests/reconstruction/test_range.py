@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -239,33 +240,38 @@ def test_errors_of_blocks_are_those_of_the_whole_pruned_model(family):
     blocks, trial = range_of(make_model(family), validation=True), reconstruct_trial()
     recover_all(blocks, "trial", trial)
     for text, ids in ((CALIBRATION, IDS), (VALIDATION, VALIDATION_IDS)):
+        sums: dict[int, list[float]] = {}
         for rows in batches(len(ids), TOKENS, CPU):
-            blocks.forward("trial", text, rows, blocks.shard.embed(ids[rows]))
+            for index, found in blocks.forward("trial", text, rows, blocks.shard.embed(ids[rows]))[1].items():
+                sums.setdefault(index, []).extend(found)
+        assert {len(found) for found in sums.values()} == {len(ids)}
+        errors = {index: math.fsum(found) / blocks.target_power(text, index) for index, found in sums.items()}
         copied = make_model(family)
         for name, weight in blocks.weights["trial"].items():
             copied.get_parameter(name).data = weight.clone()
         with torch.no_grad():
             dense = make_model(family)(ids, output_hidden_states=True).hidden_states
             pruned = copied(ids, output_hidden_states=True).hidden_states
-        errors = blocks.block_errors("trial", text)
         assert list(errors) == list(range(BLOCKS))
         for index in range(BLOCKS - 1):  # the last hidden state of transformers has passed the norm
             a, b = pruned[index + 1].double(), dense[index + 1].double()
             assert errors[index] == pytest.approx(float(((a - b) ** 2).sum() / (b**2).sum()), rel=1e-4)
-    assert blocks.block_errors("another", CALIBRATION) == {}
     blocks.release("trial")
     blocks.release("trial")
-    assert blocks.block_errors("trial", CALIBRATION) == {}
     assert "trial" not in blocks.weights
+
+
+NO_ERRORS = {index: [0.0] * SAMPLES for index in range(BLOCKS)}
 
 
 def test_the_dense_model_has_no_errors():
     blocks = range_of(make_model("llama"))
-    hidden = blocks.forward(None, CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
+    hidden, errors = blocks.forward(None, CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
     assert torch.equal(hidden, blocks.texts[CALIBRATION].activations.inputs[BLOCKS])
+    assert errors == {}
     blocks.begin("same")
-    blocks.forward("same", CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
-    assert blocks.block_errors("same", CALIBRATION) == dict.fromkeys(range(BLOCKS), 0.0)
+    _, errors = blocks.forward("same", CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
+    assert errors == NO_ERRORS
 
 
 def test_what_is_as_in_the_dense_model_is_not_computed_again(monkeypatch):
@@ -274,19 +280,19 @@ def test_what_is_as_in_the_dense_model_is_not_computed_again(monkeypatch):
     for name in ("whole", "spared"):
         blocks.begin(name)
         blocks.prune(name, WANDA, blocks.blocks[1])
-    whole = blocks.forward("whole", CALIBRATION, rows, blocks.shard.embed(IDS))
+    whole, errors = blocks.forward("whole", CALIBRATION, rows, blocks.shard.embed(IDS))
     ran: list[int] = []
     run = Block.run
     monkeypatch.setattr(
         Block, "run", lambda block, *arguments: ran.append(block.index) or run(block, *arguments)
     )
-    assert torch.equal(blocks.forward("spared", CALIBRATION, rows, None), whole)
+    spared, spared_errors = blocks.forward("spared", CALIBRATION, rows, None)
+    assert torch.equal(spared, whole)
+    assert spared_errors == errors
     assert ran == list(range(1, BLOCKS))
-    assert blocks.block_errors("spared", CALIBRATION) == blocks.block_errors("whole", CALIBRATION)
     blocks.begin("dense")
-    assert blocks.forward("dense", CALIBRATION, rows, None) is None
+    assert blocks.forward("dense", CALIBRATION, rows, None) == (None, NO_ERRORS)
     assert ran == list(range(1, BLOCKS))
-    assert blocks.block_errors("dense", CALIBRATION) == dict.fromkeys(range(BLOCKS), 0.0)
     assert torch.equal(
         blocks.dense_output(CALIBRATION, rows), blocks.texts[CALIBRATION].activations.inputs[BLOCKS]
     )
@@ -312,12 +318,13 @@ def numbers_of(ranges: list[BlockRange], **fields: Any) -> dict[str, Any]:
     """All numbers of a trial through ranges that follow one another."""
     trial = reconstruct_trial(**fields)
     units: list[UnitResult] = [unit for blocks in ranges for unit in recover_all(blocks, "trial", trial)]
-    outputs = []
+    outputs, errors = [], []
     for text, ids in ((CALIBRATION, IDS), (VALIDATION, VALIDATION_IDS)):
         for rows in batches(len(ids), TOKENS, CPU):
             hidden = ranges[0].shard.embed(ids[rows])
             for blocks in ranges:
-                hidden = blocks.forward("trial", text, rows, hidden)
+                hidden, found = blocks.forward("trial", text, rows, hidden)
+                errors += found.items()
             outputs.append(ranges[-1].shard.logits(hidden))
     return {
         "units": units,
@@ -328,11 +335,12 @@ def numbers_of(ranges: list[BlockRange], **fields: Any) -> dict[str, Any]:
             for block in blocks.blocks.values()
             for row in blocks.linear_rows("trial", block)
         ],
-        "errors": [
-            item
+        "errors": errors,
+        "powers": [
+            blocks.target_power(text, index)
             for text in (CALIBRATION, VALIDATION)
             for blocks in ranges
-            for item in blocks.block_errors("trial", text).items()
+            for index in blocks.blocks
         ],
         "logits": torch.cat(outputs),
     }
