@@ -64,7 +64,7 @@ class BlockRange:
     keep_halves: whether the dense pass keeps what flows between the halves of a block
     store: the device that activations are kept on;  compiles: whether training on a GPU is compiled
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
-    weights, layers: by trial, its weights, and what pruning did to each linear (by full name)
+    weights, layers, recipes: by trial, its weights, what pruning did to each linear (by full name), and by which recipe
     streams: by name and text, activations (S, T, H) on their way through the blocks with a trial's weights; where they
     have arrived is known to whoever moves them
     captured: by trial and text, the input group last looked at on a stream and its inputs (S, T, I)
@@ -84,6 +84,7 @@ class BlockRange:
         self.dense_batches = 0
         self.weights: dict[str, Weights] = {}
         self.layers: dict[str, dict[str, PrunedLayer]] = {}
+        self.recipes: dict[str, MaskRecipe] = {}
         self.streams: dict[str, dict[str, Tensor]] = {}
         self.captured: dict[tuple[str, str], tuple[str, Tensor]] = {}
 
@@ -91,7 +92,7 @@ class BlockRange:
 
     def forget_texts(self) -> None:
         """Before another calibration set: drops activations, statistics and all that came of them."""
-        for store in (self.texts, self.weights, self.layers, self.streams, self.captured):
+        for store in (self.texts, self.weights, self.layers, self.recipes, self.streams, self.captured):
             store.clear()
         self.knowledge.clear()
         self.dense_seconds = 0.0
@@ -164,6 +165,7 @@ class BlockRange:
 
     def prune(self, name: str, recipe: MaskRecipe, block: Block) -> None:
         """Puts the pruned weights of one block under the trial `name`."""
+        self.recipes[name] = recipe
         for linear in block.linears.values():
             layer = self.pruned_layer(recipe, block, linear)
             if layer is not None:
@@ -175,6 +177,7 @@ class BlockRange:
         All statistics of a block are taken before any of it is pruned. Layers that depend on the recipe alone (stream
         `pruned`) are kept for other trials.
         """
+        self.recipes[name] = recipe
         statistics = self._stream_statistics(stream, block)
         factors: dict[tuple[str, float], InverseFactor] = {}
 
@@ -221,9 +224,17 @@ class BlockRange:
         """One row per pruned linear of the block: sparsity, dead inputs, error of its output before recovery."""
         layers = self.layers[name]
         pruned = [linear for linear in block.linears.values() if linear.name in layers]
-        return [self._linear_row(block, linear, layers[linear.name]) for linear in pruned]
+        return [self._linear_row(self.recipes[name], block, linear, layers[linear.name]) for linear in pruned]
 
-    def _linear_row(self, block: Block, linear: Linear, layer: PrunedLayer) -> dict[str, object]:
+    def _linear_row(
+        self, recipe: MaskRecipe, block: Block, linear: Linear, layer: PrunedLayer
+    ) -> dict[str, object]:
+        make = partial(self._new_linear_row, block, linear, layer)
+        if recipe.stream == "recovered":  # a mask of the trial's own
+            return make()
+        return dict(self.knowledge.get(("row", recipe, linear.name), make))
+
+    def _new_linear_row(self, block: Block, linear: Linear, layer: PrunedLayer) -> dict[str, object]:
         mask_OI = layer.mask_OI
         return {
             "kind": "linear",
@@ -264,6 +275,7 @@ class BlockRange:
     def copy_pruned(self, name: str, copy: str) -> None:
         """Puts the weights that the trial `name` had before its recovery under the name `copy`."""
         self.begin(copy)
+        self.recipes[copy] = self.recipes[name]
         linears = {linear.name: linear for block in self.blocks.values() for linear in block.linears.values()}
         for linear_name, layer in self.layers[name].items():
             self._put(copy, linears[linear_name], layer)
@@ -368,6 +380,7 @@ class BlockRange:
         """Forgets a trial's weights, layers and stream."""
         self.weights.pop(name, None)
         self.layers.pop(name, None)
+        self.recipes.pop(name, None)
         self.streams.pop(name, None)
         for captured in [key for key in self.captured if key[0] == name]:
             del self.captured[captured]
