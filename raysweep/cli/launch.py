@@ -14,7 +14,7 @@ from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
-from raysweep.results.folders import RETRAINING, TRIALS, new_sweep_folder, row_files, storage_folder
+from raysweep.results.folders import RETRAINING, new_sweep_folder, storage_folder
 
 
 def run_launch(
@@ -49,9 +49,10 @@ def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
 
 
 def _say_kept(folder: Path) -> None:
+    from raysweep.results.reader import row_count
     from raysweep.shards.retrained import DONE
 
-    kept = sum(1 for _ in row_files(folder, TRIALS))
+    kept = row_count(folder)
     retrained = len(list((folder / RETRAINING).glob(f"*/{DONE}")))
     more = f" and {count(retrained, 'finished retraining')}" if retrained else ""
     where = f"{count(kept, 'row')}{more} kept in {_short_path(folder)}" if kept else "no trial had finished"

@@ -9,7 +9,7 @@ from raysweep.cli.console import json_rows, output, print_json
 from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, UsageError
-from raysweep.results.folders import SPACE_FILE, TRIALS, list_sweeps, row_files, storage_folder, sweep_folder
+from raysweep.results.folders import SPACE_FILE, has_rows, list_sweeps, storage_folder, sweep_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +56,7 @@ def labeled_rows(folder: Path) -> list[dict[str, Any]]:
     from raysweep.analysis.table import records, trial_label
     from raysweep.results.reader import load_results
 
-    if not any(row_files(folder, TRIALS)):
+    if not has_rows(folder):
         return []
     try:
         rows = load_results(folder)

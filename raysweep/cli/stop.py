@@ -5,8 +5,9 @@ from __future__ import annotations
 from raysweep.cli.console import say
 from raysweep.cli.numbers import count
 from raysweep.launching.stopping import stop
-from raysweep.results.folders import TRIALS, row_files, sweep_folder
+from raysweep.results.folders import sweep_folder
 from raysweep.results.lock import holder_of
+from raysweep.results.reader import row_count
 
 PATIENCE_S = 300.0  # Ray's processes take up to a minute to end; assumption: a large model's a few
 
@@ -16,5 +17,5 @@ def run_stop(name: str, storage: str | None) -> None:
     if holder_of(folder) is not None:
         say(f"asking {folder.name} to end")
     holder = stop(folder, PATIENCE_S)
-    rows = count(sum(1 for _ in row_files(folder, TRIALS)), "row")
+    rows = count(row_count(folder), "row")
     say(f"{folder.name}, {holder}, has ended; {rows} kept in {folder}; `raysweep launch` continues it")

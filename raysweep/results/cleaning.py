@@ -1,26 +1,38 @@
-"""Removes from a sweep's folder what is no result: what launches keep to go on with."""
+"""Removes from a sweep's folder what is no result, and puts its rows together."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+from raysweep.results.compaction import compact
 from raysweep.results.folders import RETRAINING, TUNE, UNFINISHED
 from raysweep.results.lock import launch_lock
 from raysweep.results.writer import remove_stale_temporaries
 
 
-def clean(folder: Path) -> int:
-    """Removes it; returns how many bytes that gave back. Rows, space, state and trace stay.
+@dataclass(frozen=True)
+class Cleaned:
+    """nbytes: that were given back;  files: of finished trials that became two"""
 
-    Trials that were interrupted then begin anew. Raises UsageError while the sweep runs.
+    nbytes: int
+    files: int
+
+
+def clean(folder: Path) -> Cleaned:
+    """Removes what launches keep to go on with, and puts the rows of finished trials together.
+
+    All rows, space, state and trace stay. Trials that were interrupted then begin anew. Raises UsageError while the
+    sweep runs.
     """
     with launch_lock(folder):
         before = _size(folder)
         remove_stale_temporaries(folder)
         for place in (TUNE, RETRAINING, UNFINISHED):
             shutil.rmtree(folder / place, ignore_errors=True)
-        return before - _size(folder)
+        gone = compact(folder)
+        return Cleaned(before - _size(folder), len(gone))
 
 
 def _size(folder: Path) -> int:

@@ -15,6 +15,9 @@ DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
 TUNE, RETRAINING, UNFINISHED = "tune", "retraining", "unfinished"  # while they are needed; no results
 SPACE_FILE, STATE_FILE = "space.yaml", "status.json"
+COMPACTED = "0-compacted.parquet"
+"""The rows of many trials, as `raysweep clean` puts them together. Sorts before the files of single trials: pandas
+takes the columns of a folder from the first file, and this one has those of all its trials."""
 
 
 def storage_folder(argument: str | Path | None = None, configured: str | None = None) -> Path:
@@ -85,13 +88,23 @@ def across_file(folder: Path, unit: str) -> Path:
 
 
 def row_files(folder: Path, part: str) -> Iterator[Path]:
-    """The files of `trials` or `units`, sorted by name; anything else that lies there is passed over."""
+    """The files of single trials in `trials` or `units`, sorted by name; all else that lies there is passed over."""
     place = folder / part
     names = sorted(os.listdir(place)) if place.is_dir() else []
     for name in names:
         stem, _, suffix = name.partition(".")
         if suffix == "parquet" and is_identity(stem):
             yield place / name
+
+
+def compacted_file(folder: Path, part: str) -> Path:
+    """Where `raysweep clean` puts what the files of finished trials held, in `trials` or `units`."""
+    return folder / part / COMPACTED
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether a sweep's folder has a row of any trial."""
+    return compacted_file(folder, TRIALS).exists() or any(row_files(folder, TRIALS))
 
 
 def _is_plain_name(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raysweep.errors import UsageError
-from raysweep.results.folders import TRIALS, UNITS, row_files, sweep_folder
+from raysweep.errors import RaysweepError, UsageError
+from raysweep.results.folders import TRIALS, UNITS, compacted_file, row_files, sweep_folder
 from raysweep.results.schema import PERPLEXITY_PREFIX, trial_schema, unit_schema
 from raysweep.results.writer import ROW_KEY
 
@@ -36,10 +37,10 @@ def load_results(path_or_name: str | Path, storage: str | Path | None = None) ->
     Raises UsageError when there is no such sweep or it has no trial yet.
     """
     folder = sweep_folder(path_or_name, storage)
-    rows = [row for row in _in_threads(_read_row, row_files(folder, TRIALS)) if row is not None]
-    if not rows:
+    own = own_rows(folder)
+    table = united([row_table(list(own.values())), read_compacted(folder, TRIALS, own)])
+    if not table.num_rows:
         raise _nothing_yet(folder)
-    table = pa.Table.from_pylist(rows, schema=_union_schema(rows))
     frame = _to_pandas(table)
     return frame.sort_values(["started_at", "trial_id"], kind="stable", ignore_index=True)
 
@@ -47,28 +48,86 @@ def load_results(path_or_name: str | Path, storage: str | Path | None = None) ->
 def load_units(path_or_name: str | Path, storage: str | Path | None = None) -> pd.DataFrame:
     """The units of every trial of a sweep, trial by trial as in `load_results`, in their own order."""
     folder = sweep_folder(path_or_name, storage)
-    order = {identity: index for index, identity in enumerate(load_results(folder)["trial_id"])}
-    files = [path for path in row_files(folder, UNITS) if path.stem in order]
-    files.sort(key=lambda path: order[path.stem])
-    tables = [table for table in _in_threads(_read_table, files) if table is not None]
-    empty = unit_schema().empty_table()
-    return _to_pandas(pa.concat_tables([empty, *tables], promote_options="default"))
+    identities = pa.array(load_results(folder)["trial_id"], pa.string())
+    mine = set(identities.to_pylist())
+    files = [path for path in row_files(folder, UNITS) if path.stem in mine]
+    own = {path.stem: table for path, table in in_threads(read_table, files) if table is not None}
+    tables = [unit_schema().empty_table(), *own.values(), read_compacted(folder, UNITS, own)]
+    table = pa.concat_tables(tables, promote_options="permissive")
+    place = pc.index_in(table["trial_id"], identities)  # null where there is no such trial
+    order = pa.table({"place": place, "row": pa.array(range(table.num_rows), pa.int64())}).filter(
+        pc.is_valid(place)
+    )
+    return _to_pandas(table.take(order.take(pc.sort_indices(order["place"]))["row"]))
 
 
 def trial_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """Every row in a sweep's folder by trial_id, without what is null; empty when there is none."""
-    rows = (row for row in _in_threads(_read_row, row_files(folder, TRIALS)) if row is not None)
-    return {row["trial_id"]: row for row in rows}
+    own = own_rows(folder)
+    compacted = _without_nulls(read_compacted(folder, TRIALS, own))
+    return own | {row["trial_id"]: row for row in compacted}
 
 
 def trial_states(folder: Path) -> dict[str, str]:
     """trial_id to status of every row in a sweep's folder; empty when there is none."""
-    return {identity: row["status"] for identity, row in trial_rows(folder).items()}
+    own = own_rows(folder)
+    compacted = read_compacted(folder, TRIALS, own, ["trial_id", "status"])
+    pairs = zip(compacted["trial_id"].to_pylist(), compacted["status"].to_pylist(), strict=True)
+    return {identity: row["status"] for identity, row in own.items()} | dict(pairs)
 
 
-def _in_threads(read: Callable[[Path], T], files: Iterable[Path]) -> list[T]:
+def row_count(folder: Path) -> int:
+    """How many trials of a sweep have a row, as the names of their files say: fast."""
+    own = [path.stem for path in row_files(folder, TRIALS)]
+    return len(own) + read_compacted(folder, TRIALS, own, ["trial_id"]).num_rows
+
+
+def own_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """By trial_id the rows that lie in files of their own, without what is null."""
+    rows = [row for _, row in in_threads(_read_row, row_files(folder, TRIALS)) if row is not None]
+    return {row["trial_id"]: row for row in rows}
+
+
+def read_compacted(
+    folder: Path, part: str, own: Collection[str], columns: Sequence[str] | None = None
+) -> pa.Table:
+    """What `raysweep clean` has put together in `trials` or `units`, all or some columns of it.
+
+    own: identities of trials with files of their own, which count instead. Those must have been read before, because
+    `clean` removes them once they are in here
+    Raises RaysweepError where the file cannot be read: passing it over would run all its trials again.
+    """
+    path = compacted_file(folder, part)
+    if not path.exists():
+        schema = trial_schema() if part == TRIALS else unit_schema()
+        return schema.empty_table() if columns is None else schema.empty_table().select(columns)
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns)
+        return table.filter(pc.invert(pc.is_in(table["trial_id"], pa.array(sorted(own), pa.string()))))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise RaysweepError(
+            f"{path} holds the rows of many trials and cannot be read: {error}.\n  Bring it back from a copy; "
+            "without the file, the next launch runs its trials again."
+        ) from error
+
+
+def row_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a table: our columns with every `perplexity_<name>` of any row, then columns of other versions."""
+    return pa.Table.from_pylist(list(rows), schema=_union_schema(rows))
+
+
+def united(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables of trials as one: the columns of all, in our order."""
+    table = pa.concat_tables(tables, promote_options="permissive")
+    return table.select(list(dict.fromkeys([*_known_schema(table.column_names).names, *table.column_names])))
+
+
+def in_threads(read: Callable[[Path], T], files: Iterable[Path]) -> list[tuple[Path, T]]:
+    """Every file with what `read` makes of it."""
+    paths = list(files)
     with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(read, files))
+        return list(zip(paths, threads.map(read, paths), strict=True))
 
 
 def _read_row(path: Path) -> dict[str, Any] | None:
@@ -76,7 +135,9 @@ def _read_row(path: Path) -> dict[str, Any] | None:
     try:
         with pq.ParquetFile(path) as file:
             stored = (file.metadata.metadata or {}).get(ROW_KEY)
-            rows = [_decode_row(stored)] if stored else file.read().to_pylist()
+            rows = [_decode_row(stored)] if stored else _without_nulls(file.read())
+    except FileNotFoundError:  # compacted since
+        return None
     except (pa.ArrowException, OSError, ValueError) as error:
         logger.warning("passed over %s: %s", path, error)
         return None
@@ -84,6 +145,17 @@ def _read_row(path: Path) -> dict[str, Any] | None:
         logger.warning("passed over %s: it holds no row of that trial", path)
         return None
     return rows[0]
+
+
+def _without_nulls(table: pa.Table) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count == len(column):
+            continue
+        for row, value in zip(rows, column.to_pylist(), strict=True):
+            if value is not None:
+                row[name] = value
+    return rows
 
 
 def _decode_row(stored: bytes) -> dict[str, Any]:
@@ -94,25 +166,32 @@ def _decode_row(stored: bytes) -> dict[str, Any]:
     return row
 
 
-def _read_table(path: Path) -> pa.Table | None:
+def read_table(path: Path) -> pa.Table | None:
+    """The rows of a file; None, with a warning, where it cannot be read."""
     try:
         with pq.ParquetFile(path) as file:
             return file.read()
+    except FileNotFoundError:  # compacted since
+        return None
     except (pa.ArrowException, OSError) as error:
         logger.warning("passed over %s: %s", path, error)
         return None
 
 
-def _union_schema(rows: list[dict[str, Any]]) -> pa.Schema:
-    """Our columns with every `perplexity_<name>` of any row, then columns of other versions as they are."""
+def _union_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
     seen = dict.fromkeys(name for row in rows for name in row)
-    names = [name.removeprefix(PERPLEXITY_PREFIX) for name in seen if name.startswith(PERPLEXITY_PREFIX)]
-    schema = trial_schema(sorted(names))
+    schema = _known_schema(seen)
     for name in seen:
         if name not in schema.names:
             values = pa.array([row.get(name) for row in rows])
             schema = schema.append(pa.field(name, values.type))
     return schema
+
+
+def _known_schema(columns: Iterable[str]) -> pa.Schema:
+    """Our columns, with those `perplexity_<name>` that are among some."""
+    names = [name.removeprefix(PERPLEXITY_PREFIX) for name in columns if name.startswith(PERPLEXITY_PREFIX)]
+    return trial_schema(sorted(names))
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:

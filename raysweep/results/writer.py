@@ -78,7 +78,7 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
     return json.dumps(plain, allow_nan=False).encode()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replaces a file: readers see the old contents or the new ones, also after a crash of the machine. Its folder is
     made. Raises StorageError."""
     temporary = path.with_name(_temporary_name(path.name))
@@ -98,17 +98,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def write_table(
+    path: Path, table: pa.Table, metadata: Mapping[bytes, bytes] | None = None, **options: Any
+) -> None:
+    """Replaces a Parquet file as `write_atomically` does. options: of pyarrow's writer. Raises StorageError."""
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema, **options) as file:
+        file.write_table(table)
+        file.add_key_value_metadata(dict(metadata or {}))
+    write_atomically(path, memoryview(buffer.getvalue()))
+
+
 def _remove(temporary: Path) -> None:
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 
 def _replace(path: Path, table: pa.Table, metadata: Mapping[bytes, bytes] | None = None) -> None:
-    buffer = pa.BufferOutputStream()
-    with pq.ParquetWriter(buffer, table.schema, **_PLAIN) as file:
-        file.write_table(table)
-        file.add_key_value_metadata(dict(metadata or {}))
-    write_atomically(path, buffer.getvalue().to_pybytes())
+    write_table(path, table, metadata, **_PLAIN)
 
 
 def _checked_identity(row: Mapping[str, Any]) -> str:

@@ -75,9 +75,18 @@ def test_clean_leaves_rows_and_nothing_that_is_none(raysweep, space_file, here):
     assert (folder / "tune").exists()
     cleaned = raysweep("clean", "small")
     assert cleaned.status == 0, cleaned.err
-    assert "small: 10 KB removed; 4 rows kept" in cleaned.err
+    assert "KB removed; 8 files of finished trials became two; 4 rows kept in" in cleaned.err
+    assert [path.name for path in (folder / "trials").iterdir()] == ["0-compacted.parquet"]
     assert {path.name for path in folder.iterdir()} == kept
     pd.testing.assert_frame_equal(load_results(folder), before)
+    again = raysweep("launch", space_file, "--in-process", "--json")  # all of it has its rows
+    assert again.status == 0, again.err
+    assert "4 finished before" in again.err
+    pd.testing.assert_frame_equal(load_results(folder), before)
+    more = raysweep("launch", space_file, "--in-process", "--json", "--set", "sweep.0.sparsity=[0.5, 0.6]")
+    assert len(more.json["rows"]) == 6
+    assert "4 finished before" in more.err
+    assert raysweep("status", "small", "--json").json["finished"] == 6
 
 
 def in_the_middle_of_many(space_file: Path, storage: Path) -> subprocess.Popen[str]:

@@ -207,5 +207,5 @@ def test_clean_removes_them(make_space, tmp_path, trained):
     limit[0] = 3
     with pytest.raises(KeyboardInterrupt):
         launch(space_of(make_space, granularity="block"), storage=tmp_path, in_process=True)
-    assert clean(tmp_path / "tiny") > 0
+    assert clean(tmp_path / "tiny").nbytes > 0
     assert not (tmp_path / "tiny" / "unfinished").exists()
