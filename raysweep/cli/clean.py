@@ -7,11 +7,12 @@ from raysweep.cli.numbers import count, large
 from raysweep.results.cleaning import clean
 from raysweep.results.folders import sweep_folder
 from raysweep.results.reader import row_count
+from raysweep.results.uris import place_of
 
 
 def run_clean(name: str, storage: str | None) -> None:
     folder = sweep_folder(name, storage)
     cleaned = clean(folder)
     together = f"; {cleaned.files:,} files of finished trials became two" if cleaned.files else ""
-    kept = f"{count(row_count(folder), 'row')} kept in {folder}"
+    kept = f"{count(row_count(folder), 'row')} kept in {place_of(folder)}"
     say(f"{folder.name}: {large(cleaned.nbytes)}B removed{together}; {kept}")

@@ -14,7 +14,8 @@ from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
-from raysweep.results.folders import RETRAINING, new_sweep_folder, storage_folder
+from raysweep.results.folders import RETRAINING, bring_up_to_date, new_sweep_folder, storage_folder
+from raysweep.results.uris import place_of
 
 
 def run_launch(
@@ -27,6 +28,7 @@ def run_launch(
     """options: of `raysweep.launch`"""
     loaded = load_space(space, settings, name)
     folder = new_sweep_folder(loaded.name, storage_folder(options["storage"], loaded.execution.storage))
+    bring_up_to_date(folder)
     tally = Tally.of(loaded, [row for row in labeled_rows(folder) if row["status"] != "failed"])
     try:
         with clean_interruptions():
@@ -79,7 +81,6 @@ def _them(number: int) -> str:
 
 
 def _short_path(folder: Path) -> str:
-    """Relative where it lies below the current folder."""
-    absolute = folder.absolute()
-    here = Path.cwd()
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
+    """Relative where it lies below the current folder; of a remote one its URI."""
+    place, here = place_of(folder), Path.cwd()
+    return str(Path(place).relative_to(here)) if Path(place).is_relative_to(here) else place

@@ -13,6 +13,7 @@ from raysweep.cli.console import messages, output, print_json, quiet_libraries
 from raysweep.cli.numbers import count, large
 from raysweep.cli.spaces import load_space
 from raysweep.config.expansion import Sampled
+from raysweep.results.uris import place_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,7 @@ def plan_document(prepared: Launch, plans: Sequence[ShardPlan], node: Node) -> d
     """The plan as JSON has it; bytes and numbers are plain."""
     return {
         "sweep": prepared.space.name,
-        "folder": str(prepared.folder),
+        "folder": place_of(prepared.folder),
         "trials": trial_counts(prepared),
         "machine": asdict(node),
         "models": [
@@ -179,7 +180,7 @@ def _print_plan(console: Console, prepared: Launch, plans: Sequence[ShardPlan], 
             (prepared.space.name, "bold"), f": {count(counts['planned'], 'trial')} ({', '.join(parts)})"
         )
     )
-    console.print(Text(f"results in {prepared.folder}", style="dim"), soft_wrap=True)
+    console.print(Text(f"results in {place_of(prepared.folder)}", style="dim"), soft_wrap=True)
     for model, plan in zip(prepared.models, plans, strict=True):
         console.print()
         _print_model(console, prepared, model, plan, node)

@@ -10,6 +10,7 @@ from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, UsageError
 from raysweep.results.folders import SPACE_FILE, has_rows, list_sweeps, storage_folder, sweep_folder
+from raysweep.results.uris import mirrored_uri, place_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,11 +26,11 @@ def run_results(name: str | None, sort: str | None, storage: str | None, as_json
 def only_sweep(storage: str | None) -> str:
     """The one sweep of a storage; raises UsageError when there are none or several."""
     root = storage_folder(storage)
-    known = list_sweeps(root)
+    known, shown = list_sweeps(root), mirrored_uri(root) or root
     if len(known) == 1:
         return known[0]
     raise UsageError(
-        f"{root} holds {len(known)} sweeps: which one?" if known else f"{root} holds no sweep yet",
+        f"{shown} holds {len(known)} sweeps: which one?" if known else f"{shown} holds no sweep yet",
         allowed=", ".join(known) or None,
         remedy=None if known else "run `raysweep launch`, or name another --storage",
     )
@@ -42,9 +43,7 @@ def show_rows(folder: Path, rows: pd.DataFrame, sort: str | None = None, as_json
 
     if as_json:
         ordered = sorted_rows(rows, sort)
-        print_json(
-            {"sweep": folder.resolve().name, "folder": str(folder.absolute()), "rows": json_rows(ordered)}
-        )
+        print_json({"sweep": folder.resolve().name, "folder": place_of(folder), "rows": json_rows(ordered)})
         return
     search = search_of(folder)
     best = best_rows(rows, search.metric, search.mode, search.compare_within)

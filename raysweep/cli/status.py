@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,10 @@ from raysweep.cli.results import labeled_rows
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError
 from raysweep.results.folders import SPACE_FILE, list_sweeps, storage_folder, sweep_folder
+from raysweep.results.lock import holder_of
+from raysweep.results.remote import remote_of
 from raysweep.results.state import SweepState
+from raysweep.results.uris import mirrored_uri, place_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,14 +27,14 @@ STYLES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted"
 
 def run_status(name: str | None, storage: str | None, as_json: bool) -> None:
     root = storage_folder(storage)
-    folders = [sweep_folder(name, storage)] if name else [root / known for known in list_sweeps(root)]
+    folders = [sweep_folder(known, storage) for known in ([name] if name else list_sweeps(root))]
     documents = [sweep_status(folder) for folder in folders]
     if as_json:
         print_json(documents[0] if name else documents)
     elif documents:
         _print_table(output(), documents)
     else:
-        say(f"no sweep in {root} yet: run `raysweep launch`, or name another --storage")
+        say(f"no sweep in {mirrored_uri(root) or root} yet: run `raysweep launch`, or name another --storage")
 
 
 def sweep_status(folder: Path) -> dict[str, Any]:
@@ -40,12 +43,14 @@ def sweep_status(folder: Path) -> dict[str, Any]:
 
     rows = Counter(trial_states(folder).values())
     state = SweepState.read(folder)
+    if state is not None and state.state == "running" and remote_of(folder) and holder_of(folder) is None:
+        state = replace(state, state="interrupted", running=0)  # of another machine no process can be seen
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
     others = state.others if state else 0  # of another space than that of the last launch
     finished = max(0, rows["finished"] + rows["stopped"] - others)
     counted: dict[str, Any] = {"finished": finished, "failed": rows["failed"]}
     counted["seconds_left"] = _seconds_left(folder, state) if state and state.state == "running" else None
-    return {**said, "name": folder.resolve().name, "folder": str(folder.absolute()), **counted}
+    return {**said, "name": folder.resolve().name, "folder": place_of(folder), **counted}
 
 
 def _seconds_left(folder: Path, state: SweepState) -> float | None:

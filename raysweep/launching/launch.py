@@ -20,9 +20,18 @@ from raysweep.launching.recorder import recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
 from raysweep.launching.tracing import Tracing
-from raysweep.results.folders import SPACE_FILE, UNFINISHED, new_sweep_folder, storage_folder
+from raysweep.results.folders import (
+    SPACE_FILE,
+    UNFINISHED,
+    bring_up_to_date,
+    new_sweep_folder,
+    storage_folder,
+)
 from raysweep.results.lock import launch_lock, refuse_where_held
+from raysweep.results.mirror import lags, push, pushing
 from raysweep.results.reader import load_results, trial_rows
+from raysweep.results.remote import remote_of
+from raysweep.results.uris import CACHE_VARIABLE, mirrored_uri, place_of
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
@@ -46,7 +55,7 @@ def launch(
     """Runs a sweep, or continues the one of that name; returns all its rows.
 
     space:      a search space, its YAML file, or the name of one that ships with raysweep
-    storage:    folder of the results, as `--storage`;  name: instead of the space's own
+    storage:    folder or URI of the results, as `--storage`;  name: instead of the space's own
     address:    of a Ray cluster, as `--address`
     in_process: without Ray, one trial after another; the numbers are the same
     retry_failed: run trials again that failed numerically; others that failed run again in any case
@@ -86,8 +95,11 @@ def _check_scheduler(space: SearchSpace, in_process: bool) -> None:
 
 
 def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Path:
-    """The folder of the sweep, once it is sure that it can be written. Makes nothing."""
+    """The folder of the sweep, once it is sure that it can be written. Makes nothing but mirrors of remote ones."""
     folder = new_sweep_folder(space.name, storage_folder(storage, space.execution.storage)).absolute()
+    if (remote := remote_of(folder)) is not None:
+        remote.now()
+        bring_up_to_date(folder)
     existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(
@@ -144,12 +156,18 @@ def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) 
         return
     plans = make_plans(prepared.models, prepared.space, runner.nodes())
     retrain_plans = [prepared.retrain_plan(model, runner.nodes()) for model in prepared.models]
+    if any(retrain_plans) and len(runner.nodes()) > 1:
+        refuse_mirror_of_one_node(prepared.folder)
     prepared.folder.mkdir(parents=True, exist_ok=True)
-    with launch_lock(prepared.folder), stoppable(prepared.folder):
+    with (
+        launch_lock(prepared.folder) as held,
+        pushing(prepared.folder, held) as check,
+        stoppable(prepared.folder),
+    ):
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
         tracing = progress if isinstance(progress, Tracing) else None
-        with recorded(prepared, runner, plans[0].shards, progress) as recorder:
+        with recorded(prepared, runner, plans[0].shards, progress, check) as recorder:
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
                 run = ModelRun(prepared, model, plan, retraining, runner, recorder, tracing, fail_fast)
                 run.run()
@@ -161,8 +179,22 @@ def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) 
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:
+    if lags(prepared.folder):  # the launch that has run them could not push to the end
+        with launch_lock(prepared.folder):
+            push(prepared.folder)
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
     progress.end()
+
+
+def refuse_mirror_of_one_node(folder: Path) -> None:
+    """Raises UsageError where retraining on several nodes would look for its weights in mirrors that each has apart."""
+    if mirrored_uri(folder.parent) is not None and not os.environ.get(CACHE_VARIABLE):
+        raise UsageError(
+            f"retraining on several nodes into {place_of(folder)}: weights and checkpoints lie in the mirror of the "
+            "storage, and every node would have one of its own",
+            remedy=f"Set {CACHE_VARIABLE} to a folder that all nodes share, use such a one as --storage, or retrain on one "
+            "node.",
+        )
 
 
 def _remove_leftovers(prepared: Launch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,8 +16,11 @@ from raysweep.results.state import SweepState
 class Recorder:
     """Keeps the sweep's state file up to date while rows arrive, and tells the display."""
 
-    def __init__(self, prepared: Launch, state: SweepState, progress: Progress) -> None:
-        self._folder, self.progress = prepared.folder, progress
+    def __init__(
+        self, prepared: Launch, state: SweepState, progress: Progress, check: Callable[[], None]
+    ) -> None:
+        """check: raises StorageError where rows do not reach their storage"""
+        self._folder, self.progress, self._check = prepared.folder, progress, check
         self.state = state.write(self._folder)
         self._begun, self._concurrent = False, 0
 
@@ -35,6 +38,7 @@ class Recorder:
         counted = replace(self.state, finished=finished, failed=failures, running=running)
         self.state = counted.write(self._folder)
         self.progress.row(row)
+        self._check()
 
     def end(self, state: str) -> None:
         self.state = replace(self.state, state=state, running=0).write(self._folder)
@@ -42,8 +46,10 @@ class Recorder:
 
 
 @contextmanager
-def recorded(prepared: Launch, runner: Runner, shards: int, progress: Progress) -> Iterator[Recorder]:
-    """The state file says `running` within the context, and afterwards how it ended."""
+def recorded(
+    prepared: Launch, runner: Runner, shards: int, progress: Progress, check: Callable[[], None]
+) -> Iterator[Recorder]:
+    """The state file says `running` within the context, and afterwards how it ended. check: as of `Recorder`"""
     state = SweepState(
         prepared.space.name,
         planned=prepared.planned,
@@ -53,7 +59,7 @@ def recorded(prepared: Launch, runner: Runner, shards: int, progress: Progress) 
         shards=shards,
         dashboard=runner.dashboard,
     )
-    recorder = Recorder(prepared, state, progress)
+    recorder = Recorder(prepared, state, progress, check)
     outcome = "failed"
     try:
         yield recorder

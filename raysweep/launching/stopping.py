@@ -7,11 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raysweep.errors import RaysweepError, UsageError
-from raysweep.results.lock import Holder, holder_of
+from raysweep.errors import RaysweepError, StorageError, UsageError
+from raysweep.results.lock import Holder, holder_of, local_holder
+from raysweep.results.remote import Remote, remote_of
 
 REQUEST_FILE = "stop.request"
 LOOK_EVERY_S = 1.0
@@ -20,13 +21,12 @@ LOOK_EVERY_S = 1.0
 @contextmanager
 def stoppable(folder: Path) -> Iterator[None]:
     """Within the context a request interrupts this process, as Ctrl-C does. Only its main thread can be interrupted."""
-    request, ended = folder / REQUEST_FILE, threading.Event()
-    request.unlink(missing_ok=True)
+    request, remote, ended = folder / REQUEST_FILE, remote_of(folder), threading.Event()
+    _take(request, remote)
 
     def look() -> None:
         while not ended.wait(LOOK_EVERY_S):
-            if request.exists():
-                request.unlink(missing_ok=True)
+            if _take(request, remote):
                 os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=look, name="raysweep stop", daemon=True).start()
@@ -34,7 +34,18 @@ def stoppable(folder: Path) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        request.unlink(missing_ok=True)
+        _take(request, remote)
+
+
+def _take(request: Path, remote: Remote | None) -> bool:
+    """Whether there was a request, on this machine or in the storage. It is gone then."""
+    there = request.exists()
+    request.unlink(missing_ok=True)
+    with suppress(StorageError):  # it is looked for again
+        if remote is not None and remote.stamp(REQUEST_FILE) is not None:
+            remote.remove(REQUEST_FILE)
+            return True
+    return there
 
 
 def stop(folder: Path, timeout_s: float) -> Holder:
@@ -48,7 +59,11 @@ def stop(folder: Path, timeout_s: float) -> Holder:
         raise UsageError(
             f"the sweep {folder.name!r} is not running", remedy="`raysweep status` shows which are."
         )
-    (folder / REQUEST_FILE).touch()
+    remote = None if local_holder(folder) else remote_of(folder)
+    if remote is None:
+        (folder / REQUEST_FILE).touch()
+    else:
+        remote.write(REQUEST_FILE, b"stop")
     deadline = time.monotonic() + timeout_s
     while holder_of(folder) == holder:
         if time.monotonic() > deadline:
@@ -56,5 +71,5 @@ def stop(folder: Path, timeout_s: float) -> Holder:
                 f"{holder} still runs the sweep {folder.name!r} {timeout_s:.0f} s after it was asked to end. "
                 "Ask again, or end it by its number."
             )
-        time.sleep(0.2)
+        time.sleep(0.2 if remote is None else LOOK_EVERY_S)
     return holder

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raysweep.launching.progress import Progress, Row
+from raysweep.results.folders import TRACE_FILE
 from raysweep.shards.trace import LAUNCH, Span, write_trace
-
-TRACE_FILE = "trace.json"
 
 
 class Tracing:

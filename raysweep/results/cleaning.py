@@ -9,6 +9,7 @@ from pathlib import Path
 from raysweep.results.compaction import compact
 from raysweep.results.folders import RETRAINING, TUNE, UNFINISHED
 from raysweep.results.lock import launch_lock
+from raysweep.results.mirror import push, push_removal
 from raysweep.results.writer import remove_stale_temporaries
 
 
@@ -27,11 +28,14 @@ def clean(folder: Path) -> Cleaned:
     sweep runs.
     """
     with launch_lock(folder):
+        push(folder)
         before = _size(folder)
         remove_stale_temporaries(folder)
         for place in (TUNE, RETRAINING, UNFINISHED):
             shutil.rmtree(folder / place, ignore_errors=True)
         gone = compact(folder)
+        push(folder)
+        push_removal(folder, gone)
         return Cleaned(before - _size(folder), len(gone))
 
 

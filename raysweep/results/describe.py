@@ -20,7 +20,7 @@ else `./raysweep-results`.
 | file | holds |
 | --- | --- |
 | `space.yaml` | the search space with all defaults filled in |
-| `trials/*.parquet` | one file, one row for each trial; those that `raysweep clean` put together in `0-compacted.parquet` |
+| `trials/*.parquet` | one file, one row for each trial; many in that of `raysweep clean`, `0-compacted.parquet` |
 | `units/*.parquet` | one file for each trial, with a row for each of its units, linears and blocks; likewise |
 | `status.json` | what the launching process last said about its progress |
 

@@ -1,4 +1,8 @@
-"""Where sweeps lie: STORAGE/NAME/{trials,units}, and how NAME and STORAGE are found."""
+"""Where sweeps lie: STORAGE/NAME/{trials,units}, and how NAME and STORAGE are found.
+
+The folder of a storage that a URI names is its mirror (raysweep.results.mirror), which is imported where it is needed:
+names of folders are asked for without pyarrow.
+"""
 
 from __future__ import annotations
 
@@ -9,50 +13,71 @@ from pathlib import Path
 from raysweep.config.validation import check_name
 from raysweep.errors import UsageError, nearest_name
 from raysweep.fingerprint import is_identity
+from raysweep.results.uris import is_uri, mirror_folder, mirrored_uri, split_sweep
 
 STORAGE_VARIABLE = "RAYSWEEP_STORAGE"
 DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
 TUNE, RETRAINING, UNFINISHED = "tune", "retraining", "unfinished"  # while they are needed; no results
-SPACE_FILE, STATE_FILE = "space.yaml", "status.json"
+SPACE_FILE, STATE_FILE, TRACE_FILE = "space.yaml", "status.json", "trace.json"
 COMPACTED = "0-compacted.parquet"
 """The rows of many trials, as `raysweep clean` puts them together. Sorts before the files of single trials: pandas
 takes the columns of a folder from the first file, and this one has those of all its trials."""
 
 
 def storage_folder(argument: str | Path | None = None, configured: str | None = None) -> Path:
-    """The storage: the argument, else RAYSWEEP_STORAGE, else `execution.storage`, else the default."""
+    """The storage: the argument, else RAYSWEEP_STORAGE, else `execution.storage`, else the default. Of one that a URI
+    names its mirror, which is made. Raises UsageError for a URI that cannot be used."""
     chosen = argument or os.environ.get(STORAGE_VARIABLE) or configured or DEFAULT_STORAGE
-    return Path(chosen).expanduser()
+    return mirror_folder(str(chosen)) if is_uri(chosen) else Path(chosen).expanduser()
 
 
 def sweep_folder(path_or_name: str | Path, storage: str | Path | None = None) -> Path:
-    """The folder of an existing sweep, given by its name in the storage or by its path. Raises UsageError."""
-    text, root = os.fspath(path_or_name), storage_folder(storage)
+    """The folder of an existing sweep, given by its name in the storage, by its path or its URI; of a remote one its
+    mirror, brought up to date. Raises UsageError."""
+    text = os.fspath(path_or_name)
+    if is_uri(text):
+        storage, text = split_sweep(text)
+    root = storage_folder(storage)
     named = root / text
-    if _is_plain_name(text) and is_sweep(named):
-        return named
+    if _is_plain_name(text):
+        bring_up_to_date(named)
+        if is_sweep(named):
+            return named
     path = Path(text).expanduser()
     if is_sweep(path):
         return path
-    known = list_sweeps(root)
+    known, shown = list_sweeps(root), mirrored_uri(root) or root
     raise UsageError(
-        f"no sweep {text!r}" + (f" in {root}" if _is_plain_name(text) else ""),
+        f"no sweep {text!r}" + (f" in {shown}" if _is_plain_name(text) else ""),
         allowed=f"a path, or one of {', '.join(known)}" if known else "the path of a sweep's folder",
         nearest=nearest_name(text, known),
         remedy=None
         if known
-        else f"{root} holds no sweep yet: run `raysweep launch`, or name another --storage",
+        else f"{shown} holds no sweep yet: run `raysweep launch`, or name another --storage",
     )
 
 
 def list_sweeps(storage: Path) -> list[str]:
-    """The names of the sweeps in a storage."""
+    """The names of the sweeps in a storage. Raises UsageError where a remote one cannot be reached."""
+    if (uri := mirrored_uri(storage)) is not None:
+        from raysweep.results.remote import Remote
+
+        return Remote(uri).sweeps([SPACE_FILE, STATE_FILE, TRIALS])
     if not storage.is_dir():
         return []
     return sorted(
         folder.name for folder in storage.iterdir() if not folder.name.startswith(".") and is_sweep(folder)
     )
+
+
+def bring_up_to_date(folder: Path) -> None:
+    """Copies into the mirror of a remote sweep what is new in its storage; does nothing for other folders. Raises
+    UsageError where the storage cannot be reached."""
+    if mirrored_uri(folder.parent) is not None:
+        from raysweep.results.mirror import pull
+
+        pull(folder)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -91,10 +116,15 @@ def row_files(folder: Path, part: str) -> Iterator[Path]:
     """The files of single trials in `trials` or `units`, sorted by name; all else that lies there is passed over."""
     place = folder / part
     names = sorted(os.listdir(place)) if place.is_dir() else []
-    for name in names:
-        stem, _, suffix = name.partition(".")
-        if suffix == "parquet" and is_identity(stem):
-            yield place / name
+    yield from (place / name for name in names if _is_row_file(name))
+
+
+def is_sweep_file(name: str) -> bool:
+    """Whether a file, by its name within a sweep's folder, is what others want of it: rows, space, state, trace."""
+    part, _, file = name.rpartition("/")
+    if part in (TRIALS, UNITS):
+        return file == COMPACTED or _is_row_file(file)
+    return name in (SPACE_FILE, STATE_FILE, TRACE_FILE)
 
 
 def compacted_file(folder: Path, part: str) -> Path:
@@ -105,6 +135,11 @@ def compacted_file(folder: Path, part: str) -> Path:
 def has_rows(folder: Path) -> bool:
     """Whether a sweep's folder has a row of any trial."""
     return compacted_file(folder, TRIALS).exists() or any(row_files(folder, TRIALS))
+
+
+def _is_row_file(name: str) -> bool:
+    stem, _, suffix = name.partition(".")
+    return suffix == "parquet" and is_identity(stem)
 
 
 def _is_plain_name(text: str) -> bool:

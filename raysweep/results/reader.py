@@ -79,7 +79,7 @@ def trial_states(folder: Path) -> dict[str, str]:
 def row_count(folder: Path) -> int:
     """How many trials of a sweep have a row, as the names of their files say: fast."""
     own = [path.stem for path in row_files(folder, TRIALS)]
-    return len(own) + read_compacted(folder, TRIALS, own, ["trial_id"]).num_rows
+    return len(own) + len(read_compacted(folder, TRIALS, own, ["trial_id"]))
 
 
 def own_rows(folder: Path) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from raysweep.launching.launch import launch
-from raysweep.launching.tracing import TRACE_FILE
+from raysweep.results.folders import TRACE_FILE
 
 
 def test_a_trace_tells_every_call_of_every_shard(make_space, tmp_path):

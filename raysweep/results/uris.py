@@ -1,0 +1,80 @@
+"""Storages that a URI names (s3://bucket/prefix): their mirrors, the local folders that everything works on."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
+
+from raysweep.errors import UsageError
+from raysweep.fingerprint import fingerprint
+
+CACHE_VARIABLE = "RAYSWEEP_CACHE"
+DEFAULT_CACHE = "~/.cache/raysweep"
+MIRROR_FILE = ".mirror"  # in a mirror: the URI of what it mirrors
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # by them equal URIs are different storages
+READABLE = 60  # characters of a mirror's name that say what it mirrors
+
+
+def is_uri(text: str | Path) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", os.fspath(text)) is not None
+
+
+def mirror_folder(uri: str) -> Path:
+    """The local folder that mirrors a storage, in RAYSWEEP_CACHE or ~/.cache/raysweep; made where it is not there.
+
+    Raises UsageError for a URI with a password, which would lie around in files.
+    """
+    parts = urlsplit(uri)
+    if parts.password is not None:
+        raise UsageError(
+            f"a password stands in the URI of the storage on {parts.hostname}",
+            remedy="Give it by the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
+        )
+    plain = _plain(parts)
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{parts.scheme}-{parts.netloc}{parts.path}")[:READABLE]
+    endpoint = next(filter(None, map(os.environ.get, ENDPOINTS)), "") if parts.scheme == "s3" else ""
+    cache = Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser().absolute()
+    folder = cache / f"{readable.strip('-')}-{fingerprint([plain, endpoint])[:8]}"
+    marker = folder / MIRROR_FILE
+    if not marker.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = marker.with_name(f"{MIRROR_FILE}.{secrets.token_hex(4)}")
+        temporary.write_text(plain, encoding="utf-8")
+        temporary.replace(marker)
+    return folder
+
+
+def mirrored_uri(storage: Path) -> str | None:
+    """The URI of what a folder mirrors; None where it is an ordinary storage."""
+    try:
+        return (storage / MIRROR_FILE).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def sweep_uri(storage: str, name: str) -> str:
+    """The URI of a sweep in a storage."""
+    parts = urlsplit(storage)
+    return _plain(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def split_sweep(uri: str) -> tuple[str, str]:
+    """The URI of the storage and the name of the sweep of which a URI is."""
+    parts = urlsplit(uri)
+    path, _, name = parts.path.rstrip("/").rpartition("/")
+    return _plain(parts._replace(path=path)), name
+
+
+def place_of(folder: Path) -> str:
+    """Where a sweep lies, as `load_results` takes it: its URI, or its absolute path."""
+    storage = mirrored_uri(folder.parent)
+    return str(folder.absolute()) if storage is None else sweep_uri(storage, folder.name)
+
+
+def _plain(parts: SplitResult) -> str:
+    """Without what makes equal places look different. Put together by hand: urlunsplit leaves out an empty host."""
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme.lower()}://{parts.netloc}{parts.path.rstrip('/')}{query}"
