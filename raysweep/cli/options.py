@@ -52,8 +52,8 @@ Storage = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        metavar="DIR",
-        help="Folder of all results. Default: RAYSWEEP_STORAGE, else execution.storage, "
+        metavar="DIR|URI",
+        help="Folder of all results, or a URI such as s3://BUCKET/PREFIX. Default: RAYSWEEP_STORAGE, else execution.storage, "
         "else ./raysweep-results.",
     ),
 ]

@@ -224,7 +224,7 @@ class ExecutionConfig(BaseModel):
         default="auto",
     )
     storage: Text | None = setting(
-        "folder of the results; `--storage` and RAYSWEEP_STORAGE come first; null = ./raysweep-results",
+        "folder or URI of the results; `--storage` and RAYSWEEP_STORAGE come first; null = ./raysweep-results",
         default=None,
-        values="a folder, or null",
+        values="a folder, a URI such as s3://BUCKET/PREFIX, or null",
     )

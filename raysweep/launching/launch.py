@@ -192,8 +192,8 @@ def refuse_mirror_of_one_node(folder: Path) -> None:
         raise UsageError(
             f"retraining on several nodes into {place_of(folder)}: weights and checkpoints lie in the mirror of the "
             "storage, and every node would have one of its own",
-            remedy=f"Set {CACHE_VARIABLE} to a folder that all nodes share, use such a one as --storage, or retrain on one "
-            "node.",
+            remedy=f"Set {CACHE_VARIABLE} to a folder that all nodes share, use such a one as --storage, or retrain on "
+            "one node.",
         )
 
 

@@ -39,6 +39,7 @@ from raysweep.results.writer import write_atomically
 RECORD_FILE = ".alike"
 TRANSFERS = 8  # at a time; each waits for the storage nearly all the time
 PUSH_EVERY_S = 1.0
+PULLS = 5  # where files are removed while they are copied, as `raysweep clean` on another machine does
 SPARE_LINES = 1000  # of the record, before it is shortened
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before a push is tried again
 
@@ -57,8 +58,12 @@ def pull(folder: Path) -> None:
         return
     with open(folder.parent / f".{folder.name}.pull", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # two that pull at once would do everything twice
-        while not _Sides(folder, remote).pull():  # what was listed is gone: compacted since
-            pass
+        for _ in range(PULLS):
+            if _Sides(folder, remote).pull():
+                return
+    raise StorageError(
+        f"{remote.uri} changes faster than it can be read"
+    )  # what was listed was gone, each time
 
 
 def push(folder: Path) -> int:

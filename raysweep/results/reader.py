@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 def load_results(path_or_name: str | Path, storage: str | Path | None = None) -> pd.DataFrame:
     """The trials of a sweep, one row each, in the order in which they started.
 
-    path_or_name: a sweep's name in the storage, or the path of its folder
-    storage: else RAYSWEEP_STORAGE, else ./raysweep-results
+    path_or_name: a sweep's name in the storage, or the path or URI of its folder
+    storage: a folder or URI, else RAYSWEEP_STORAGE, else ./raysweep-results
     Columns: docs/results.md. Whole numbers and truth values are pandas' nullable types, the rest is plain.
     Raises UsageError when there is no such sweep or it has no trial yet.
     """

@@ -31,6 +31,7 @@ from raysweep.results.mirror import lags
 from raysweep.results.reader import load_results
 from raysweep.results.remote import Remote
 from raysweep.results.state import SweepState
+from raysweep.results.uris import sweep_uri
 from tests.frames import assert_same_numbers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def uri(tmp_path) -> str:
 
 
 def nothing_but_results(uri: str) -> None:
-    names = set(Remote(f"{uri}/tiny").listing())
+    names = set(Remote(sweep_uri(uri, "tiny")).listing())
     assert {"space.yaml", "status.json"} < names
     assert all(name.startswith(("trials/", "units/")) for name in names - {"space.yaml", "status.json"})
 
@@ -101,8 +102,8 @@ def test_what_was_not_pushed_is_pushed_by_the_next_launch(make_space, tmp_path, 
 def test_a_whole_sweep_that_was_not_pushed(make_space, machine, uri):
     rows = launch(make_space(), storage=uri, in_process=True)
     folder = storage_folder(uri) / "tiny"
-    for name in Remote(f"{uri}/tiny").listing():
-        Remote(f"{uri}/tiny").remove(name)
+    for name in Remote(sweep_uri(uri, "tiny")).listing():
+        Remote(sweep_uri(uri, "tiny")).remove(name)
     (folder / mirror.RECORD_FILE).unlink()
     launch(make_space(), storage=uri, in_process=True)
     machine("b")
@@ -146,7 +147,7 @@ def elsewhere(space_dict, tmp_path) -> Iterator[Callable[[str], subprocess.Popen
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         started.append(process)
         deadline = time.monotonic() + 60
-        while sum(name.startswith("trials/") for name in Remote(f"{uri}/tiny").listing()) < 2:
+        while sum(name.startswith("trials/") for name in Remote(sweep_uri(uri, "tiny")).listing()) < 2:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.2)
