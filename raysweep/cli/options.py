@@ -53,8 +53,8 @@ Storage = Annotated[
     typer.Option(
         "--storage",
         metavar="DIR|URI",
-        help="Folder of all results, or a URI such as s3://BUCKET/PREFIX. Default: RAYSWEEP_STORAGE, else execution.storage, "
-        "else ./raysweep-results.",
+        help="Folder of all results, or a URI such as s3://BUCKET/PREFIX. Default: RAYSWEEP_STORAGE, "
+        "else execution.storage, else ./raysweep-results.",
     ),
 ]
 Address = Annotated[

@@ -45,13 +45,14 @@ columns in later files; `load_results` unites them.
 `hdfs://`, `file://`). Rows, space, state and trace lie there in the same folders; `load_results("s3://BUCKET/PREFIX/NAME")`
 and all commands take it. This machine has a mirror of it in `RAYSWEEP_CACHE` (`~/.cache/raysweep`): it is brought up to
 date before anything is read, rows are written there first and copied within a second or two, units before trials. What
-does not get through is tried again for half a minute, then ends the sweep; nothing of it is lost, the next launch on
-this machine copies it. Credentials are those of the cloud's own tools (`AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`,
-`~/.aws`, a role); servers other than Amazon's are named by `AWS_ENDPOINT_URL`, or by
-`?endpoint_override=HOST:PORT&scheme=http` behind the URI. A sweep is launched once at a time there too, by a file with a
-heartbeat: best effort, since such storages cannot lock; a machine that is gone gives it up after a minute. What is removed
-in the storage is removed from mirrors. Recovered units, checkpoints and Tune's state stay in the mirror, so a launch on
-another machine begins interrupted trials anew, and retraining on several nodes needs a `RAYSWEEP_CACHE` that they share.
+does not get through is tried again for about a minute, then ends the sweep; nothing of it is lost, the next launch on
+this machine copies it. Credentials are those of the cloud's own tools (`AWS_ACCESS_KEY_ID` and
+`AWS_SECRET_ACCESS_KEY`, `~/.aws`, a role); servers other than Amazon's are named by `AWS_ENDPOINT_URL`, or by
+`?endpoint_override=HOST:PORT&scheme=http` behind the URI. A sweep is launched once at a time there too, by a file with
+a heartbeat: best effort, since such storages cannot lock; a machine that is gone gives it up after a minute. What is
+removed in the storage is removed from mirrors. Recovered units, checkpoints and Tune's state stay in the mirror, so a
+launch on another machine begins interrupted trials anew, and retraining on several nodes needs a `RAYSWEEP_CACHE` that
+they share.
 
 **Identities.** `recovery_id` is made of all that determines a trial's weights: its fields, the contents of
 model and calibration set, the number format, and the version of our arithmetic. `trial_id` adds how it was
