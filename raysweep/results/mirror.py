@@ -140,7 +140,10 @@ class _Pusher:
                 return
             except StorageError as error:
                 if pause is None:
-                    self._failure = error
+                    self._failure = StorageError(
+                        f"{error.message}\n  All rows lie in {self._sides.folder}; once the storage answers again, the "
+                        "same command copies them and continues the sweep."
+                    )
                     return
                 log.warning("%s; trying again", first_line(error))
                 time.sleep(pause)

@@ -13,9 +13,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raysweep.errors import RaysweepError, StorageError, UsageError, first_line, nearest_name
-from raysweep.results.uris import mirrored_uri, sweep_uri
+from raysweep.results.uris import SCHEMES, mirrored_uri, sweep_uri
 
-SCHEMES = ("s3", "gs", "abfs", "hdfs", "file")
 OBJECT_STORES = ("s3", "gcs", "abfs")  # what is written there appears as a whole, and buckets must be there
 ONE_REQUEST = "allow_delayed_open"
 LOST_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws"
@@ -118,9 +117,7 @@ class Remote:
             stamp = self.stamp(name)
             self.remove(name)
         except StorageError as error:
-            raise UsageError(
-                error.message.split("\n")[0], remedy="Check permissions, or name another --storage."
-            ) from error
+            raise UsageError(error.message, remedy="Check permissions, or name another --storage.") from error
         return stamp.seconds if stamp is not None else 0
 
     def _path(self, name: str) -> str:
@@ -135,10 +132,7 @@ class Remote:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"storage {self.uri} cannot be {done}: {first_line(error)}\n  All rows lie in its mirror on this "
-                "machine; once the storage answers again, the same command goes on and copies them."
-            ) from error
+            raise StorageError(f"storage {self.uri} cannot be {done}: {first_line(error)}") from error
 
 
 def remote_of(folder: Path) -> Remote | None:

@@ -13,19 +13,24 @@ from raysweep.fingerprint import fingerprint
 
 CACHE_VARIABLE = "RAYSWEEP_CACHE"
 DEFAULT_CACHE = "~/.cache/raysweep"
+SCHEMES = ("s3", "gs", "abfs", "hdfs", "file")
 MIRROR_FILE = ".mirror"  # in a mirror: the URI of what it mirrors
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # by them equal URIs are different storages
 READABLE = 60  # characters of a mirror's name that say what it mirrors
 
 
-def is_uri(text: str | Path) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", os.fspath(text)) is not None
+def is_uri(place: str | Path) -> bool:
+    """Raises UsageError for a URI that has been made a Path, which leaves out a slash."""
+    text = os.fspath(place)
+    if re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", text):
+        raise UsageError(f"{text!r} is no folder, and a URI only as text", remedy="Write it without Path().")
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
 
 
 def mirror_folder(uri: str) -> Path:
     """The local folder that mirrors a storage, in RAYSWEEP_CACHE or ~/.cache/raysweep; made where it is not there.
 
-    Raises UsageError for a URI with a password, which would lie around in files.
+    Raises UsageError for a URI with a password, which would lie around in files, and where it cannot be made.
     """
     parts = urlsplit(uri)
     if parts.password is not None:
@@ -40,10 +45,16 @@ def mirror_folder(uri: str) -> Path:
     folder = cache / f"{readable.strip('-')}-{fingerprint([plain, endpoint])[:8]}"
     marker = folder / MIRROR_FILE
     if not marker.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = marker.with_name(f"{MIRROR_FILE}.{secrets.token_hex(4)}")
-        temporary.write_text(plain, encoding="utf-8")
-        temporary.replace(marker)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = marker.with_name(f"{MIRROR_FILE}.{secrets.token_hex(4)}")
+            temporary.write_text(plain, encoding="utf-8")
+            temporary.replace(marker)
+        except OSError as error:
+            raise UsageError(
+                f"the mirror of {plain} cannot be made: {error}",
+                remedy=f"Name a folder for mirrors by {CACHE_VARIABLE}.",
+            ) from error
     return folder
 
 

@@ -74,6 +74,19 @@ def test_names_of_places(machine, uri, there):
     assert split_sweep("s3://bucket/one") == ("s3://bucket", "one")
 
 
+def test_a_mirror_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="RAYSWEEP_CACHE"):
+        storage_folder("s3://bucket")
+
+
+def test_a_uri_that_was_made_a_path(machine):
+    machine("a")
+    with pytest.raises(UsageError, match=r"Path\(\)"):
+        load_results("one", storage=Path("s3://bucket/prefix"))
+
+
 def test_equal_uris_of_other_servers_are_other_storages(machine, monkeypatch):
     machine("a")
     first = storage_folder("s3://bucket/prefix")
@@ -354,7 +367,7 @@ def test_a_push_that_fails_again_and_again_ends_the_sweep(machine, trial_row, un
                 check()
                 time.sleep(0.01)
 
-    with pytest.raises(StorageError, match="no network"):
+    with pytest.raises(StorageError, match=r"no network\n  All rows lie in"):
         sweep()
     with pytest.raises(ZeroDivisionError), pushing(folder, lambda: None):  # which is what ended it
         raise ZeroDivisionError
