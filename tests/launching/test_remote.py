@@ -23,7 +23,7 @@ from raysweep.errors import StorageError, UsageError
 from raysweep.launching.launch import launch, refuse_mirror_of_one_node
 from raysweep.launching.progress import Silent
 from raysweep.launching.stopping import stop
-from raysweep.results import lock, mirror
+from raysweep.results import lock, mirror, sides
 from raysweep.results.cleaning import clean
 from raysweep.results.folders import storage_folder, sweep_folder
 from raysweep.results.lock import holder_of
@@ -104,7 +104,7 @@ def test_a_whole_sweep_that_was_not_pushed(make_space, machine, uri):
     folder = storage_folder(uri) / "tiny"
     for name in Remote(sweep_uri(uri, "tiny")).listing():
         Remote(sweep_uri(uri, "tiny")).remove(name)
-    (folder / mirror.RECORD_FILE).unlink()
+    (folder / sides.RECORD_FILE).unlink()
     launch(make_space(), storage=uri, in_process=True)
     machine("b")
     pd.testing.assert_frame_equal(load_results("tiny", uri), rows)

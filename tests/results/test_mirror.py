@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from raysweep.errors import StorageError, UsageError
-from raysweep.results import lock, mirror
+from raysweep.results import lock, mirror, sides
 from raysweep.results.cleaning import clean
 from raysweep.results.folders import list_sweeps, storage_folder, sweep_folder
 from raysweep.results.lock import Holder, holder_of, launch_lock
@@ -376,12 +376,12 @@ def test_a_push_that_fails_again_and_again_ends_the_sweep(machine, trial_row, un
 
 
 def test_the_record_is_shortened(machine, trial_row, unit_rows, monkeypatch):
-    monkeypatch.setattr(mirror, "SPARE_LINES", 10)
+    monkeypatch.setattr(sides, "SPARE_LINES", 10)
     folder = machine("a")
     for number in range(12):
         write_rows(folder, trial_row(1, perplexity=float(number)), unit_rows(1), [])
         push(folder)
-    record = folder / mirror.RECORD_FILE
+    record = folder / sides.RECORD_FILE
     with open(record, "a") as stream:
         stream.write('["trials/cut o')
     assert len(record.read_text().splitlines()) == 25
