@@ -14,7 +14,14 @@ from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
-from raysweep.results.folders import RETRAINING, TRIALS, new_sweep_folder, row_files, storage_folder
+from raysweep.results.folders import (
+    RETRAINING,
+    TRIALS,
+    new_sweep_folder,
+    row_files,
+    storage_folder,
+    unfinished_units,
+)
 
 
 def run_launch(
@@ -51,10 +58,13 @@ def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
 def _say_kept(folder: Path) -> None:
     from raysweep.shards.retrained import DONE
 
-    kept = sum(1 for _ in row_files(folder, TRIALS))
-    retrained = len(list((folder / RETRAINING).glob(f"*/{DONE}")))
-    more = f" and {count(retrained, 'finished retraining')}" if retrained else ""
-    where = f"{count(kept, 'row')}{more} kept in {_short_path(folder)}" if kept else "no trial had finished"
+    kept = {
+        "row": sum(1 for _ in row_files(folder, TRIALS)),
+        "finished retraining": len(list((folder / RETRAINING).glob(f"*/{DONE}"))),
+        "recovered unit": unfinished_units(folder),
+    }
+    parts = [count(number, what) for what, number in kept.items() if number]
+    where = f"{' and '.join(parts)} kept in {_short_path(folder)}" if parts else "nothing had finished"
     say(f"interrupted: {where}; the same command continues the sweep")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import ray
 
 from raysweep.errors import RaysweepError, ShardLostError, first_line
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
+from raysweep.shards.interruption import FINISHING, not_waiting_longer
 from raysweep.shards.priority import PriorityExecutor
 from raysweep.shards.shared import POLL_S, Claim, SharedResults, share
 from raysweep.shards.trace import Span, Trace
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 NAMESPACE = "raysweep"
 CALLS_AT_ONCE = 256  # that wait at one shard; each holds a thread, none of them works
 CONTROL = "control"
+log = logging.getLogger(__name__)
+
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 
 
@@ -68,6 +72,11 @@ class ShardActor:
 
     def forget_shared(self) -> None:
         self._shared.clear()
+
+    def drain(self) -> None:
+        """Returns once what is in hand is over and kept. Nothing else is begun any more."""
+        self._queue.drain(ShardLostError("the sweep is being ended"))
+        self._worker.result().close()
 
     def _loaded(self, spec: ShardSpec) -> ShardWorker:
         with self._trace.span("load"):
@@ -199,7 +208,12 @@ class RayGroup:
     def __enter__(self) -> RayGroup:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an interruption once what the shards have in hand is over; another one ends them now."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            with not_waiting_longer():
+                log.warning(FINISHING)
+                self.settle([actor.drain.remote() for actor in self.actors])
         self.close()
 
     def _wait_until_ready(self, timeout_s: float) -> None:
@@ -229,7 +243,7 @@ def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
     """Marks the methods that never wait for work. Here, so that the class itself knows nothing of actors' options."""
-    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans"):
+    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans", "drain"):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls
 
