@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NAMESPACE = "raysweep"
 CALLS_AT_ONCE = 256  # that wait at one shard; each holds a thread, none of them works
 CONTROL = "control"
+LOOK_EVERY_S = 2.0  # for shards that are ready, and nodes that are gone
 log = logging.getLogger(__name__)
 
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
@@ -107,13 +108,15 @@ class RayGroup:
     def start(cls, name: str, specs: Sequence[ShardSpec], resources: Resources, timeout_s: float) -> RayGroup:
         """Starts the actors and waits until all have loaded their blocks.
 
-        Raises ShardLostError when one ends, RaysweepError when they are not ready after `timeout_s`.
+        Raises ShardLostError when one ends, or a node of the cluster does, RaysweepError when they are not ready after
+        `timeout_s`.
         """
         actors: list[Any] = []
+        nodes = _living_nodes()
         try:
             actors += [_start_actor(f"{name}/{k}", spec, resources) for k, spec in enumerate(specs)]
             group = cls(name, actors)
-            group._wait_until_ready(timeout_s)
+            group._wait_until_ready(timeout_s, nodes)
         except BaseException:
             for actor in actors:
                 ray.kill(actor)
@@ -216,17 +219,25 @@ class RayGroup:
                 self.settle([actor.drain.remote() for actor in self.actors])
         self.close()
 
-    def _wait_until_ready(self, timeout_s: float) -> None:
-        refs = [actor.ready.remote() for actor in self.actors]
-        ready, missing = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
-        for ref in ready:
-            self.result(ref)
+    def _wait_until_ready(self, timeout_s: float, nodes: set[str]) -> None:
+        """nodes: of the cluster, on which the shards may lie"""
+        missing, deadline = [actor.ready.remote() for actor in self.actors], time.monotonic() + timeout_s
+        while missing and time.monotonic() < deadline:
+            ready, missing = ray.wait(missing, num_returns=len(missing), timeout=LOOK_EVERY_S)
+            for ref in ready:
+                self.result(ref)
+            if missing and not nodes <= _living_nodes():  # whoever waits for a place there waits for ever
+                raise ShardLostError("a node left the cluster while shards were starting")
         if missing:
             free = ray.available_resources()
             raise RaysweepError(
-                f"{len(missing)} of {len(refs)} shards are not ready after {timeout_s:.0f} s; free: "
+                f"{len(missing)} of {self.shards} shards are not ready after {timeout_s:.0f} s; free: "
                 f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. Lower execution.shards or free some."
             )
+
+
+def _living_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
