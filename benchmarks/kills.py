@@ -5,8 +5,9 @@
 
 The sweep of `kills.yaml` runs undisturbed first. Then it is launched again and again into another storage, a process of
 it is killed some seconds later, and so on; when it is finished before the kills are, it begins anew. In the end every
-trial has one finished row with bitwise the numbers of the undisturbed run. Prints one JSON line per figure: kills by
-kind, seconds from a kill to the next progress, units and evaluation batches that were computed more than once.
+trial has one finished row with bitwise the numbers of the undisturbed run, and no more was computed again than shards
+had in hand: a unit or a batch of each for a kill. Prints one JSON line per figure: kills by kind, seconds from a kill
+to the next progress, units (optimiser steps) and evaluation batches (tokens) that were computed again.
 Needs Linux, and ends only what it has started.
 """
 
@@ -34,6 +35,7 @@ SHARES = {"driver": 0.4, "raylet": 0.2, "shard": 0.3, "retraining worker": 0.1}
 MARKS = {"raylet": "raylet/raylet", "retraining worker": "ray::RayTrainWorker"}
 LAUNCH_LIMIT_S, PATIENCE_S = 600.0, 25.0
 MOST_LAUNCHES = 100
+SHARDS = 2
 NOT_FOUND_S = 90.0  # for a kind of process to turn up; then another kind is killed
 
 
@@ -164,16 +166,19 @@ def seconds_to_progress(sweep: Sweep, shards: list[psutil.Process]) -> float:
     return time.monotonic() - begin
 
 
-def repeated(lines: list[list[str]]) -> tuple[int, int, int]:
-    """Units that were begun again, steps of units that had ended once before, and evaluation batches taken again."""
-    begun = Counter((trial, unit) for kind, trial, unit, *_ in lines if kind == "begin")
-    steps: dict[tuple[str, str], list[int]] = {}
-    for kind, trial, unit, number, _ in lines:
-        if kind == "end":
-            steps.setdefault((trial, unit), []).append(int(number))
-    batches = Counter((trial, batch) for kind, trial, batch, *_ in lines if kind == "batch")
-    again = [sum(counts.values()) - len(counts) for counts in (begun, batches)]
-    return again[0], sum(sum(each[1:]) for each in steps.values()), again[1]
+def computed_again(lines: list[list[str]], what: str) -> tuple[int, int, int]:
+    """Units or batches that were begun again; what that was in steps or tokens, had each come to its end; and how many
+    of them had come to it before."""
+    begun = Counter((trial, name) for kind, trial, name, *_ in lines if kind == f"begin-{what}")
+    ended = [((trial, name), int(number)) for kind, trial, name, number, _ in lines if kind == f"end-{what}"]
+    size, times = dict(ended), Counter(each for each, _ in ended)
+    again = {each: times_begun - 1 for each, times_begun in begun.items() if times_begun > 1}
+    finished_again = sum(number - 1 for number in times.values())
+    return (
+        sum(again.values()),
+        sum(size.get(each, 0) * number for each, number in again.items()),
+        finished_again,
+    )
 
 
 def disturbed(sweep: Sweep, waiting: list[str], chance: random.Random, waits: dict[str, list[float]]) -> None:
@@ -207,6 +212,26 @@ def check(sweep: Sweep, expected: tuple[pd.DataFrame, pd.DataFrame]) -> None:
         sys.exit(f"left behind: {left}")
 
 
+def report_round(sweep: Sweep, number: int, kills: int) -> None:
+    """Says what a finished sweep had computed again, and ends the script where that was more than was in hand."""
+    lines = sweep.lines()
+    units, steps, finished_units = computed_again(lines, "unit")
+    batches, tokens, finished_batches = computed_again(lines, "batch")
+    report(
+        f"round {number}: all rows there, numbers bitwise equal",
+        kills=kills,
+        launches=sweep.launches,
+        units_again=units,
+        steps_again=steps,
+        finished_units_again=finished_units,
+        batches_again=batches,
+        tokens_again=tokens,
+        finished_batches_again=finished_batches,
+    )
+    if max(units, batches) > SHARDS * kills:
+        sys.exit(f"{kills} kills cost {units} units and {batches} batches, with {SHARDS} shards")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -230,17 +255,12 @@ def main() -> None:
             report("undisturbed", seconds=round(time.monotonic() - begin, 1), rows=sweeps[0].rows())
             waiting, waits = kinds(options.kills, chance), dict[str, list[float]]()
             while waiting:
+                before = sum(map(len, waits.values()))
                 sweeps.append(Sweep(options.space, storage / f"round-{len(sweeps)}"))
                 disturbed(sweeps[-1], waiting, chance, waits)
                 check(sweeps[-1], expected)
-                units, steps, batches = repeated(sweeps[-1].lines())
-                report(
-                    f"round {len(sweeps) - 1}: all rows there, numbers bitwise equal",
-                    launches=sweeps[-1].launches,
-                    units_begun_again=units,
-                    steps_of_finished_units_again=steps,
-                    evaluation_batches_again=batches,
-                )
+                kills = sum(map(len, waits.values())) - before
+                report_round(sweeps[-1], len(sweeps) - 1, kills)
             medians = {kind: round(sorted(found)[len(found) // 2], 1) for kind, found in waits.items()}
             report("kills", **{kind: len(found) for kind, found in waits.items()}, median_progress_s=medians)
         finally:

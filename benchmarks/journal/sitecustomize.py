@@ -1,4 +1,4 @@
-"""Notes every unit that a process of raysweep begins and ends to recover, for `kills.py`: loaded by Python itself.
+"""Notes every unit and every batch that a shard begins and ends, for `kills.py`: loaded by Python itself.
 
 A folder with this file on PYTHONPATH and a file's name in RAYSWEEP_JOURNAL switch it on, in workers of Ray as well.
 Lines are appended whole, so that those of a killed process are complete.
@@ -25,23 +25,49 @@ def note(*words: object) -> None:
 
 def watch(module: ModuleType) -> None:
     note("shard", "-", "-", 0)
-    recover, forward = module.recover_unit, module.ShardWorker.forward
+    worker = module.ShardWorker  # type: ignore[attr-defined]
+    recover, forward = module.recover_unit, worker.forward  # type: ignore[attr-defined]
+    begin_training, end_training = worker.begin_training, worker.end_training
 
     def noting(blocks: Any, name: str, trial: Any, unit: str, recovered: Any = None) -> Any:
         if recovered is not None:
             note("taken", name, unit, 0)
             return recover(blocks, name, trial, unit, recovered)
-        note("begin", name, unit, 0)
+        note("begin-unit", name, unit, 0)
         result = recover(blocks, name, trial, unit)
-        note("end", name, unit, result.steps if result is not None else 0)
+        note("end-unit", name, unit, result.steps if result is not None else 0)
         return result
 
-    def noting_batch(self: Any, name: Any, text: str, start: int, stop: int, *more: Any) -> Any:
-        if self.shard.is_last:
-            note("batch", name, f"{text}[{start}:{stop}]", stop - start)
-        return forward(self, name, text, start, stop, *more)
+    def noting_begin(self: Any, name: str) -> Any:
+        note("begin-unit", name, part_of(self, name), 0)
+        return begin_training(self, name)
 
-    module.recover_unit, module.ShardWorker.forward = noting, noting_batch  # type: ignore[attr-defined]
+    def noting_end(self: Any, name: str) -> Any:
+        cost = end_training(self, name)
+        note("end-unit", name, part_of(self, name), cost.steps)
+        return cost
+
+    def noting_batch(self: Any, name: Any, text: str, start: int, stop: int, *more: Any) -> Any:
+        batch = f"{text}[{start}:{stop}]"
+        if self.shard.is_last:
+            note("begin-batch", model_of(name), batch, 0)
+        found = forward(self, name, text, start, stop, *more)
+        if self.shard.is_last:
+            note("end-batch", model_of(name), batch, (stop - start) * self._ids[text].shape[1])
+        return found
+
+    module.recover_unit, worker.forward = noting, noting_batch  # type: ignore[attr-defined]
+    worker.begin_training, worker.end_training = noting_begin, noting_end
+
+
+def model_of(name: str | None) -> str:
+    """Of weights that are evaluated under a trial's name; a pruned model is evaluated once for all, by any of them."""
+    return "dense" if name is None else name.partition("@")[0] if name.startswith("pruned-") else name
+
+
+def part_of(worker: Any, name: str) -> str:
+    """A unit that reaches over several shards, as far as it lies here."""
+    return f"{worker._parts[name].unit.name}@{worker.spec.start}"
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -14,7 +14,13 @@ from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
-from raysweep.results.folders import RETRAINING, bring_up_to_date, new_sweep_folder, storage_folder
+from raysweep.results.folders import (
+    RETRAINING,
+    bring_up_to_date,
+    new_sweep_folder,
+    storage_folder,
+    unfinished_units,
+)
 from raysweep.results.uris import place_of
 
 
@@ -54,10 +60,13 @@ def _say_kept(folder: Path) -> None:
     from raysweep.results.reader import row_count
     from raysweep.shards.retrained import DONE
 
-    kept = row_count(folder)
-    retrained = len(list((folder / RETRAINING).glob(f"*/{DONE}")))
-    more = f" and {count(retrained, 'finished retraining')}" if retrained else ""
-    where = f"{count(kept, 'row')}{more} kept in {_short_path(folder)}" if kept else "no trial had finished"
+    kept = {
+        "row": row_count(folder),
+        "finished retraining": len(list((folder / RETRAINING).glob(f"*/{DONE}"))),
+        "recovered unit": unfinished_units(folder),
+    }
+    parts = [count(number, what) for what, number in kept.items() if number]
+    where = f"{' and '.join(parts)} kept in {_short_path(folder)}" if parts else "nothing had finished"
     say(f"interrupted: {where}; the same command continues the sweep")
 
 

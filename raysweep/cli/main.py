@@ -82,6 +82,8 @@ def launch(
 ) -> int:
     """Run a sweep, or continue the sweep of that name: finished trials are kept, new ones are added.
 
+    Ctrl-C finishes the units in hand, so that the same command goes on behind them; a second one does not wait.
+
     Exit status: 0 all finished, 1 some failed, 2 wrong usage or file, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from raysweep.cli.launch import run_launch

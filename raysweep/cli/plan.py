@@ -130,6 +130,7 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
             _shard_document(blocks, memory) for blocks, memory in zip(plan.ranges, plan.memory, strict=True)
         ],
         "host_bytes": host_bytes(plan),
+        "storage_bytes": prepared.storage_bytes(model, plan.concurrent_trials),
         "retraining": None if retraining is None else asdict(retraining),
     }
 
@@ -203,7 +204,8 @@ def _print_model(
         console.print()
     console.print(_memory_table(plan))
     console.print()
-    _print_facts(console, plan, node, prepared.retrain_plan(model, [node]))
+    on_storage = prepared.storage_bytes(model, plan.concurrent_trials)
+    _print_facts(console, plan, node, prepared.retrain_plan(model, [node]), on_storage)
 
 
 def study_words(model: PreparedModel) -> list[str]:
@@ -228,7 +230,9 @@ def _open_words(values: Open) -> str:
     return ", ".join("null" if value is None else str(value) for value in listed)
 
 
-def _print_facts(console: Console, plan: ShardPlan, node: Node, retraining: RetrainPlan | None) -> None:
+def _print_facts(
+    console: Console, plan: ShardPlan, node: Node, retraining: RetrainPlan | None, storage_bytes: int
+) -> None:
     from rich.table import Table
 
     from raysweep.shards.plan import format_bytes, host_bytes
@@ -244,6 +248,10 @@ def _print_facts(console: Console, plan: ShardPlan, node: Node, retraining: Retr
         grid.add_row("memory of one GPU", at_most(max(m.device for m in plan.memory), node.gpu_bytes))
     grid.add_row("cores", _core_words(plan, node))
     grid.add_row("in flight", count(plan.concurrent_trials, "trial"))
+    if storage_bytes:
+        grid.add_row(
+            "storage", f"up to {format_bytes(storage_bytes)} beside the rows, until trials have theirs"
+        )
     if retraining is not None:
         each = f"up to {format_bytes(retraining.bytes)} {'on each GPU' if retraining.use_gpu else 'in each'}"
         grid.add_row("retraining", f"{count(retraining.workers, 'worker')} after the shards, {each}")

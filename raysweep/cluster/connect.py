@@ -17,6 +17,7 @@ from ray._private.services import (
 )  # what `ray.init` looks a running cluster up with
 
 from raysweep.cluster.nodes import Node, this_node
+from raysweep.cluster.token import keep_token_private
 from raysweep.errors import UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
@@ -71,6 +72,8 @@ def connected(address: str | None = None) -> Iterator[Cluster]:
 
 def _connect(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:
+        keep_token_private()
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tells at length that it is on
     try:
         with _sigterm_answered_as_before():

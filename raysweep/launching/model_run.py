@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from raysweep.baseline.plan import RetrainPlan
 from raysweep.config.space import SearchSpace
-from raysweep.errors import ShardLostError, first_line
+from raysweep.errors import CapacityError, ShardLostError, first_line
 from raysweep.fingerprint import fingerprint
 from raysweep.launching.prepared import Launch
 from raysweep.launching.recorder import Recorder
@@ -27,11 +28,13 @@ from raysweep.shards.plan import ShardPlan
 from raysweep.shards.setup import OwnedGroup, set_up, shard_specs
 from raysweep.shards.trial import DENSE_KEY, known_perplexity, pruned_key
 from raysweep.sweep.identified import SweepTrial
+from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import Phase, PreparedModel
 from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext
 
 MOST_LOSSES = 3  # of one trial, and of shards in a row while no trial runs
+LOOK_FOR_NODES_S = 2.0
 
 
 class ModelRun:
@@ -84,7 +87,7 @@ class ModelRun:
     def _on_shards(self, retrained: bool) -> None:
         """The phases of the model. Where a shard is lost all are started again, and what has no row yet goes on from
         the units that it has left. Raises ShardLostError when shards end again and again before a trial runs."""
-        in_a_row = 0
+        in_a_row, nodes = 0, self.runner.nodes()
         while not self._is_over:
             phases = [phase for phase in self.model.phases if self._has_work(phase, retrained)]
             if not phases:
@@ -96,9 +99,30 @@ class ModelRun:
             except ShardLostError as error:
                 self._read_rows()
                 in_a_row = in_a_row + 1 if before == (len(self._heard_of), self._lost.total()) else 0
+                nodes_before, nodes = nodes, self.runner.nodes()
+                if nodes != nodes_before:
+                    in_a_row = 0
                 if in_a_row == MOST_LOSSES:
                     raise
                 self.progress.stage(f"Going on with new shards: {first_line(error)}")
+                self._plan_anew()
+
+    def _plan_anew(self) -> None:
+        """For the nodes that there are now; the number of shards changes no number. While they cannot hold the model,
+        waits for others, and says so."""
+        said = ""
+        while True:
+            nodes = self.runner.nodes()
+            try:
+                (plan,) = make_plans([self.model], self.prepared.space, nodes)
+                if plan.device != self.plan.device:
+                    raise CapacityError("no node with a GPU is left")
+                self.plan, self.retrain_plan = plan, self.prepared.retrain_plan(self.model, nodes)
+                return
+            except CapacityError as error:
+                if said != (said := first_line(error)):
+                    self.progress.stage(f"Waiting for another node: {said}")
+                time.sleep(LOOK_FOR_NODES_S)
 
     def _through_a_group(self, phases: Sequence[Phase], retrained: bool) -> None:
         """The phases, one after another on the same shards."""

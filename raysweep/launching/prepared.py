@@ -14,6 +14,7 @@ from raysweep.config.space import SearchSpace
 from raysweep.config.studies import Study
 from raysweep.launching.retraining import is_retrained, retrain_plan
 from raysweep.results.schema import NUMERICAL
+from raysweep.shards.memory import SIZES
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.prepare import Phase, PreparedModel
 from raysweep.sweep.proposals import Chosen, chosen_by
@@ -74,6 +75,19 @@ class Launch:
     def retrain_plan(self, model: PreparedModel, nodes: Sequence[Node]) -> RetrainPlan | None:
         """How the trials of a model are retrained; None where none is. Raises CapacityError."""
         return retrain_plan(model, self.to_retrain(model), nodes, self.space.execution)
+
+    def storage_bytes(self, model: PreparedModel, concurrent_trials: int) -> int:
+        """The most that a model's trials have on storage at once beside their rows: recovered units of the trials in
+        flight; of retraining start weights with masks, retrained weights, and two checkpoints while one replaces the
+        other, with weights and both moments in float32."""
+        size, parameters = SIZES[model.dtype], model.shape.parameters
+        linears = sum(outputs * inputs for outputs, inputs in model.shape.linears.values())
+        recovers = any(trial.recovery == "reconstruct" for trial in model.possible)
+        units = concurrent_trials * parameters * size if recovers else 0
+        retrained = self.to_retrain(model)
+        starts = len({trial.start_id for trial in retrained})
+        weights = starts * (linears + parameters * size) + len(retrained) * parameters * size
+        return units + weights + (2 * 3 * 4 * parameters if retrained else 0)
 
     def left_of(self, phase: Phase) -> int:
         """How many trials the studies of a phase will still run."""

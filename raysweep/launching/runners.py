@@ -37,7 +37,9 @@ class Runner(Protocol):
     ray_version: str | None
     dashboard: str | None
 
-    def nodes(self) -> Sequence[Node]: ...
+    def nodes(self) -> Sequence[Node]:
+        """Those that there are now."""
+        ...
 
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Any:
         """A context in which a group is up; its shards end with it."""
@@ -105,11 +107,13 @@ class OnRay:
         """importing: what `importing_tune` gave"""
         self.ray_version: str | None = cluster.ray_version
         self.dashboard = cluster.dashboard
-        self._nodes, self._here = cluster.nodes, cluster.here
+        self._here = cluster.here
         self._phases, self._importing = 0, importing
 
     def nodes(self) -> Sequence[Node]:
-        return self._nodes
+        from raysweep.cluster.connect import nodes
+
+        return nodes()
 
     @contextmanager
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Iterator[OwnedGroup]:

@@ -29,11 +29,13 @@ def stoppable(folder: Path) -> Iterator[None]:
             if _take(request, remote):
                 os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=look, name="raysweep stop", daemon=True).start()
+    thread = threading.Thread(target=look, name="raysweep stop", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
+        thread.join()
         _take(request, remote)
 
 

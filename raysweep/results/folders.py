@@ -19,6 +19,7 @@ STORAGE_VARIABLE = "RAYSWEEP_STORAGE"
 DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
 TUNE, RETRAINING, UNFINISHED = "tune", "retraining", "unfinished"  # while they are needed; no results
+PART_MARK = ".block-"
 SPACE_FILE, STATE_FILE, TRACE_FILE = "space.yaml", "status.json", "trace.json"
 COMPACTED = "0-compacted.parquet"
 """The rows of many trials, as `raysweep clean` puts them together. Sorts before the files of single trials: pandas
@@ -104,12 +105,20 @@ def unit_file(folder: Path, unit: str) -> Path:
 
 def part_file(folder: Path, unit: str, block: int) -> Path:
     """Of a unit that reaches over several shards, what lies in one block."""
-    return folder / f"{unit}.block-{block}.safetensors"
+    return folder / f"{unit}{PART_MARK}{block}.safetensors"
 
 
 def across_file(folder: Path, unit: str) -> Path:
     """What is known of a unit that reaches over several shards; there once all its parts are."""
     return folder / f"{unit}.json"
+
+
+def unfinished_units(sweep: Path) -> int:
+    """How many recovered units wait for their trials to be gone on with."""
+    files = [path.name for path in (sweep / UNFINISHED).glob("*/*")]
+    return sum(
+        name.endswith(".json") or (name.endswith(".safetensors") and PART_MARK not in name) for name in files
+    )
 
 
 def row_files(folder: Path, part: str) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import ray
 
 from raysweep.errors import RaysweepError, ShardLostError, first_line
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
+from raysweep.shards.interruption import FINISHING, not_waiting_longer
 from raysweep.shards.priority import PriorityExecutor
 from raysweep.shards.shared import POLL_S, Claim, SharedResults, share
 from raysweep.shards.trace import Span, Trace
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 NAMESPACE = "raysweep"
 CALLS_AT_ONCE = 256  # that wait at one shard; each holds a thread, none of them works
 CONTROL = "control"
+LOOK_EVERY_S = 2.0  # for shards that are ready, and nodes that are gone
+log = logging.getLogger(__name__)
+
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 
 
@@ -69,6 +74,11 @@ class ShardActor:
     def forget_shared(self) -> None:
         self._shared.clear()
 
+    def drain(self) -> None:
+        """Returns once what is in hand is over and kept. Nothing else is begun any more."""
+        self._queue.drain(ShardLostError("the sweep is being ended"))
+        self._worker.result().close()
+
     def _loaded(self, spec: ShardSpec) -> ShardWorker:
         with self._trace.span("load"):
             from raysweep.shards.worker import ShardWorker
@@ -98,13 +108,15 @@ class RayGroup:
     def start(cls, name: str, specs: Sequence[ShardSpec], resources: Resources, timeout_s: float) -> RayGroup:
         """Starts the actors and waits until all have loaded their blocks.
 
-        Raises ShardLostError when one ends, RaysweepError when they are not ready after `timeout_s`.
+        Raises ShardLostError when one ends, or a node of the cluster does, RaysweepError when they are not ready after
+        `timeout_s`.
         """
         actors: list[Any] = []
+        nodes = _living_nodes()
         try:
             actors += [_start_actor(f"{name}/{k}", spec, resources) for k, spec in enumerate(specs)]
             group = cls(name, actors)
-            group._wait_until_ready(timeout_s)
+            group._wait_until_ready(timeout_s, nodes)
         except BaseException:
             for actor in actors:
                 ray.kill(actor)
@@ -199,20 +211,33 @@ class RayGroup:
     def __enter__(self) -> RayGroup:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an interruption once what the shards have in hand is over; another one ends them now."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            with not_waiting_longer():
+                log.warning(FINISHING)
+                self.settle([actor.drain.remote() for actor in self.actors])
         self.close()
 
-    def _wait_until_ready(self, timeout_s: float) -> None:
-        refs = [actor.ready.remote() for actor in self.actors]
-        ready, missing = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
-        for ref in ready:
-            self.result(ref)
+    def _wait_until_ready(self, timeout_s: float, nodes: set[str]) -> None:
+        """nodes: of the cluster, on which the shards may lie"""
+        missing, deadline = [actor.ready.remote() for actor in self.actors], time.monotonic() + timeout_s
+        while missing and time.monotonic() < deadline:
+            ready, missing = ray.wait(missing, num_returns=len(missing), timeout=LOOK_EVERY_S)
+            for ref in ready:
+                self.result(ref)
+            if missing and not nodes <= _living_nodes():  # whoever waits for a place there waits for ever
+                raise ShardLostError("a node left the cluster while shards were starting")
         if missing:
             free = ray.available_resources()
             raise RaysweepError(
-                f"{len(missing)} of {len(refs)} shards are not ready after {timeout_s:.0f} s; free: "
+                f"{len(missing)} of {self.shards} shards are not ready after {timeout_s:.0f} s; free: "
                 f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. Lower execution.shards or free some."
             )
+
+
+def _living_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
@@ -229,7 +254,7 @@ def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
     """Marks the methods that never wait for work. Here, so that the class itself knows nothing of actors' options."""
-    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans"):
+    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans", "drain"):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls
 

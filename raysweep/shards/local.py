@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
+from raysweep.shards.interruption import finishing_first
 from raysweep.shards.shared import SharedResults, share
 from raysweep.shards.trace import Span, Trace
 from raysweep.shards.worker import ShardWorker
@@ -38,7 +39,7 @@ class LocalGroup:
     def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
         try:
             ready = [self.result(each) if isinstance(each, _Done) else each for each in arguments]
-            with self._traces[shard].span(label or method.replace("_", " ")):
+            with finishing_first(), self._traces[shard].span(label or method.replace("_", " ")):
                 return _Done(getattr(self.workers[shard], method)(*ready))
         except Exception as error:  # kept for `result`, as a call over Ray keeps it
             return _Done(None, error)

@@ -39,6 +39,7 @@ def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
         memory = shard["memory"]
         assert memory["total"] == memory["device"] + memory["host"]
     assert model["host_bytes"] == sum(shard["memory"]["total"] for shard in model["shards"])
+    assert model["storage_bytes"] == model["concurrent_trials"] * model["parameters"] * 4
     assert list(here.iterdir()) == []
 
 
@@ -115,7 +116,7 @@ def test_on_gpus_device_and_host_are_summed_apart():
     )
     plan = make_plan(model, [node], work, "bfloat16")
     console = Console(file=io.StringIO(), width=80, record=True)
-    _print_facts(console, plan, node, RetrainPlan(2, True, 1.0, 40 << 30))
+    _print_facts(console, plan, node, RetrainPlan(2, True, 1.0, 40 << 30), 5 << 30)
     console.print(_memory_table(plan))
     text = console.export_text()
     for title, name in (("on the GPU", "device"), ("on the host", "host")):

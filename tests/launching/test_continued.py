@@ -6,13 +6,18 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
-from raysweep.launching.launch import launch
+from raysweep.launching.launch import launch, prepare_launch
 from raysweep.reconstruction import recovery
 from raysweep.results.cleaning import clean
 from raysweep.shards import across, unfinished, worker
 from raysweep.shards.worker import ShardWorker
 from tests.frames import assert_same_numbers, numbers
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() in (1, 2), reason="two or three shards need as many GPUs, or none"
+)
 
 SEQUENTIAL = {"statistics_stream": "recovered", "input_stream": "pruned"}
 
@@ -62,7 +67,7 @@ def test_no_unit_is_recovered_twice(make_space, tmp_path, trained, fields):
     launch(space, storage=tmp_path / "whole", in_process=True)
     units = list(trained)
     trained.clear()
-    assert interrupted_again_and_again(space, tmp_path / "again", trained) >= len(units) // 3 - 1
+    assert interrupted_again_and_again(space, tmp_path / "again", trained) >= len(units) // 5 - 1
     assert sorted(trained) == sorted(units)
     assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
     assert not (tmp_path / "again" / "tiny" / "unfinished").exists()
@@ -102,10 +107,10 @@ def test_units_with_losses_on_another_validation_set_are_not_taken_over(make_spa
 
 
 def interrupted_again_and_again(space, storage, done: list[Any]) -> int:
-    """Launches until the sweep is finished, while the user loses patience after every third of what is noted in
+    """Launches until the sweep is finished, while the user loses patience after every fifth of what is noted in
     `done`; returns how often that was."""
     for interruptions in range(200):
-        limit[0] = len(done) + 3
+        limit[0] = len(done) + 5
         try:
             launch(space, storage=storage, in_process=True)
             return interruptions
@@ -143,7 +148,7 @@ def test_no_batch_is_evaluated_twice(make_space, tmp_path, monkeypatch):
     launch(space, storage=tmp_path / "whole", in_process=True)
     expected = list(batches)
     batches.clear()
-    assert interrupted_again_and_again(space, tmp_path / "again", batches) >= len(expected) // 3 - 1
+    assert interrupted_again_and_again(space, tmp_path / "again", batches) >= len(expected) // 5 - 1
     assert sorted(batches, key=str) == sorted(expected, key=str)
     assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
     assert not (tmp_path / "again" / "tiny" / "unfinished").exists()
@@ -179,6 +184,9 @@ def test_units_across_shards_are_taken_over_by_others(
     impatient["is"] = False
     parts = sorted((again / "tiny" / "unfinished").glob("*/*.block-*.safetensors"))
     assert len(parts) == 3
+    prepared = prepare_launch(space, again / "tiny", "cpu", in_process=True)
+    kept = sum(path.stat().st_size for path in (again / "tiny" / "unfinished").rglob("*"))
+    assert 0 < kept < prepared.storage_bytes(prepared.models[0], concurrent_trials=1)
     if damaged:
         parts[1].write_bytes(b"")
     ranges.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_errors_of_shards_arrive_as_what_they_are(tiny_llama, cluster):
     try:
         with RayGroup.start("errors", [spec], Resources(0.5), timeout_s=120) as group:
             with pytest.raises(RaysweepError, match="KeyError"):
-                group.result(group.submit(0, 0, "forward", "unknown trial", "text", 0, 1, None, "cost"))
+                group.result(group.submit(0, 0, "forward", "unknown trial", "text", 0, 1, None))
             assert group.result(group.submit(0, 0, "text_batches", 3, 2048)) == [(0, 1), (1, 2), (2, 3)]
             group.submit(0, 0, "release", "nobody")
             ray.kill(group.actors[0])
@@ -192,7 +193,7 @@ def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, spac
     )
     try:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "tiny" / "trials").glob("*.parquet")):
+        while not list((tmp_path / "tiny" / "unfinished").glob("*/*.safetensors")):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -205,6 +206,8 @@ def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, spac
     assert "Traceback" not in errors
     kept = load_results("tiny", tmp_path)
     assert 0 < len(kept) < 9
+    assert "finishing what is in hand" in errors
+    assert re.search(r"rows? and \d+ recovered units? kept in", errors)
     assert (kept.status == "finished").all()
     deadline = time.monotonic() + 20  # Ray's own processes may outlive the command by a moment
     while _processes_of_session(process.pid) and time.monotonic() < deadline:
