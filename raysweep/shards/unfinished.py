@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 
-from raysweep.errors import RaysweepError, StorageError, first_line
+from raysweep.errors import RaysweepError, first_line
 from raysweep.model.block_files import read_tensors, write_tensors
 
 BYTES_PER_S = 200e6  # that a file takes beside its opening; assumption: a network file system
 FREE_SHARE = 0.05  # of the room on the storage, that one unit may take
-WAITING = 2  # units that may wait to be written, each with a copy of its weights
+PATIENCE = 0.1  # of the time that a unit took, for which the shard waits for it to be written
 
 log = logging.getLogger(__name__)
 
 
 class UnfinishedUnits:
-    """Writes units while the shard goes on with the next one, and reads those that others have left.
+    """Writes units, large ones while the shard goes on with the next one, and reads those that others have left.
 
     A unit is written where recovering it again would take longer. How long files take is learned from those that were
     written, the first one always.
@@ -33,8 +31,8 @@ class UnfinishedUnits:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "unfinished units")
-        self._writing: deque[Future[None]] = deque()
-        self._file_s, self._learning = 0.0, threading.Lock()
+        self._writing: Future[None] | None = None
+        self._file_s = 0.0
 
     def leave(
         self, file: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], seconds: float
@@ -46,11 +44,11 @@ class UnfinishedUnits:
         nbytes = sum(tensor.nbytes for tensor in weights.values())
         if seconds < self._file_s + nbytes / BYTES_PER_S:
             return False
-        while len(self._writing) >= WAITING:
-            self._writing.popleft().result()
+        self.settle()
         # Copied here, because what comes next for the trial may change these tensors in place.
         copies = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-        self._writing.append(self._thread.submit(self._write, file, copies, dict(about), nbytes))
+        self._writing = self._thread.submit(self._write, file, copies, dict(about), nbytes)
+        wait([self._writing], PATIENCE * seconds)
         return True
 
     def take(self, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -65,8 +63,9 @@ class UnfinishedUnits:
 
     def settle(self) -> None:
         """Waits until everything is written, so that nothing appears where a trial has cleaned up."""
-        while self._writing:
-            self._writing.popleft().result()
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
 
     def _write(self, file: Path, weights: Mapping[str, Tensor], about: dict[str, Any], nbytes: int) -> None:
         start = perf_counter()
@@ -75,8 +74,7 @@ class UnfinishedUnits:
             if nbytes > FREE_SHARE * shutil.disk_usage(file.parent).free:
                 return
             write_tensors(file, weights, about)
-        except (OSError, StorageError) as error:
+        except Exception as error:  # whatever it is, it only costs what recovering the unit again does
             log.warning("%s is not kept for a later launch: %s", file.name, first_line(error))
-        with self._learning:
-            own = max(0.0, perf_counter() - start - nbytes / BYTES_PER_S)
-            self._file_s = own if not self._file_s else 0.8 * self._file_s + 0.2 * own
+        own = max(0.0, perf_counter() - start - nbytes / BYTES_PER_S)
+        self._file_s = own if not self._file_s else 0.8 * self._file_s + 0.2 * own

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -217,7 +218,7 @@ def test_trials_leave_nothing_in_the_workers(make_space, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWorker, "__init__", lambda self, spec: workers.append(self) or init(self, spec))
     launched(make_space(execution={"shards": 2}), tmp_path)
     assert [worker.blocks.weights for worker in workers] == [{}, {}]
-    assert [worker.blocks._errors for worker in workers] == [{}, {}]
+    assert [worker.blocks.recipes for worker in workers] == [{}, {}]
 
 
 @pytest.mark.parametrize(
@@ -298,8 +299,10 @@ def test_a_recovery_survives_that_the_model_before_it_could_not_be_evaluated(
     forward = ShardWorker.forward
 
     def damaged(self, name, *arguments):
-        losses = forward(self, name, *arguments)
-        return [float("nan")] * len(losses) if name and name.startswith("pruned") and losses else losses
+        measures = forward(self, name, *arguments)
+        if name is None or not name.startswith("pruned"):
+            return measures
+        return replace(measures, losses=[float("nan")] * len(measures.losses))
 
     monkeypatch.setattr(ShardWorker, "forward", damaged)
     rows = launched(make_space(execution={"shards": 1}), tmp_path).set_index("recovery")
