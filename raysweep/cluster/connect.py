@@ -111,7 +111,8 @@ def _sigterm_answered_as_before() -> Iterator[None]:
 
 def nodes() -> tuple[Node, ...]:
     """What every living node of the connected cluster has in all, whoever uses it now."""
-    return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
+    entries = sorted(ray.nodes(), key=lambda entry: str(entry["NodeID"]))  # so that equal clusters are equal
+    return tuple(_node(entry["Resources"]) for entry in entries if entry["Alive"])
 
 
 def _node(resources: dict[str, float]) -> Node:

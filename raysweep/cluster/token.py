@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 TOKEN_FILE = Path(".ray") / "auth_token"  # of the home folder, where Ray looks for it
@@ -18,12 +19,18 @@ def keep_token_private() -> None:
         return
     file = Path.home() / TOKEN_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
-    except FileExistsError:
-        status = file.stat()
-        if status.st_mode & 0o077 and status.st_uid == os.getuid():
-            file.chmod(OWNER_ONLY)
-        return
-    with open(descriptor, "w", encoding="utf-8") as stream:
+    if not file.exists():
+        _make(file)
+    status = file.stat()
+    if status.st_mode & 0o077 and status.st_uid == os.getuid():
+        file.chmod(OWNER_ONLY)
+
+
+def _make(file: Path) -> None:
+    """As a whole, and not over one that another process has made meanwhile."""
+    whole = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    with open(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY), "w") as stream:
         stream.write(secrets.token_hex(32))
+    with suppress(FileExistsError):
+        os.link(whole, file)
+    whole.unlink()

@@ -31,7 +31,7 @@ from raysweep.results.lock import launch_lock, refuse_where_held
 from raysweep.results.mirror import lags, push, pushing
 from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.remote import remote_of
-from raysweep.results.uris import CACHE_VARIABLE, mirrored_uri, place_of
+from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
@@ -154,9 +154,10 @@ def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) 
     if not prepared.to_run:
         _say_done(prepared, progress)
         return
-    plans = make_plans(prepared.models, prepared.space, runner.nodes())
-    retrain_plans = [prepared.retrain_plan(model, runner.nodes()) for model in prepared.models]
-    if any(retrain_plans) and len(runner.nodes()) > 1:
+    nodes = runner.nodes()
+    plans = make_plans(prepared.models, prepared.space, nodes)
+    retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
+    if any(retrain_plans) and len(nodes) > 1:
         refuse_mirror_of_one_node(prepared.folder)
     prepared.folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -169,7 +170,7 @@ def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) 
         tracing = progress if isinstance(progress, Tracing) else None
         with recorded(prepared, runner, plans[0].shards, progress, check) as recorder:
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
-                run = ModelRun(prepared, model, plan, retraining, runner, recorder, tracing, fail_fast)
+                run = ModelRun(prepared, model, plan, retraining, runner, recorder, nodes, tracing, fail_fast)
                 run.run()
                 if fail_fast and run.has_failed:
                     break
@@ -188,7 +189,7 @@ def _say_done(prepared: Launch, progress: Progress) -> None:
 
 def refuse_mirror_of_one_node(folder: Path) -> None:
     """Raises UsageError where retraining on several nodes would look for its weights in mirrors that each has apart."""
-    if mirrored_uri(folder.parent) is not None and not os.environ.get(CACHE_VARIABLE):
+    if not is_shared(folder):
         raise UsageError(
             f"retraining on several nodes into {place_of(folder)}: weights and checkpoints lie in the mirror of the "
             "storage, and every node would have one of its own",

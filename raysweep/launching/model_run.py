@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from raysweep.baseline.plan import RetrainPlan
+from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
 from raysweep.errors import CapacityError, ShardLostError, first_line
 from raysweep.fingerprint import fingerprint
@@ -22,6 +23,7 @@ from raysweep.launching.runners import Runner
 from raysweep.launching.tracing import Tracing
 from raysweep.results.folders import TUNE
 from raysweep.results.reader import load_results, trial_rows
+from raysweep.results.uris import is_shared
 from raysweep.results.writer import now
 from raysweep.shards.group_info import GroupInfo
 from raysweep.shards.plan import ShardPlan
@@ -49,14 +51,15 @@ class ModelRun:
         retrain_plan: RetrainPlan | None,
         runner: Runner,
         recorder: Recorder,
+        nodes: Sequence[Node],
         tracing: Tracing | None = None,
         fail_fast: bool = False,
     ) -> None:
-        """fail_fast: whether nothing new begins once a trial has failed"""
+        """nodes: that the plans are for;  fail_fast: whether nothing new begins once a trial has failed"""
         self.prepared, self.model, self.plan = prepared, model, plan
         self.retrain_plan, self.runner, self.recorder = retrain_plan, runner, recorder
         self.progress, self.tracing = recorder.progress, tracing
-        self._fail_fast, self.has_failed = fail_fast, False
+        self._nodes, self._fail_fast, self.has_failed = nodes, fail_fast, False
         self._begun, self._heard_of, self._lost = now(), set[str](), Counter[str]()
         steps = prepared.space.execution.checkpoint_steps
         self.retraining = Retraining(prepared.folder, model, prepared.to_retrain(model), steps)
@@ -87,11 +90,12 @@ class ModelRun:
     def _on_shards(self, retrained: bool) -> None:
         """The phases of the model. Where a shard is lost all are started again, and what has no row yet goes on from
         the units that it has left. Raises ShardLostError when shards end again and again before a trial runs."""
-        in_a_row, nodes = 0, self.runner.nodes()
+        in_a_row = 0
         while not self._is_over:
             phases = [phase for phase in self.model.phases if self._has_work(phase, retrained)]
             if not phases:
                 return
+            self._follow_nodes(retrained)
             before = (len(self._heard_of), self._lost.total())
             try:
                 self._through_a_group(phases, retrained)
@@ -99,30 +103,35 @@ class ModelRun:
             except ShardLostError as error:
                 self._read_rows()
                 in_a_row = in_a_row + 1 if before == (len(self._heard_of), self._lost.total()) else 0
-                nodes_before, nodes = nodes, self.runner.nodes()
-                if nodes != nodes_before:
+                if self.runner.nodes() != self._nodes:
                     in_a_row = 0
                 if in_a_row == MOST_LOSSES:
                     raise
                 self.progress.stage(f"Going on with new shards: {first_line(error)}")
-                self._plan_anew()
 
-    def _plan_anew(self) -> None:
-        """For the nodes that there are now; the number of shards changes no number. While they cannot hold the model,
-        waits for others, and says so."""
+    def _follow_nodes(self, retrained: bool) -> None:
+        """Plans anew where the nodes are not those that were planned for; the number of shards changes no number. While
+        they cannot hold the model, waits for others, and says so."""
         said = ""
-        while True:
-            nodes = self.runner.nodes()
+        while (nodes := self.runner.nodes()) != self._nodes:
             try:
-                (plan,) = make_plans([self.model], self.prepared.space, nodes)
-                if plan.device != self.plan.device:
-                    raise CapacityError("no node with a GPU is left")
-                self.plan, self.retrain_plan = plan, self.prepared.retrain_plan(self.model, nodes)
+                self._plan_for(nodes, retrained)
                 return
             except CapacityError as error:
                 if said != (said := first_line(error)):
                     self.progress.stage(f"Waiting for another node: {said}")
                 time.sleep(LOOK_FOR_NODES_S)
+
+    def _plan_for(self, nodes: Sequence[Node], retrained: bool) -> None:
+        """Raises CapacityError. Numbers are those of one kind of device, so that it stays what it was."""
+        on_gpus = self.plan.device == "cuda"
+        if not any(node.gpus or not on_gpus for node in nodes):
+            raise CapacityError("no node with a GPU is left" if on_gpus else "no node is left")
+        used = nodes if on_gpus else [replace(node, gpus=0) for node in nodes]
+        (self.plan,) = make_plans([self.model], self.prepared.space, used)
+        if not retrained:
+            self.retrain_plan = self.prepared.retrain_plan(self.model, used)
+        self._nodes = nodes
 
     def _through_a_group(self, phases: Sequence[Phase], retrained: bool) -> None:
         """The phases, one after another on the same shards."""
@@ -159,8 +168,9 @@ class ModelRun:
             group.share(key, "earlier launch", partial(_the_same, value))
         columns = _phase_columns(prepared.space, model, phase, self.plan, info, self.runner)
         keep = {} if retrained else self.retraining.starts(prepared.remaining(phase, retrained=True))
-        rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep)
-        self.recorder.begin(self.plan.concurrent_trials)
+        goes_on = len(self._nodes) == 1 or is_shared(prepared.folder)
+        rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep, goes_on)
+        self.recorder.begin(self.plan)
         while True:
             proposals = self._proposals(phase, retrained)
             hear = partial(self._hear, proposals)

@@ -77,9 +77,9 @@ class Launch:
         return retrain_plan(model, self.to_retrain(model), nodes, self.space.execution)
 
     def storage_bytes(self, model: PreparedModel, concurrent_trials: int) -> int:
-        """The most that a model's trials have on storage at once beside their rows: recovered units of the trials in
-        flight; of retraining start weights with masks, retrained weights, and two checkpoints while one replaces the
-        other, with weights and both moments in float32."""
+        """The most that a model's trials have on storage at once beside their rows, undisturbed: recovered units of the
+        trials in flight; of retraining start weights with masks, retrained weights, and two checkpoints while one
+        replaces the other, with weights and both moments in float32."""
         size, parameters = SIZES[model.dtype], model.shape.parameters
         linears = sum(outputs * inputs for outputs, inputs in model.shape.linears.values())
         recovers = any(trial.recovery == "reconstruct" for trial in model.possible)

@@ -11,6 +11,7 @@ from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress
 from raysweep.launching.runners import Runner
 from raysweep.results.state import SweepState
+from raysweep.shards.plan import ShardPlan
 
 
 class Recorder:
@@ -24,8 +25,9 @@ class Recorder:
         self.state = state.write(self._folder)
         self._begun, self._concurrent = False, 0
 
-    def begin(self, concurrent_trials: int) -> None:
-        self._concurrent = concurrent_trials
+    def begin(self, plan: ShardPlan) -> None:
+        self._concurrent = plan.concurrent_trials
+        self.state = replace(self.state, shards=plan.shards)
         if not self._begun:
             self._begun = True
             state = self.state

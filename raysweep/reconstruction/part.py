@@ -22,14 +22,14 @@ class UnitPart:
 
     The first part takes them from the unit's own inputs; the last one knows the targets.
 
-    found: by block, weights that an earlier process has recovered
+    found: weights that an earlier process has recovered
     """
 
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit_name: str) -> None:
         self.blocks, self.name, self.trial = blocks, name, trial
         self.unit = find_unit(blocks, str(trial.granularity), unit_name)
         self.objective = ModuleObjective(blocks, name, trial, self.unit)
-        self.found: list[Weights] = []
+        self.found: Weights | None = None
         self._loss = LOSSES[str(trial.loss)]
         self._stage: Stage | None = None
 

@@ -66,6 +66,12 @@ def mirrored_uri(storage: Path) -> str | None:
         return None
 
 
+def is_shared(sweep: Path) -> bool:
+    """Whether what lies in a sweep's folder can be the same on all nodes: mirrors are each node's own, unless the user
+    has named a place for them."""
+    return mirrored_uri(sweep.parent) is None or bool(os.environ.get(CACHE_VARIABLE))
+
+
 def sweep_uri(storage: str, name: str) -> str:
     """The URI of a sweep in a storage."""
     parts = urlsplit(storage)

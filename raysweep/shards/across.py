@@ -45,13 +45,12 @@ def recover_across(
 
 def _taken_over(calls: Calls, unit: UnitSpan, shards: range, folder: Path) -> dict[str, Any] | None:
     """The row of a unit that was recovered before, whose weights become the trial's; its seconds count again."""
-    try:
-        row: dict[str, Any] = json.loads(across_file(folder, unit.name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    found = calls.everywhere("find_part", calls.name, unit.name, folder, shards=shards)
+    if None in found:
         return None
-    if not all(calls.everywhere("find_part", calls.name, unit.name, folder, shards=shards)):
-        return None
-    calls.everywhere("take_part", calls.name, row["seconds"] / len(shards), shards=shards)
+    row: dict[str, Any] = found[0]["row"]
+    seconds = (row["seconds"] / len(shards), found[0]["standalone"] / len(shards))
+    calls.everywhere("take_part", calls.name, *seconds, shards=shards)
     return row
 
 
@@ -63,7 +62,8 @@ def _recovered(
     row |= {"seconds": sum(seconds), "peak_device_bytes": None}
     if unfinished and all(calls.everywhere("leave_part", calls.name, unit.name, unfinished, shards=shards)):
         with suppress(StorageError):  # what is not kept is recovered anew
-            write_atomically(across_file(unfinished, unit.name), json.dumps(row).encode())
+            about = {"row": row, "standalone": row["seconds"]}
+            write_atomically(across_file(unfinished, unit.name), json.dumps(about).encode())
     return row
 
 

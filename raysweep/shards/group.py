@@ -33,7 +33,7 @@ LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 class ShardActor:
     """Serves a ShardWorker, one call at a time, and a table of shared results; made an actor by `start`.
 
-    `run` waits in the queue of trials; the other methods answer at once, in a concurrency group of their own.
+    `run` waits in the queue of trials; the other methods do not, in a concurrency group of their own.
     """
 
     def __init__(self, spec: ShardSpec) -> None:
@@ -213,11 +213,13 @@ class RayGroup:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After an interruption once what the shards have in hand is over; another one ends them now."""
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            with not_waiting_longer():
-                log.warning(FINISHING)
-                self.settle([actor.drain.remote() for actor in self.actors])
-        self.close()
+        try:
+            if kind is not None and issubclass(kind, KeyboardInterrupt):
+                with not_waiting_longer():
+                    log.warning(FINISHING)
+                    self.settle([actor.drain.remote() for actor in self.actors])
+        finally:
+            self.close()
 
     def _wait_until_ready(self, timeout_s: float, nodes: set[str]) -> None:
         """nodes: of the cluster, on which the shards may lie"""
@@ -253,7 +255,8 @@ def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
 
 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
-    """Marks the methods that never wait for work. Here, so that the class itself knows nothing of actors' options."""
+    """Marks the methods that do not queue behind the calls of trials. Here, so that the class itself knows nothing of
+    actors' options."""
     for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans", "drain"):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls

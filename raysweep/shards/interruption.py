@@ -37,10 +37,12 @@ def finishing_first() -> Iterator[None]:
             answer(number, frame)
         log.warning(FINISHING)
 
-    with _handled([number for number, handler in before.items() if callable(handler)], note):
-        yield
-    if noted:
-        answer(noted[0], None)
+    try:
+        with _handled([number for number, handler in before.items() if callable(handler)], note):
+            yield
+    finally:
+        if len(noted) == 1:
+            answer(noted[0], None)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from raysweep.errors import first_line
+from raysweep.fingerprint import ID_LENGTH
 from raysweep.reconstruction.measures import BatchMeasures
 from raysweep.shards.group_info import TextInfo
 
@@ -29,9 +32,16 @@ class MeasuredBatches:
         self._known = {} if file is None else _read(file)
 
     @classmethod
-    def of(cls, folder: Path | None, what: str) -> MeasuredBatches:
-        """The file of the evaluation `what` in a folder that holds what is unfinished."""
-        return cls(None if folder is None else folder / f"{what}.jsonl")
+    def of(cls, folder: Path | None, what: str, weights: Any = None) -> MeasuredBatches:
+        """The file of the evaluation `what` in a folder that holds what is unfinished.
+
+        weights: what JSON can hold and tells the evaluated weights from those that another attempt, on another device
+        say, would have come to
+        """
+        if folder is None:
+            return cls(None)
+        digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+        return cls(folder / f"{what}-{digest[:ID_LENGTH]}.jsonl")
 
     def missing(self, text: TextInfo) -> TextInfo:
         """The text with those of its batches that are not known."""
@@ -53,7 +63,7 @@ def _append(file: Path, line: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "ab", buffering=0) as stream:
-            stream.write(f"{line}\n".encode())
+            stream.write(f"\n{line}\n".encode())  # the last line may be half a one
     except OSError as error:
         log.warning("%s is not kept for a later launch: %s", file.name, first_line(error))
 

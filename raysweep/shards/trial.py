@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ def write_start(
 
 
 DENSE_KEY = "dense"
+OF_THE_MOMENT = ("seconds", "peak_bytes", "peak_device_bytes")  # in rows of units, whatever their weights
 
 
 def pruned_key(trial: Trial) -> str:
@@ -137,6 +138,7 @@ class _Run:
         self.group, self.name, self.order, self.folders = group, name, order, folders
         self.info: GroupInfo = group.info
         self.calls = Calls(group, name, order)
+        self._evaluations: Finished = []  # of the trial's own weights, at rungs and at the end
 
     # The kinds of trial
 
@@ -170,8 +172,10 @@ class _Run:
             if self.folders.start is not None:
                 self._keep_weights(masks, self.folders.start)
             linear_rows = self._linear_rows()
-            quality, finished = self._evaluate(self.name, list(self.info.texts), self._batches("end"))
-            before = self._before_recovery() if trial.statistics_stream == "recovered" else None
+            batches = self._batches("end", recovery.rows)
+            quality, finished = self._evaluate(self.name, list(self.info.texts), batches)
+            is_own = trial.statistics_stream == "recovered"
+            before = self._before_recovery(linear_rows) if is_own else None
         finally:
             self.calls.release(self.name)
         pruned = before or self._shared_pruned(trial)[0]
@@ -190,7 +194,8 @@ class _Run:
             linear_rows = self._prune(masks, trial)
             self.calls.everywhere("begin", self.name)
             self.calls.everywhere("read_weights", self.name, folders.weights)
-            quality, finished = self._evaluate(self.name, list(self.info.texts), self._batches("end"))
+            batches = self._batches("end", [asdict(cost)])
+            quality, finished = self._evaluate(self.name, list(self.info.texts), batches)
         finally:
             self.calls.release(self.name)
         columns = self._quality_columns(quality) | self._compared(self._shared_pruned(trial)[0])
@@ -218,14 +223,15 @@ class _Run:
         """Recovers everything, with a halt at each rung that lies between two portions of the model."""
         for number, fraction in enumerate(rungs):
             if recovery.go_on(fraction) and recovery.remains:
-                value, finished = self._measured(str(metric), number)
+                batches = self._batches(f"rung-{number}", recovery.rows)
+                value, finished = self._measured(str(metric), batches)
                 yield Rung(number, recovery.done, value, self._cost_columns([*masks, *finished]))
         recovery.go_on(1.0)
 
-    def _measured(self, metric: str, rung: int) -> tuple[float | None, Finished]:
+    def _measured(self, metric: str, batches: MeasuredBatches) -> tuple[float | None, Finished]:
         """The metric of the weights as they are, and what it took so far."""
         text = CALIBRATION if metric == "output_error_calibration" else VALIDATION
-        quality, finished = self._evaluate(self.name, [text], self._batches(f"rung-{rung}"))
+        quality, finished = self._evaluate(self.name, [text], batches)
         value = self._quality_of_text(quality, text).get(metric)
         if value is not None and not math.isfinite(value):
             raise NumericalError(f"{metric} is {value} with a part of the model recovered")
@@ -282,7 +288,7 @@ class _Run:
             try:
                 self.calls.everywhere("begin", name)
                 linear_rows = self._prune(name, alone)
-                batches = MeasuredBatches.of(self.folders.pruned, "end")
+                batches = MeasuredBatches.of(self.folders.pruned, "pruned", linear_rows)
                 return Evaluated(linear_rows, *self._evaluate(name, list(self.info.texts), batches))
             except NumericalError as error:
                 return error
@@ -291,12 +297,13 @@ class _Run:
 
         return self.group.share(pruned_key(trial), self.name, make), bool(made_here)
 
-    def _before_recovery(self) -> Evaluated | NumericalError:
+    def _before_recovery(self, linear_rows: list[dict[str, Any]]) -> Evaluated | NumericalError:
         """The same of masks that no other trial has, as far as this one's row needs it."""
         name = f"pruned@{self.name}"
         self.calls.everywhere("copy_pruned", self.name, name)
         try:
-            return Evaluated([], *self._evaluate(name, [_first_text(self.info)], self._batches("before")))
+            batches = self._batches("before", linear_rows)
+            return Evaluated([], *self._evaluate(name, [_first_text(self.info)], batches))
         except NumericalError as error:
             return error
 
@@ -307,7 +314,9 @@ class _Run:
         def make() -> Evaluated:
             made_here.append(True)
             texts = [text for text in self.info.texts if text != CALIBRATION]
-            return Evaluated([], *self._evaluate(None, texts, MeasuredBatches.of(self.folders.dense, "end")))
+            return Evaluated(
+                [], *self._evaluate(None, texts, MeasuredBatches.of(self.folders.dense, "dense"))
+            )
 
         return self.group.share(DENSE_KEY, self.name, make), bool(made_here)
 
@@ -328,11 +337,17 @@ class _Run:
         for _, batch in self.calls.along(wanted, "forward", weights):
             known.add(batch)
         batches = [batch for text in texts for batch in known.of_text(self.info.texts[text])]
-        finished = self._finish(weights or DENSE_KEY)
-        return quality_of(batches, finished, self.info.texts), [*finished, evaluation_cost(batches)]
+        finished, cost = self._finish(weights or DENSE_KEY), evaluation_cost(batches)
+        quality = quality_of(batches, finished, self.info.texts)
+        if weights != self.name:
+            return quality, [*finished, cost]
+        self._evaluations.append(cost)
+        return quality, [*finished, *self._evaluations]
 
-    def _batches(self, what: str) -> MeasuredBatches:
-        return MeasuredBatches.of(self.folders.unfinished, what)
+    def _batches(self, what: str, made_of: Sequence[Mapping[str, Any]]) -> MeasuredBatches:
+        """Of an evaluation of the trial. made_of: rows whose numbers tell its weights from others"""
+        told = [{name: value for name, value in row.items() if name not in OF_THE_MOMENT} for row in made_of]
+        return MeasuredBatches.of(self.folders.unfinished, what, told)
 
     def _finish(self, name: str) -> Finished:
         return self.calls.everywhere("finish", name)

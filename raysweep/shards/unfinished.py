@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import perf_counter
@@ -14,67 +15,99 @@ from torch import Tensor
 
 from raysweep.errors import RaysweepError, first_line
 from raysweep.model.block_files import read_tensors, write_tensors
+from raysweep.results.folders import across_file, part_file, unit_file
 
 BYTES_PER_S = 200e6  # that a file takes beside its opening; assumption: a network file system
-FREE_SHARE = 0.05  # of the room on the storage, that one unit may take
+FREE_SHARE = 0.05  # of the room on the storage, that one file may take
 PATIENCE = 0.1  # of the time that a unit took, for which the shard waits for it to be written
 
 log = logging.getLogger(__name__)
+
+Found = tuple[dict[str, Tensor], dict[str, Any]]
+"""Weights by full name, and what was written about their unit."""
 
 
 class UnfinishedUnits:
     """Writes units, large ones while the shard goes on with the next one, and reads those that others have left.
 
     A unit is written where recovering it again would take longer. How long files take is learned from those that were
-    written, the first one always.
+    written.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "unfinished units")
-        self._writing: Future[None] | None = None
+        self._writing: tuple[str, Future[bool]] | None = None
         self._file_s = 0.0
 
     def leave(
-        self, file: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], seconds: float
-    ) -> bool:
-        """Has a unit written that took so many seconds; returns whether it is worth it.
+        self, owner: str, file: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], seconds: float
+    ) -> None:
+        """Has a unit, or a part of one, written that took so many seconds, if that is worth it.
 
-        about: what JSON can hold, which `take` gives back
+        owner: the trial;  about: what JSON can hold, which `take` gives back
         """
         nbytes = sum(tensor.nbytes for tensor in weights.values())
         if seconds < self._file_s + nbytes / BYTES_PER_S:
-            return False
+            return
         self.settle()
         # Copied here, because what comes next for the trial may change these tensors in place.
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-        self._writing = self._thread.submit(self._write, file, copies, dict(about), nbytes)
-        wait([self._writing], PATIENCE * seconds)
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+        future = self._thread.submit(self._write, file, copies, dict(about), nbytes)
+        self._writing = owner, future
+        wait([future], PATIENCE * seconds)
+
+    def leave_part(
+        self, owner: str, folder: Path, unit: str, parts: Mapping[int, Mapping[str, Tensor]], seconds: float
+    ) -> bool:
+        """The same for the blocks of a unit that reaches over several shards; returns once they are written, and
+        whether all are."""
+        for block, weights in parts.items():
+            self.leave(owner, part_file(folder, unit, block), weights, {}, seconds / len(parts))
+            if not self.settle():
+                return False
         return True
 
-    def take(self, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Weights of a unit by name, and what was written about it; None where it is not there, or not as a whole."""
-        if not file.exists():
-            return None
+    def take(self, folder: Path, unit: str, blocks: Mapping[int, str]) -> Found | None:
+        """What lies there of a unit, written by one shard or by several; None where it is not there as a whole.
+
+        blocks: those that are wanted, with the prefix of their names
+        """
         try:
-            return read_tensors(file)
-        except RaysweepError as error:
+            if unit_file(folder, unit).exists():
+                weights, about = read_tensors(unit_file(folder, unit))
+                return _of_blocks(weights, blocks.values()), about
+            if across_file(folder, unit).exists():
+                about = json.loads(across_file(folder, unit).read_text(encoding="utf-8"))
+                parts = [read_tensors(part_file(folder, unit, block))[0] for block in blocks]
+                return {name: tensor for part in parts for name, tensor in part.items()}, about
+        except (OSError, ValueError, RaysweepError) as error:
             log.warning("recovered anew: %s", first_line(error))
-            return None
+        return None
 
-    def settle(self) -> None:
-        """Waits until everything is written, so that nothing appears where a trial has cleaned up."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+    def settle(self, owner: str | None = None) -> bool:
+        """Waits until what is left, of a trial or of all, is written, so that nothing appears where a trial has cleaned
+        up; returns whether the last of it is."""
+        if self._writing is None or owner not in (None, self._writing[0]):
+            return False
+        _, future = self._writing
+        self._writing = None
+        return future.result()
 
-    def _write(self, file: Path, weights: Mapping[str, Tensor], about: dict[str, Any], nbytes: int) -> None:
+    def _write(self, file: Path, weights: Mapping[str, Tensor], about: dict[str, Any], nbytes: int) -> bool:
         start = perf_counter()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             if nbytes > FREE_SHARE * shutil.disk_usage(file.parent).free:
-                return
+                return False
             write_tensors(file, weights, about)
         except Exception as error:  # whatever it is, it only costs what recovering the unit again does
             log.warning("%s is not kept for a later launch: %s", file.name, first_line(error))
+            return False
         own = max(0.0, perf_counter() - start - nbytes / BYTES_PER_S)
         self._file_s = own if not self._file_s else 0.8 * self._file_s + 0.2 * own
+        return True
+
+
+def _of_blocks(weights: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
+    starts = tuple(f"{prefix}." for prefix in prefixes)
+    return {name: tensor for name, tensor in weights.items() if name.startswith(starts)}

@@ -35,8 +35,8 @@ from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, BatchMeasu
 from raysweep.reconstruction.optimizer import clip_factor
 from raysweep.reconstruction.part import UnitPart
 from raysweep.reconstruction.range import BlockRange
-from raysweep.reconstruction.recovery import is_pruned, recover_unit, units_in, weights_of
-from raysweep.results.folders import part_file, unit_file
+from raysweep.reconstruction.recovery import find_unit, is_pruned, recover_unit, units_in, weights_of
+from raysweep.results.folders import unit_file
 from raysweep.shards.group_info import ShardSpec, UnitSpan
 from raysweep.shards.unfinished import UnfinishedUnits
 from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
@@ -156,12 +156,13 @@ class ShardWorker:
             weights = weights_of(self.blocks, name, trial, unit, before)
             standalone = row["seconds"] + self.blocks.knowledge.saved_seconds - saved
             about = {"row": row, "standalone": standalone}
-            self._unfinished.leave(unit_file(unfinished, unit), weights, about, row["seconds"])
+            self._unfinished.leave(name, unit_file(unfinished, unit), weights, about, row["seconds"])
         return row
 
     def _taken_over(self, name: str, trial: Trial, unit: str, folder: Path) -> dict[str, Any] | None:
         """The row of a unit that was recovered before, whose weights become the trial's; its seconds count again."""
-        found = self._unfinished.take(unit_file(folder, unit))
+        blocks = find_unit(self.blocks, str(trial.granularity), unit).blocks
+        found = self._unfinished.take(folder, unit, {block.index: block.prefix for block in blocks})
         if found is None:
             return None
         weights, about = found
@@ -318,29 +319,25 @@ class ShardWorker:
         return self._seconds[name]["recovery"][0] - self._part_began[name]
 
     def leave_part(self, name: str, unit: str, folder: Path) -> bool:
-        """Has the part kept, a file for every block, so that other shards can take it over; returns whether it is
-        worth it."""
-        part, files = self._parts[name], list[bool]()
-        seconds = self.part_seconds(name) / len(part.unit.blocks)
-        for block in part.unit.blocks:
-            prefix, weights = f"{block.prefix}.", self.blocks.weights[name]
-            mine = {full: tensor for full, tensor in weights.items() if full.startswith(prefix)}
-            files.append(self._unfinished.leave(part_file(folder, unit, block.index), mine, {}, seconds))
-        self._unfinished.settle()
-        return all(files)
+        """Keeps the part, a file for every block, so that other shards can take it over; returns whether it did."""
+        weights, parts = self.blocks.weights[name], dict[int, dict[str, Tensor]]()
+        for block in self._parts[name].unit.blocks:
+            prefix = f"{block.prefix}."
+            parts[block.index] = {full: part for full, part in weights.items() if full.startswith(prefix)}
+        return self._unfinished.leave_part(name, folder, unit, parts, self.part_seconds(name))
 
-    def find_part(self, name: str, unit: str, folder: Path) -> bool:
-        """Reads what `leave_part` has left of the part; returns whether it is there as a whole."""
+    def find_part(self, name: str, unit: str, folder: Path) -> dict[str, Any] | None:
+        """Reads what an earlier process has left of the part; returns what it wrote about the unit, None where that is
+        not all there."""
         part = self._parts[name]
-        found = [self._unfinished.take(part_file(folder, unit, block.index)) for block in part.unit.blocks]
-        part.found = [weights for weights, _ in filter(None, found)]
-        return len(part.found) == len(found)
+        blocks = {block.index: block.prefix for block in part.unit.blocks}
+        part.found, about = self._unfinished.take(folder, unit, blocks) or (None, None)
+        return about
 
-    def take_part(self, name: str, seconds: float) -> None:
-        """Takes over what `find_part` has read. seconds: for the trial's account"""
-        for weights in self._parts[name].found:
-            self.blocks.weights[name] |= self._on_device(weights)
-        self._add_seconds(name, seconds, seconds)
+    def take_part(self, name: str, own: float, standalone: float) -> None:
+        """Takes over what `find_part` has read. own, standalone: seconds, for the trial's account"""
+        self.blocks.weights[name] |= self._on_device(self._parts[name].found or {})
+        self._add_seconds(name, own, standalone)
 
     def close_part(self, name: str) -> None:
         """Forgets the part."""
@@ -396,7 +393,7 @@ class ShardWorker:
     def release(self, name: str) -> None:
         """Forgets the weights and figures under `name` and under names that end in `@name`, of models that the trial
         evaluated for others. Releasing twice does no harm."""
-        self._unfinished.settle()
+        self._unfinished.settle(name)
         known = {*self.blocks.weights, *self.blocks.streams, *self._seconds}
         for each in {name, *(other for other in known if other.endswith(f"@{name}"))}:
             self.blocks.release(each)

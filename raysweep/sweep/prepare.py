@@ -137,6 +137,9 @@ class _Preparation:
         def evaluated(recovery: str) -> str:
             return trial_id(recovery, self.space.evaluation_protocol(), hashes)
 
+        dense = recovery_id(Trial.dense(), model_hash=digest, dtype=self.dtype, calibration_hash=None)
+        dense_id = evaluated(dense)
+
         def identified(trial: PlannedTrial, number: int) -> SweepTrial:
             calibration_hash = calibrations[trial.calibration].content_hash if trial.calibration else None
             own = criteria.get(str(trial.trial.criterion))
@@ -152,7 +155,7 @@ class _Preparation:
             recovery = hashed(trial.trial, data_hash=own_data.content_hash if own_data else None)
             alone = not trial.trial.is_dense and trial.trial.statistics_stream != "recovered"
             pruned = evaluated(hashed(only_pruned(trial.trial))) if alone else None
-            compared = evaluated(hashed(Trial.dense())), pruned
+            compared = dense_id, pruned
             row = evaluated(recovery)
             if trial.trial.recovery != "retrain" or trial.calibration is None:
                 return SweepTrial(trial, recovery, row, number, *compared)

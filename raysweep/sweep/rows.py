@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ class RowContext:
 
     folder: of the sweep;  names: of the evaluation entries;  columns: equal in every row
     keep: where the weights of some trials are written, by recovery_id
+    goes_on: whether units and batches wait in the folder until their trial has its row
     """
 
     folder: Path
     names: tuple[str, ...]
     columns: Mapping[str, Any]
     keep: Mapping[str, Path] = field(default_factory=dict)
+    goes_on: bool = True
 
     def write(
         self, trial: SweepTrial, outcome: Outcome, rungs: Sequence[Rung], started_at: datetime
@@ -105,13 +107,14 @@ def run_in_steps(
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
-        folders = TrialFolders(
-            trial.retraining(rows.folder),
-            rows.keep.get(trial.recovery_id),
-            unfinished,
-            pruned=unfinished_folder(rows.folder, trial.pruned_id) if trial.pruned_id else None,
-            dense=unfinished_folder(rows.folder, trial.dense_id),
-        )
+        folders = TrialFolders(trial.retraining(rows.folder), rows.keep.get(trial.recovery_id))
+        if rows.goes_on:
+            folders = replace(
+                folders,
+                unfinished=unfinished,
+                pruned=unfinished_folder(rows.folder, trial.pruned_id) if trial.pruned_id else None,
+                dense=unfinished_folder(rows.folder, trial.dense_id),
+            )
         with closing(run_in_rungs(*arguments, folders)) as steps:
             for found in steps:
                 if isinstance(found, Rung):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -170,10 +171,12 @@ def impatient(monkeypatch) -> dict[str, bool]:
 
 @pytest.mark.parametrize("fields", [{}, SEQUENTIAL], ids=["dense inputs", "sequential"])
 @pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+@pytest.mark.parametrize("then", [1, 3])
 def test_units_across_shards_are_taken_over_by_others(
-    make_space, tmp_path, trained, monkeypatch, impatient, fields, damaged
+    make_space, tmp_path, trained, monkeypatch, impatient, fields, damaged, then
 ):
-    """Four blocks in windows of three: the first one reaches over both shards, and over two of three in the end."""
+    """Four blocks in windows of three: the first one reaches over both shards; in the end it lies in one, or in two of
+    three."""
     again, ranges, real = tmp_path / "again", list[range](), across._trained
     monkeypatch.setattr(across, "_trained", lambda *all: ranges.append(all[-1]) or real(*all))
     space = space_of(make_space, granularity="window:3", **fields)
@@ -191,11 +194,65 @@ def test_units_across_shards_are_taken_over_by_others(
         parts[1].write_bytes(b"")
     ranges.clear()
     trained.clear()
-    launch(space_of(make_space, shards=3, granularity="window:3", **fields), storage=again, in_process=True)
-    assert ranges == [range(2)] * damaged
-    assert trained == []
+    launch(
+        space_of(make_space, shards=then, granularity="window:3", **fields), storage=again, in_process=True
+    )
+    assert ranges == [range(2)] * (damaged and then == 3)
+    assert trained == [("window:3", "0-2")] * (damaged and then == 1)
     assert_same_numbers(tmp_path / "whole" / "tiny", again / "tiny")
     assert not (again / "tiny" / "unfinished").exists()
+
+
+def test_a_unit_of_one_shard_is_taken_over_by_several(make_space, tmp_path, trained, impatient):
+    impatient["is"] = True
+    with pytest.raises(KeyboardInterrupt):
+        launch(
+            space_of(make_space, shards=1, granularity="model"), storage=tmp_path / "again", in_process=True
+        )
+    impatient["is"] = False
+    assert len(trained) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(across, "_trained", None)  # nothing is left to be trained
+        launch(
+            space_of(make_space, shards=3, granularity="model"), storage=tmp_path / "again", in_process=True
+        )
+    launch(space_of(make_space, granularity="model"), storage=tmp_path / "whole", in_process=True)
+    assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
+
+
+def test_batches_belong_to_the_weights_that_they_were_measured_with(make_space, tmp_path, trained, impatient):
+    """A unit that is recovered anew to other weights, as on another device, is not measured by old batches."""
+    space = space_of(make_space, granularity="block")
+    stopped, forward = [], ShardWorker.forward
+
+    def interrupting(worker, name, text, start, *more):
+        if name is not None and "@" not in name and stopped == ["soon"] and text != "calibration":
+            raise KeyboardInterrupt
+        if name is not None and "@" not in name and not stopped and worker.shard.is_last:
+            stopped.append("soon")
+        return forward(worker, name, text, start, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWorker, "forward", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            launch(space, storage=tmp_path / "again", in_process=True)
+    folder = next((tmp_path / "again" / "tiny" / "unfinished").glob("*/*.safetensors")).parent
+    assert list(folder.glob("end-*.jsonl"))
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    recovered = recovery._recovered
+
+    def otherwise(blocks, name, trial, unit):
+        result = recovered(blocks, name, trial, unit)
+        weight = blocks.weights[name][f"{next(iter(unit.linears))}.weight"]
+        weight *= 1.01
+        return replace(result, loss_after=result.loss_after * 1.01)
+
+    for name in ("again", "whole"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recovery, "_recovered", otherwise)
+            launch(space, storage=tmp_path / name, in_process=True)
+    assert_same_numbers(tmp_path / "whole" / "tiny", tmp_path / "again" / "tiny")
 
 
 def test_start_weights_go_on_too(make_space, tmp_path, trained):

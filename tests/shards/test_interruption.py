@@ -56,14 +56,15 @@ def test_the_second_one_comes_at_once():
     assert steps == ["in hand"]
 
 
-def test_an_error_of_the_work_in_hand_stays_what_it_is():
+def test_an_interruption_is_not_lost_where_the_work_in_hand_fails():
     def work() -> None:
         with finishing_first():
             interrupt()
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(KeyboardInterrupt) as caught:
         work()
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
 
 
 def test_other_threads_work_as_ever():
