@@ -6,8 +6,8 @@
 The sweep of `kills.yaml` runs undisturbed first. Then it is launched again and again into another storage, a process of
 it is killed some seconds later, and so on; when it is finished before the kills are, it begins anew. In the end every
 trial has one finished row with bitwise the numbers of the undisturbed run, and no more was computed again than shards
-had in hand: on average a unit or a batch of each at most. Prints one JSON line per figure: kills by kind, seconds from a kill
-to the next progress, units (optimiser steps) and evaluation batches (tokens) that were computed again.
+had in hand: on average a unit or a batch of each at most. Prints one JSON line per figure: kills by kind, seconds from
+a kill to the next progress, units (optimiser steps) and evaluation batches (tokens) that were computed again.
 Needs Linux, and ends only what it has started.
 """
 
