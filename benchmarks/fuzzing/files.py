@@ -373,6 +373,8 @@ def _rewrite_rows(chance: random.Random, path: Path) -> None:
     with pq.ParquetFile(path) as file:
         rows = file.read().to_pylist()
     for _ in range(chance.choice([1, 1, 2, 5])):
+        if not rows or not rows[0]:
+            break
         name = chance.choice(list(rows[0]))
         how = chance.random()
         for row in rows:

@@ -294,14 +294,17 @@ VALUES = (
 
 def yaml_case(chance: random.Random, site: Site, folder: Path) -> Case:
     """YAML text: a right one that was bent, or what is meant to do harm."""
-    _, path = typed_space(chance, site, folder)
-    text = path.read_text(encoding="utf-8")
+    path = folder / "space.yaml"
+    if chance.random() < 0.5:
+        text = yaml.safe_dump(small_space(site), sort_keys=False)
+    else:
+        text = typed_space(chance, site, folder)[1].read_text(encoding="utf-8")
     how = chance.random()
     content = text.encode()
     if how < 0.3:
-        content = change_bytes(chance, content, chance.randint(1, 5))
+        content = change_bytes(chance, content, chance.choice([1, 1, 2, 5]))
     elif how < 0.75:
-        for _ in range(chance.randint(1, 3)):
+        for _ in range(chance.choice([1, 1, 2, 3])):
             text = _changed_line(chance, text)
         content = text.encode("utf-8", "surrogatepass")
     elif how < 0.85:
@@ -315,8 +318,10 @@ def yaml_case(chance: random.Random, site: Site, folder: Path) -> Case:
 def _changed_line(chance: random.Random, text: str) -> str:
     lines = text.splitlines() or [""]
     place = chance.randrange(len(lines))
-    how = chance.randrange(7)
-    if how == 0:
+    how = chance.randrange(8)
+    if how == 7:
+        lines.insert(place, chance.choice(["", "  # a remark", "# \u202e \U0001f600", "\r"]))
+    elif how == 0:
         lines.insert(place, lines[place])
     elif how == 1:
         del lines[place]

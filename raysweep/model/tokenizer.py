@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
 
@@ -30,7 +31,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
     Raises UsageError when there is none, or when it cannot be loaded.
     """
     resolved = resolve_model_path(path)
-    folder = Path(resolved).expanduser()
+    folder = typed_path(resolved, "model")
     if str(path).startswith((".", "/", "~")) and not folder.is_dir():
         raise UsageError(f"no such folder: {path}", remedy="check model.path")
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -42,7 +43,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
     name = folder if folder.is_dir() else resolved
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # damaged files end in whatever the libraries meet first, of tokenizers a bare Exception
         raise UsageError(
             f"cannot load the tokenizer of {path}: {first_line(error)}",
             remedy="check model.path and model.revision, HF_TOKEN if the model is gated, and the network",

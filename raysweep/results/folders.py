@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from raysweep.config.paths import typed_path
 from raysweep.config.validation import check_name
 from raysweep.errors import UsageError, nearest_name
 from raysweep.fingerprint import is_identity
@@ -20,16 +21,15 @@ SPACE_FILE, STATE_FILE = "space.yaml", "status.json"
 def storage_folder(argument: str | Path | None = None, configured: str | None = None) -> Path:
     """The storage: the argument, else RAYSWEEP_STORAGE, else `execution.storage`, else the default."""
     chosen = argument or os.environ.get(STORAGE_VARIABLE) or configured or DEFAULT_STORAGE
-    return Path(chosen).expanduser()
+    return typed_path(chosen, "storage")
 
 
 def sweep_folder(path_or_name: str | Path, storage: str | Path | None = None) -> Path:
     """The folder of an existing sweep, given by its name in the storage or by its path. Raises UsageError."""
     text, root = os.fspath(path_or_name), storage_folder(storage)
-    named = root / text
-    if _is_plain_name(text) and is_sweep(named):
+    path = typed_path(text, "sweep")
+    if _is_plain_name(text) and is_sweep(named := typed_path(root / text, "sweep")):
         return named
-    path = Path(text).expanduser()
     if is_sweep(path):
         return path
     known = list_sweeps(root)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -16,13 +17,33 @@ import pyarrow.parquet as pq
 
 from raysweep.errors import UsageError
 from raysweep.results.folders import TRIALS, UNITS, row_files, sweep_folder
-from raysweep.results.schema import PERPLEXITY_PREFIX, trial_schema, unit_schema
+from raysweep.results.schema import (
+    MOMENT,
+    PERPLEXITY_PREFIX,
+    REAL,
+    STATUSES,
+    TEXT,
+    TRIAL_COLUMNS,
+    TRUTH,
+    WHOLE,
+    trial_schema,
+    unit_schema,
+)
 from raysweep.results.writer import ROW_KEY
 
 T = TypeVar("T")
 
 _THREADS = 4  # opening Parquet files releases the interpreter for part of the time; more gained nothing
 _PANDAS_TYPES = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}  # nulls must not turn 1 into 1.0
+
+_TYPES = {column.name: column.type for column in TRIAL_COLUMNS}
+_EXACT: dict[pa.DataType, tuple[type, ...]] = {
+    TEXT: (str,),
+    REAL: (float, int),
+    WHOLE: (int,),
+    TRUTH: (bool,),
+    MOMENT: (datetime,),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +98,58 @@ def _read_row(path: Path) -> dict[str, Any] | None:
         with pq.ParquetFile(path) as file:
             stored = (file.metadata.metadata or {}).get(ROW_KEY)
             rows = [_decode_row(stored)] if stored else file.read().to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
         logger.warning("passed over %s: %s", path, error)
         return None
     if len(rows) != 1 or rows[0].get("trial_id") != path.stem:
         logger.warning("passed over %s: it holds no row of that trial", path)
         return None
-    return rows[0]
+    try:
+        return _checked_row(rows[0])
+    except ValueError as error:
+        logger.warning("passed over %s: %s", path, error)
+        return None
+
+
+def _checked_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its nulls. Raises ValueError where a column of ours holds what it cannot hold, such as a number that
+    is not finite, which is no result."""
+    checked = {name: _checked(name, value) for name, value in row.items() if value is not None}
+    if checked.get("status") not in STATUSES:
+        raise ValueError(f"status {checked.get('status')!r} is not one of {', '.join(STATUSES)}")
+    if "started_at" not in checked:
+        raise ValueError("it does not say when the trial began")
+    return checked
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value as its column has it; of columns that other versions or programs have added, plain or as text."""
+    kind = REAL if name.startswith(PERPLEXITY_PREFIX) else _TYPES.get(name)
+    if kind is None:
+        is_plain = isinstance(value, str | bool | datetime) or _is_number(value)
+        return value if is_plain else str(value)
+    if type(value) not in _EXACT[kind] or (kind == MOMENT and value.tzinfo is None):
+        value = _converted(name, value, kind)
+    if kind in (REAL, WHOLE) and not _is_number(value):
+        raise ValueError(f"{name} is {value}: not a result")
+    return value
+
+
+def _converted(name: str, value: Any, kind: pa.DataType) -> Any:
+    """1.0 is 1 to other programs; true and text are no numbers."""
+    try:
+        if isinstance(value, bool) and kind != TRUTH:
+            raise TypeError
+        return pa.scalar(value, kind).as_py()
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        raise ValueError(f"column {name} holds {str(value)[:60]!r}, not {kind}") from None
+
+
+def _is_number(value: Any) -> bool:
+    """Of those that a column can hold."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _decode_row(stored: bytes) -> dict[str, Any]:
@@ -110,9 +176,18 @@ def _union_schema(rows: list[dict[str, Any]]) -> pa.Schema:
     schema = trial_schema(sorted(names))
     for name in seen:
         if name not in schema.names:
-            values = pa.array([row.get(name) for row in rows])
-            schema = schema.append(pa.field(name, values.type))
+            schema = schema.append(pa.field(name, _plain_column(rows, name)))
     return schema
+
+
+def _plain_column(rows: list[dict[str, Any]], name: str) -> pa.DataType:
+    """The type of a column that is none of ours. Where its values are of several kinds, they become text."""
+    try:
+        return pa.array([row.get(name) for row in rows]).type
+    except (pa.ArrowException, TypeError):
+        for row in rows:
+            row[name] = None if row.get(name) is None else str(row[name])
+        return TEXT
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
