@@ -338,7 +338,7 @@ def results_case(chance: random.Random, site: Site, folder: Path) -> Case:
 def _disturb(chance: random.Random, sweep: Path) -> None:
     part = chance.choice(["trials", "trials", "trials", "units", "status.json", "space.yaml", "launch.lock"])
     if part in ("trials", "units"):
-        files = sorted((sweep / part).glob("*.parquet")) if (sweep / part).is_dir() else []
+        files = sorted(path for path in (sweep / part).glob("*.parquet") if path.is_file())
         if not files:
             return
         path = chance.choice(files)
@@ -370,8 +370,10 @@ def _disturb(chance: random.Random, sweep: Path) -> None:
 
 def _rewrite_rows(chance: random.Random, path: Path) -> None:
     """A file as another program could write it: other columns, other types, other values, none or more rows."""
-    with pq.ParquetFile(path) as file:
-        rows = file.read().to_pylist()
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError):  # damaged before
+        return
     for _ in range(chance.choice([1, 1, 2, 5])):
         if not rows or not rows[0]:
             break

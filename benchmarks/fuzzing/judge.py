@@ -55,15 +55,17 @@ class Watch:
             if isinstance(path, str | bytes) and isinstance(flags, int) and flags & WRITING:
                 self._note(path)
         elif event in CHANGES:
+            folder = arguments[-1] if isinstance(arguments[-1], int) and arguments[-1] >= 0 else None
+            base = "" if folder is None or event == "os.chmod" else os.readlink(f"/proc/self/fd/{folder}")
             for path in arguments[:2]:
-                self._note(path)
+                if isinstance(path, str | bytes | os.PathLike):
+                    self._note(os.path.join(base, os.fsdecode(path)))
 
-    def _note(self, path: Any) -> None:
-        if isinstance(path, str | bytes | os.PathLike):
-            text = os.fsdecode(path)
-            if not text.startswith("/dev/"):
-                with suppress(ValueError):
-                    self.paths.add(os.path.abspath(text))
+    def _note(self, path: str | bytes) -> None:
+        text = os.fsdecode(path)
+        if not text.startswith("/dev/"):
+            with suppress(ValueError):
+                self.paths.add(os.path.abspath(text))
 
 
 class WouldRun(BaseException):

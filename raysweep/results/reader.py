@@ -132,7 +132,7 @@ def _checked(name: str, value: Any) -> Any:
         value = _converted(name, value, kind)
     if kind in (REAL, WHOLE) and not _is_number(value):
         raise ValueError(f"{name} is {value}: not a result")
-    return value
+    return float(value) if kind == REAL else value
 
 
 def _converted(name: str, value: Any, kind: pa.DataType) -> Any:
