@@ -6,11 +6,11 @@
 
 Kinds: YAML text, typed search spaces, data files, rows in a storage, weights (safetensors), configuration and
 tokenizer of a model, command lines. Each input is made of the seed, its kind and its number alone, and goes through the
-entry function of the command, in a process of its kind. Right are: status 0 after `plan` (a launch ends where it would
-begin) with nothing written; status 2 with a message of ours on stderr, an empty stdout and nothing written. Wrong are:
-any other status, a traceback, an error that was not foreseen, a file written anywhere, more than LIMIT_S, a dead process.
-Then valid spaces are really launched (without Ray) on a model of two blocks, some with weights that are no numbers: every
-planned trial must have a row, finished with finite numbers, or failed with a reason.
+entry function of the command, in one process for each kind. Right are: status 0 after `plan` (a launch ends where it
+would begin) with nothing written; status 2 with a message of ours on stderr, an empty stdout and nothing written. Wrong
+are: any other status, a traceback, an error that was not foreseen, a file written anywhere, more than LIMIT_S, a dead
+process. Then valid spaces are really launched (without Ray) on a model of two blocks, some with weights that are no
+numbers: every planned trial must have a row, finished with finite numbers, or failed with a reason.
 
 Prints one JSON line per figure and one for each input that ended wrong, and ends with status 1 if there was one.
 """
@@ -131,7 +131,11 @@ class Bench:
         foreign = [row["error"] for row in failed if row["error_kind"] == "other" and not _is_own_fault(row)]
         if foreign:
             return f"failed for a reason that plan could have seen: {foreign[0]}"
-        return None if bool(failed) == (status == 1) else f"{len(failed)} rows failed, and the status is {status}"
+        return (
+            None
+            if bool(failed) == (status == 1)
+            else f"{len(failed)} rows failed, and the status is {status}"
+        )
 
 
 def _is_own_fault(row: dict[str, Any]) -> bool:
@@ -187,7 +191,12 @@ def judged(root: Path, seed: int, kind: str, numbers: Sequence[int]) -> Iterator
             sys.exit(f"no worker comes up: see {_errors(root)}")
         if waiting:
             number = waiting.pop(0)
-            yield {"number": number, "status": -1, "seconds": 0.0, "problem": "its process died or did not answer"}
+            yield {
+                "number": number,
+                "status": -1,
+                "seconds": 0.0,
+                "problem": "its process died or did not answer",
+            }
 
 
 def _errors(root: Path) -> Path:
@@ -198,7 +207,9 @@ def _errors(root: Path) -> Path:
 def _answers(root: Path, seed: int, kind: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     command = [sys.executable, __file__, "--worker", kind, "--site", str(root), "--seed", str(seed)]
     home = root / "home"
-    environment = os.environ | dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"), str(home))
+    environment = os.environ | dict.fromkeys(
+        ("HOME", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"), str(home)
+    )
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     with (
         open(_errors(root), "ab") as stderr,
@@ -267,7 +278,9 @@ def again(root: Path, seed: int, kind: str, number: int) -> int:
     _warm_up(bench)
     case, ending, more = bench.one(kind, number)
     print(f"{case.arguments}\n{case.environment}\n{ending.out}\n{ending.err}")
-    report(kind, number=number, status=ending.status, problem=ending.problem, folder=str(bench.folder), **more)
+    report(
+        kind, number=number, status=ending.status, problem=ending.problem, folder=str(bench.folder), **more
+    )
     return int(ending.problem is not None)
 
 
@@ -280,7 +293,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[*KINDS, RUN], help="inputs of one kind")
     parser.add_argument("--case", type=int, help="with --only: the input of that number")
-    parser.add_argument("--site", type=Path, help="keep all that is made below this folder, which is new or was made so")
+    parser.add_argument(
+        "--site", type=Path, help="keep all that is made below this folder, which is new or was made so"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -15,8 +15,10 @@ from fuzzing.site import SWEEP, Case, Site, small_space
 COMMANDS = ("plan", "plan", "plan", "launch", "launch", "results", "status", "stop", "clean")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "plan": ("--set", "--set", "--set", "--name", "--storage", "--json"),
-    "launch": ("--set", "--set", "--name", "--storage", "--json", "--address", "--trace", "--retry-failed")
-    + ("--fail-fast",),
+    "launch": (
+        *("--set", "--set", "--name", "--storage", "--json", "--address"),
+        *("--trace", "--retry-failed", "--fail-fast"),
+    ),
     "results": ("--storage", "--sort", "--json"),
     "status": ("--storage", "--json"),
     "stop": ("--storage",),
@@ -24,7 +26,23 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 FLAGS = ("--json", "--trace", "--retry-failed", "--fail-fast", "--in-process", "--debug")
 ADDRESSES = ("auto", "local", "1.2.3.4:6379", "nothing", "ray://", "ray://x:1", ":", "a:b:c", "[::1]:5", "-1")
-NAMES = ("", ".", "..", "a/b", "../x", "/", "x" * 101, "x" * 5000, "a\x00b", "ü", "a\nb", "-x", "ok", " ", "\udcff")
+NAMES = (
+    "",
+    ".",
+    "..",
+    "a/b",
+    "../x",
+    "/",
+    "x" * 101,
+    "x" * 5000,
+    "a\x00b",
+    "ü",
+    "a\nb",
+    "-x",
+    "ok",
+    " ",
+    "\udcff",
+)
 SORTS = ("perplexity", "-perplexity", "nothing", "", "-", "--", "data", "started_at", "targets", "\udcff")
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "RAYSWEEP_STORAGE": ("", ".", "here", "~nobody_at_all/x", "/dev/null/x", "/proc/x", "x" * 5000, "\udcff"),
@@ -67,7 +85,9 @@ def _space(chance: random.Random, site: Site) -> list[str]:
         return [str(site.space)]
     if draw < 0.8:
         return []
-    return [chance.choice(["quickstrat", "", ".", "/", str(site.model), "/dev/null", "~nobody_at_all/x", *NAMES])]
+    return [
+        chance.choice(["quickstrat", "", ".", "/", str(site.model), "/dev/null", "~nobody_at_all/x", *NAMES])
+    ]
 
 
 def _name(chance: random.Random, site: Site) -> str:
@@ -81,7 +101,13 @@ def _option(chance: random.Random, site: Site, folder: Path, option: str) -> lis
     if option == "--set":
         return [option, _setting(chance, site)]
     (folder / "file").write_text("no folder")
-    storages = [str(folder / "file"), str(folder / "file" / "x"), str(folder / "new"), "~nobody_at_all/x", "/proc/x"]
+    storages = [
+        str(folder / "file"),
+        str(folder / "file" / "x"),
+        str(folder / "new"),
+        "~nobody_at_all/x",
+        "/proc/x",
+    ]
     values: dict[str, list[str]] = {
         "--name": [*NAMES],
         "--storage": [*storages, *NAMES, *WORDS, "/dev/null"],
@@ -94,7 +120,14 @@ def _option(chance: random.Random, site: Site, folder: Path, option: str) -> lis
 def _setting(chance: random.Random, site: Site) -> str:
     """KEY=VALUE of a key that is there, or nearly."""
     places = paths_in(small_space(site))
-    extra = [("search", "algorithm"), ("execution", "shards"), ("sweep", 5), ("sweep", 2, "recovery"), ("x",), ("",)]
+    extra = [
+        ("search", "algorithm"),
+        ("execution", "shards"),
+        ("sweep", 5),
+        ("sweep", 2, "recovery"),
+        ("x",),
+        ("",),
+    ]
     place = list(map(str, chance.choice([*places, *extra])))
     draw = chance.random()
     if draw < 0.15:
@@ -104,8 +137,12 @@ def _setting(chance: random.Random, site: Site) -> str:
     value: Any = odd_value(chance)
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("...\n").strip()
     if draw > 0.9:
-        text = chance.choice(["[", "{", "'", "!!python/name:os.system", "*x", "&a [*a]", "a: b: c", "\udcff", "- " * 500])
-    return chance.choice([f"{key}={text}"] * 9 + [key, f"{key}:{text}", f"={text}", f"{key}==", f" {key} = {text}"])
+        text = chance.choice(
+            ["[", "{", "'", "!!python/name:os.system", "*x", "&a [*a]", "a: b: c", "\udcff", "- " * 500]
+        )
+    return chance.choice(
+        [f"{key}={text}"] * 9 + [key, f"{key}:{text}", f"={text}", f"{key}==", f" {key} = {text}"]
+    )
 
 
 def _slip(chance: random.Random, arguments: list[str]) -> list[str]:
@@ -117,7 +154,9 @@ def _slip(chance: random.Random, arguments: list[str]) -> list[str]:
     elif how == 1:
         del changed[place]
     elif how == 2:
-        changed.insert(place, chance.choice(["--nothing", "-x", "--", "--help", "--version", "--debug", "-h"]))
+        changed.insert(
+            place, chance.choice(["--nothing", "-x", "--", "--help", "--version", "--debug", "-h"])
+        )
     else:
         changed.append(chance.choice([*NAMES, "--set", "--name", os.sep]))
     return changed

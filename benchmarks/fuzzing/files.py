@@ -17,7 +17,20 @@ from fuzzing.changes import WORDS, change_bytes, change_data, damaged, odd_value
 from fuzzing.site import SWEEP, VOCABULARY, Case, Site, small_space
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "X", "", "f32")
-MODEL_TYPES = ("gpt2", "bert", "t5", "mamba", "mixtral", "opt", "qwen2", "gemma2", "clip", "nothing", "", "auto")
+MODEL_TYPES = (
+    "gpt2",
+    "bert",
+    "t5",
+    "mamba",
+    "mixtral",
+    "opt",
+    "qwen2",
+    "gemma2",
+    "clip",
+    "nothing",
+    "",
+    "auto",
+)
 FLAWED_ROWS = ("short", "null row", "null inside", "large", "negative", "uint64", "floats", "nested", "text")
 
 
@@ -51,7 +64,9 @@ def _data_file(chance: random.Random, site: Site, folder: Path) -> Path:
     elif kind == "rows":
         pq.write_table(pa.table({"input_ids": _row_column(chance)}), path)
     elif kind == "jsonl":
-        path.write_text("\n".join(_json_line(chance) for _ in range(chance.choice([1, 5, 80]))) + "\n", "utf-8")
+        path.write_text(
+            "\n".join(_json_line(chance) for _ in range(chance.choice([1, 5, 80]))) + "\n", "utf-8"
+        )
     elif kind == "txt":
         texts = ("", "\n\n", "a", "word " * 2000, "\x00" * 5000, "\u202e\U0001f600 x " * 900, "\ufeff" * 3000)
         path.write_text(chance.choice(texts), "utf-8")
@@ -206,7 +221,19 @@ def _write_index(chance: random.Random, model: Path, names: list[str]) -> None:
     file_name = "model-00001-of-00001.safetensors"
     (model / "model.safetensors").rename(model / file_name)
     index: dict[str, Any] = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, file_name)}
-    odd = ("gone.safetensors", "../model/x", "/etc/passwd", "", ".", "..", "config.json", 5, None, "a\0b", "x" * 5000)
+    odd = (
+        "gone.safetensors",
+        "../model/x",
+        "/etc/passwd",
+        "",
+        ".",
+        "..",
+        "config.json",
+        5,
+        None,
+        "a\0b",
+        "x" * 5000,
+    )
     how = chance.randrange(6)
     if how == 0:
         index["weight_map"][chance.choice(names)] = chance.choice(odd)
@@ -255,7 +282,11 @@ CONFIGS: dict[str, tuple[Any, ...]] = {
     "dtype": ("float16", "float99", "int8", 5, None),
     "torch_dtype": ("bfloat16", "float8", {}, []),
     "architectures": ([], ["Nothing"], ["BertForMaskedLM"], None, 5, "LlamaForCausalLM"),
-    "auto_map": ({"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, {"AutoConfig": "a/b--c.D"}, 5),
+    "auto_map": (
+        {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+        {"AutoConfig": "a/b--c.D"},
+        5,
+    ),
     "quantization_config": ({"quant_method": "gptq"}, {"quant_method": "x"}, {}, 5),
     "layer_types": ([], ["full_attention"], ["sliding_attention"] * 2, ["x", "y"], 5),
     "attn_implementation": ("flash_attention_2", "nothing"),
@@ -354,7 +385,9 @@ def _disturb(chance: random.Random, sweep: Path) -> None:
             path.unlink()
             path.mkdir()
         else:
-            shutil.copy(path, path.with_name(chance.choice(["0123456789abcdef.parquet", "x.parquet", ".a.tmp"])))
+            shutil.copy(
+                path, path.with_name(chance.choice(["0123456789abcdef.parquet", "x.parquet", ".a.tmp"]))
+            )
         return
     path = sweep / part
     old = path.read_bytes() if path.is_file() else b"{}"
@@ -386,7 +419,22 @@ def _rewrite_rows(chance: random.Random, path: Path) -> None:
                 row.pop(name, None)
             else:
                 row[name] = chance.choice(
-                    ["x", "", "5", 5, 0, -1, 2**62, 1.5, float("nan"), float("inf"), True, b"x", [1], {"a": 1}]
+                    [
+                        "x",
+                        "",
+                        "5",
+                        5,
+                        0,
+                        -1,
+                        2**62,
+                        1.5,
+                        float("nan"),
+                        float("inf"),
+                        True,
+                        b"x",
+                        [1],
+                        {"a": 1},
+                    ]
                 )
     if chance.random() < 0.1:
         rows = rows + rows

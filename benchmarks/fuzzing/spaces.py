@@ -156,7 +156,9 @@ def _group(chance: random.Random, site: Site, folder: Path, search: dict[str, An
         group["pattern"] = chance.choice(GOOD["pattern"])
         if group["pattern"] != "unstructured":
             group.pop("sparsity")
-    _some(chance, group, {name: GOOD[name] for name in MASK if name not in group and name != "sparsity"}, 0.12)
+    _some(
+        chance, group, {name: GOOD[name] for name in MASK if name not in group and name != "sparsity"}, 0.12
+    )
     if group["recovery"] != "none":
         fields = {name: GOOD[name] for name in UNIT if name != "granularity"}
         if group["recovery"] == "retrain":

@@ -30,7 +30,6 @@ from raysweep.cli.options import (
 )
 
 
-
 class _Commands(TyperGroup):
     """All commands, and what comes before any of them, the refusal of an unknown one too."""
 

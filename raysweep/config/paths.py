@@ -11,8 +11,8 @@ from raysweep.errors import UsageError
 def typed_path(text: str | Path, what: str) -> Path:
     """The path, `~` expanded; whether something lies there is another question.
 
-    what: names it in messages ("storage"). Raises UsageError for text that names no place on this machine: of a user who
-    is not known, too long, with characters that no name may have, or behind a folder that may not be entered.
+    what: names it in messages ("storage"). Raises UsageError for text that names no place on this machine: of a user
+    who is not known, too long, with characters that no name may have, or behind a folder that may not be entered.
     """
     problem = None
     try:

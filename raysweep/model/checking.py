@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what its configuration says: seen from headers, before a model is built or a weight read."""
+"""Whether a checkpoint holds what its configuration says: seen from headers, before a model is built."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
         size = getattr(text, name, None)
         if isinstance(size, int | float) and size > most:
             raise UsageError(
-                f"{CONFIG} of model {checkpoint.source.path!r} says {name}: {str(size)[:40]}, and its weights have no "
-                f"room for more than {most}",
+                f"{CONFIG} of model {checkpoint.source.path!r} says {name}: {str(size)[:40]}",
+                allowed=f"at most {most}, for which its weights have room",
                 remedy="Take configuration and weights from the same model.",
             )
 
@@ -60,5 +60,3 @@ def check_tensors(model: PreTrainedModel, names: Mapping[str, str], checkpoint: 
                 allowed=", ".join(REAL_DTYPES),
                 remedy="Save the model without quantization.",
             )
-
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -174,7 +173,9 @@ def _opened(path: str, source: ModelSource) -> Iterator[Any]:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{Path(path).name} of model {source.path!r} is damaged: {first_line(error)}") from error
+        raise UsageError(
+            f"{Path(path).name} of model {source.path!r} is damaged: {first_line(error)}"
+        ) from error
 
 
 def _download(source: ModelSource, file_name: str) -> str | None:
@@ -211,7 +212,9 @@ def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.d
                 dtype=dtype,
                 trust_remote_code=source.trust_remote_code,
             )
-    except Exception as error:  # settings that contradict each other end in whatever the arithmetic meets first
+    except (
+        Exception
+    ) as error:  # settings that contradict each other end in whatever the arithmetic meets first
         raise UsageError(
             f"model {source.path!r} is no causal language model: {first_line(error)}", allowed=ALLOWED_MODELS
         ) from error

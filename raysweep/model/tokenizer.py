@@ -43,7 +43,9 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
     name = folder if folder.is_dir() else resolved
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # damaged files end in whatever the libraries meet first, of tokenizers a bare Exception
+    except (
+        Exception
+    ) as error:  # damaged files end in whatever the libraries meet first, of tokenizers a bare Exception
         raise UsageError(
             f"cannot load the tokenizer of {path}: {first_line(error)}",
             remedy="check model.path and model.revision, HF_TOKEN if the model is gated, and the network",

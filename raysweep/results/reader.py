@@ -112,8 +112,8 @@ def _read_row(path: Path) -> dict[str, Any] | None:
 
 
 def _checked_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without its nulls. Raises ValueError where a column of ours holds what it cannot hold, such as a number that
-    is not finite, which is no result."""
+    """A row without its nulls. Raises ValueError where a column of ours holds what it cannot hold, such as a number
+    that is not finite, which is no result."""
     checked = {name: _checked(name, value) for name, value in row.items() if value is not None}
     if checked.get("status") not in STATUSES:
         raise ValueError(f"status {checked.get('status')!r} is not one of {', '.join(STATUSES)}")

@@ -65,7 +65,15 @@ class SweepState:
 
     def _check(self) -> None:
         """Raises ValueError for what no launch has written: the file may be damaged, or another program's."""
-        numbers = (self.pid, self.planned, self.finished, self.failed, self.others, self.running, self.shards or 0)
+        numbers = (
+            self.pid,
+            self.planned,
+            self.finished,
+            self.failed,
+            self.others,
+            self.running,
+            self.shards or 0,
+        )
         texts = (self.name, self.host, self.dashboard or "")
         if self.state not in STATES or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError("a state or a number that is none")
