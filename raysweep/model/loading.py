@@ -64,11 +64,17 @@ class ModelSource:
             raise UsageError(
                 f"model {self.path!r} cannot be read: {first_line(error)}",
                 allowed=ALLOWED_PATHS,
-                remedy=None if self.is_local else self._hub_remedy(),
+                remedy=self._remedy(error),
             ) from error
         return config
 
-    def _hub_remedy(self) -> str:
+    def _remedy(self, error: Exception) -> str | None:
+        if "trust_remote_code" in str(error):
+            return (
+                "Code that comes with a model runs only where model.trust_remote_code is true; read it first."
+            )
+        if self.is_local:
+            return None
         here = Path(self.location).absolute()
         return (
             f"There is no folder {here}, so it was taken for a Hugging Face id. Check the spelling; a gated model "

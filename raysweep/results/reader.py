@@ -138,7 +138,10 @@ def _converted(name: str, value: Any, kind: pa.DataType) -> Any:
     try:
         if isinstance(value, bool) and kind != TRUTH:
             raise TypeError
-        return pa.scalar(value, kind).as_py()
+        converted = pa.scalar(value, kind).as_py()
+        if isinstance(value, float) and converted != value:
+            raise ValueError
+        return converted
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         raise ValueError(f"column {name} holds {str(value)[:60]!r}, not {kind}") from None
 

@@ -65,16 +65,9 @@ class SweepState:
 
     def _check(self) -> None:
         """Raises ValueError for what no launch has written: the file may be damaged, or another program's."""
-        numbers = (
-            self.pid,
-            self.planned,
-            self.finished,
-            self.failed,
-            self.others,
-            self.running,
-            self.shards or 0,
-        )
-        texts = (self.name, self.host, self.dashboard or "")
+        numbers = [self.pid, self.planned, self.finished, self.failed, self.others, self.running]
+        numbers += [] if self.shards is None else [self.shards]
+        texts = [self.name, self.host] + ([] if self.dashboard is None else [self.dashboard])
         if self.state not in STATES or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError("a state or a number that is none")
         moments = [datetime.fromisoformat(moment) for moment in (self.started_at, self.updated_at)]

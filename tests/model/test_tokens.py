@@ -339,3 +339,10 @@ class TestLoadTokenizer:
             load_tokenizer("nobody/nothing-here")
         with pytest.raises(UsageError, match="did you mean 'builtin:pystdlib'"):
             load_tokenizer("builtin:pystdlip")
+
+
+def test_a_folder_of_token_rows_and_texts_is_refused_by_the_file(tiny_tokenizer, tmp_path):
+    write_rows(tmp_path / "a.parquet", [32] * 3)
+    pq.write_table(pa.table({"text": ["words"] * 9}), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"no column 'input_ids' in .*b\.parquet"):
+        calibrate(tiny_tokenizer, TextSource(str(tmp_path)), num_samples=5)
