@@ -6,7 +6,7 @@
 
 Kinds: YAML text, typed search spaces, data files, rows in a storage, weights (safetensors), configuration and
 tokenizer of a model, command lines. Each input is made of the seed, its kind and its number alone, and goes through the
-entry function of the command, in one process for each kind. Right are: status 0 after `plan` (a launch ends where it
+entry function of the command, in one process for many. Right are: status 0 after `plan` (a launch ends where it
 would begin) with nothing written; status 2 with a message of ours on stderr, an empty stdout and nothing written. Wrong
 are: any other status, a traceback, an error that was not foreseen, a file written anywhere, more than LIMIT_S, a dead
 process. Then valid spaces are really launched (without Ray) on a model of two blocks, some with weights that are no
@@ -22,14 +22,14 @@ import json
 import os
 import random
 import resource
-import selectors
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ RUN = "run"
 LIMIT_S, RUN_LIMIT_S = 30.0, 120.0  # of one input: seconds at most, on a machine that others use too
 GRACE_S = 30.0  # then its process is killed
 SPARE_BYTES = 4 << 30  # of address space, beyond what the libraries take
+MOST_ANSWERS = 500  # of a process, before the next kind has one of its own
 MOST_TRIALS = 8  # of a space that is really run
 
 
@@ -143,22 +144,28 @@ def _is_own_fault(row: dict[str, Any]) -> bool:
     return str(row["criterion"]).startswith("own_")
 
 
-def work(root: Path, seed: int, kind: str, numbers: Sequence[int]) -> None:
-    """A worker: one JSON line for each input."""
+def work(root: Path, seed: int) -> None:
+    """A worker: for each line on stdin, kind and number of an input, one JSON line on stdout."""
     sys.dont_write_bytecode = True
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print
-    if not (root / "site").exists():
-        build_site(root / "site")
-    bench = Bench(root, seed)
-    _warm_up(bench)
-    for number in numbers:
-        case, ending, more = bench.one(kind, number)
-        line = {"number": number, "status": ending.status, "seconds": round(ending.seconds, 3), **more}
+    bench = _bench(root, seed)
+    for request in sys.stdin:
+        kind, number = request.split()
+        case, ending, more = bench.one(kind, int(number))
+        line = {"number": int(number), "status": ending.status, "seconds": round(ending.seconds, 3), **more}
         if ending.problem:
             line |= {"problem": ending.problem, "arguments": [each[:200] for each in case.arguments]}
             line |= {"environment": case.environment}
         print(json.dumps(line), file=answers)
+
+
+def _bench(root: Path, seed: int) -> Bench:
+    if not (root / "site").exists():
+        build_site(root / "site")
+    bench = Bench(root, seed)
+    _warm_up(bench)
+    return bench
 
 
 def _warm_up(bench: Bench) -> None:
@@ -179,69 +186,68 @@ def _warm_up(bench: Bench) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def judged(root: Path, seed: int, kind: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """What workers say of these inputs. One that dies or does not answer is replaced, which is the input's fault."""
-    waiting = list(numbers)
-    while waiting:
-        before = len(waiting)
-        for line in _answers(root, seed, kind, waiting):
-            waiting.remove(line["number"])
-            yield line
-        if waiting and len(waiting) == before == len(numbers):
-            sys.exit(f"no worker comes up: see {_errors(root)}")
-        if waiting:
-            number = waiting.pop(0)
-            yield {
-                "number": number,
-                "status": -1,
-                "seconds": 0.0,
-                "problem": "its process died or did not answer",
-            }
+class Worker:
+    """The process in which inputs are judged. One that dies or does not answer is replaced; that is a wrong end."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root, self.seed = root, seed
+        self.answered = 0  # by the process that runs
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def errors(self) -> Path:
+        """What the process, and libraries in it, say beside the answers."""
+        return self.root.with_name(f"{self.root.name}-worker.txt")
+
+    def ask(self, kind: str, number: int) -> dict[str, Any]:
+        """How an input ended."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{kind} {number}\n".encode())
+        limit = (RUN_LIMIT_S if kind == RUN or not self.answered else LIMIT_S) + GRACE_S
+        line = process.stdout.readline() if select.select([process.stdout], [], [], limit)[0] else b""
+        if line:
+            self.answered += 1
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        if not self.answered:
+            sys.exit(f"no worker comes up, or its first input ends it: see {self.errors}")
+        self.end()
+        return {
+            "number": number,
+            "status": -1,
+            "seconds": 0.0,
+            "problem": "its process died or did not answer",
+        }
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        home = str(self.root / "home")
+        environment = os.environ | dict.fromkeys(
+            ("HOME", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"), home
+        )
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--worker", "--site", str(self.root), "--seed", str(self.seed)]
+        with open(self.errors, "ab") as errors:
+            self._process = subprocess.Popen(
+                command, 0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
+            )
+        return self._process
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process, self.answered = None, 0
 
 
-def _errors(root: Path) -> Path:
-    """What workers, and libraries in them, say beside their answers."""
-    return root.with_name(f"{root.name}-workers.txt")
-
-
-def _answers(root: Path, seed: int, kind: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-    command = [sys.executable, __file__, "--worker", kind, "--site", str(root), "--seed", str(seed)]
-    home = root / "home"
-    environment = os.environ | dict.fromkeys(
-        ("HOME", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"), str(home)
-    )
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    with (
-        open(_errors(root), "ab") as stderr,
-        subprocess.Popen(
-            command, 0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment
-        ) as worker,
-        selectors.DefaultSelector() as selector,
-    ):
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            worker.stdin.write(json.dumps(list(numbers)).encode())
-            worker.stdin.close()
-            selector.register(worker.stdout, selectors.EVENT_READ)
-            limit = RUN_LIMIT_S + GRACE_S  # of the first: libraries are loaded
-            while selector.select(limit):
-                line = worker.stdout.readline()
-                if not line:
-                    break
-                yield json.loads(line)
-                limit = (RUN_LIMIT_S if kind == RUN else LIMIT_S) + GRACE_S
-        finally:
-            if worker.poll() is None:
-                worker.kill()
-
-
-def fuzz(root: Path, seed: int, kinds: dict[str, Sequence[int]], runs: int) -> int:
+def fuzz(worker: Worker, kinds: dict[str, Sequence[int]], runs: int) -> int:
     """All inputs, then the real runs; how many ended wrong."""
-    wrong, runnable = 0, []
+    wrong, runnable = 0, list[int]()
     for kind, numbers in kinds.items():
         counts, begin, longest = Counter[str](), time.monotonic(), 0.0
-        for line in judged(root, seed, kind, numbers):
+        for number in numbers:
+            line = worker.ask(kind, number)
             ended = "wrong" if line.get("problem") else "valid" if line["status"] == 0 else "refused"
             counts[ended] += 1
             longest = max(longest, line["seconds"])
@@ -251,15 +257,18 @@ def fuzz(root: Path, seed: int, kinds: dict[str, Sequence[int]], runs: int) -> i
         wrong += counts["wrong"]
         seconds = round(time.monotonic() - begin, 1)
         report(kind, inputs=counts.total(), **counts, longest_s=longest, seconds=seconds)
+        if worker.answered > MOST_ANSWERS:
+            worker.end()
     if runs:
-        wrong += real_runs(root, seed, runnable[:runs])
+        wrong += real_runs(worker, runnable[:runs])
     return wrong
 
 
-def real_runs(root: Path, seed: int, numbers: Sequence[int]) -> int:
+def real_runs(worker: Worker, numbers: Sequence[int]) -> int:
     """Launches of spaces that were valid; how many ended wrong."""
     counts, rows, begin = Counter[str](), Counter[str](), time.monotonic()
-    for line in judged(root, seed, RUN, numbers):
+    for number in numbers:
+        line = worker.ask(RUN, number)
         ended = "wrong" if line.get("problem") else {0: "all finished"}.get(line["status"], "some failed")
         counts[ended] += 1
         rows.update(line.get("rows", {}))
@@ -272,10 +281,7 @@ def real_runs(root: Path, seed: int, numbers: Sequence[int]) -> int:
 
 def again(root: Path, seed: int, kind: str, number: int) -> int:
     """One input once more, with what it printed; how many ended wrong."""
-    if not (root / "site").exists():
-        build_site(root / "site")
-    bench = Bench(root, seed)
-    _warm_up(bench)
+    bench = _bench(root, seed)
     case, ending, more = bench.one(kind, number)
     print(f"{case.arguments}\n{case.environment}\n{ending.out}\n{ending.err}")
     report(
@@ -296,10 +302,10 @@ def main() -> None:
     parser.add_argument(
         "--site", type=Path, help="keep all that is made below this folder, which is new or was made so"
     )
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.site, options.seed, options.worker, json.load(sys.stdin))
+        work(options.site, options.seed)
         return
     with tempfile.TemporaryDirectory() as temporary:
         root = (options.site or Path(temporary) / "root").absolute()
@@ -309,7 +315,11 @@ def main() -> None:
             os.environ |= {"HF_HUB_OFFLINE": "1", "HOME": str(root / "home")}
             sys.exit(again(root, options.seed, options.only, options.case))
         chosen = {kind: kinds[kind] for kind in kinds if options.only in (None, kind)}
-        wrong = fuzz(root, options.seed, chosen, options.runs)
+        worker = Worker(root, options.seed)
+        try:
+            wrong = fuzz(worker, chosen, options.runs)
+        finally:
+            worker.end()
     report("fuzz", inputs=sum(map(len, chosen.values())), wrong=wrong, seed=options.seed)
     sys.exit(1 if wrong else 0)
 

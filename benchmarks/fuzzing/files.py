@@ -7,6 +7,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -392,7 +393,9 @@ def _disturb(chance: random.Random, sweep: Path) -> None:
     path = sweep / part
     old = path.read_bytes() if path.is_file() else b"{}"
     if part == "status.json" and chance.random() < 0.7:
-        fields = json.loads(old) if old[:1] == b"{" else {}
+        fields: dict[str, Any] = {}
+        with suppress(ValueError, TypeError):  # damaged before
+            fields = dict(json.loads(old))
         fields |= chance.choice([{}, {"state": "running"}, {"state": "running", "host": "elsewhere"}])
         path.write_text(json.dumps(change_data(chance, fields, 2)), "utf-8")
     elif path.is_dir():

@@ -52,7 +52,13 @@ def _row(value: Any, number: int, length: int, source: TextSource) -> npt.NDArra
             f"row {number} of {source.dataset} has {len(ids)} tokens, sequence_length is {length}",
             remedy="lower sequence_length or leave the row out of the file",
         )
-    return np.asarray(ids[:length], dtype=np.int64)
+    try:
+        return np.asarray(ids[:length], dtype=np.int64)
+    except OverflowError:
+        raise UsageError(
+            f"row {number} of {source.dataset} has the token {max(ids)}",
+            allowed="ids of the model's tokenizer",
+        ) from None
 
 
 def _rows_column(path: Path) -> pa.ChunkedArray:

@@ -143,7 +143,19 @@ def _json_documents(path: Path) -> Iterator[str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path}:{number}: not a line of JSON: {error}") from error
-            yield from _texts([_text_field(row, f"{path}:{number}")], f"{path}:{number}")
+            for text in _texts([_text_field(row, f"{path}:{number}")], f"{path}:{number}"):
+                _check_characters(text, f"{path}:{number}")
+                yield text
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON may spell halves of characters (an escaped surrogate alone), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: half a character, {text[error.start]!r}, at place {error.start}"
+        ) from None
 
 
 def _plain_document(path: Path) -> Iterator[str]:

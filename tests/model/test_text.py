@@ -109,6 +109,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("no parquet")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "latin.txt").write_bytes("ä".encode("latin-1"))
+    (tmp_path / "half.jsonl").write_text('{"text": "ab\\ud800"}')
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "table.csv").write_text("text\na\n")
     write_parquet(tmp_path / "numbers.parquet", text=[1, 2])
@@ -116,6 +117,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         "broken.parquet": "as Parquet",
         "broken.jsonl": "broken.jsonl:2: not a line of JSON",
         "latin.txt": "is not UTF-8",
+        "half.jsonl": "half.jsonl:1: half a character, '\\ud800', at place 2",
         "deep.jsonl": "deep.jsonl:1: not a line of JSON",
         "table.csv": ".parquet, .jsonl, .txt",
         "numbers.parquet": "holds int, not text",

@@ -341,6 +341,13 @@ class TestLoadTokenizer:
             load_tokenizer("builtin:pystdlip")
 
 
+def test_a_token_that_no_tokenizer_has_is_refused_with_its_row(tiny_tokenizer, tmp_path):
+    rows = pa.array([[1] * LENGTH, [2**64 - 1] * LENGTH], pa.list_(pa.uint64()))
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="row 1 of .* has the token 18446744073709551615"):
+        calibrate(tiny_tokenizer, TextSource(str(tmp_path / "rows.parquet")), num_samples=2)
+
+
 def test_a_folder_of_token_rows_and_texts_is_refused_by_the_file(tiny_tokenizer, tmp_path):
     write_rows(tmp_path / "a.parquet", [32] * 3)
     pq.write_table(pa.table({"text": ["words"] * 9}), tmp_path / "b.parquet")
