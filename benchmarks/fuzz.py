@@ -118,7 +118,8 @@ class Bench:
         return case, ending, {"rows": dict(kinds)}
 
     def _wrong_rows(self, case: Case, rows: list[dict[str, Any]], status: int) -> str | None:
-        """JSON has no number that is not finite, so one among the rows would have raised."""
+        """What a launch said of its trials and may not. Rows with numbers that are not finite are not read, so that one
+        would be missing."""
         from raysweep.config.space import SearchSpace
 
         planned = len(SearchSpace.from_yaml(Path(case.arguments[1])).typical())
@@ -132,11 +133,9 @@ class Bench:
         foreign = [row["error"] for row in failed if row["error_kind"] == "other" and not _is_own_fault(row)]
         if foreign:
             return f"failed for a reason that plan could have seen: {foreign[0]}"
-        return (
-            None
-            if bool(failed) == (status == 1)
-            else f"{len(failed)} rows failed, and the status is {status}"
-        )
+        if bool(failed) != (status == 1):
+            return f"{len(failed)} rows failed, and the status is {status}"
+        return None
 
 
 def _is_own_fault(row: dict[str, Any]) -> bool:
@@ -217,7 +216,7 @@ class Worker:
         return {
             "number": number,
             "status": -1,
-            "seconds": 0.0,
+            "seconds": limit,
             "problem": "its process died or did not answer",
         }
 
