@@ -386,9 +386,8 @@ def _disturb(chance: random.Random, sweep: Path) -> None:
             path.unlink()
             path.mkdir()
         else:
-            shutil.copy(
-                path, path.with_name(chance.choice(["0123456789abcdef.parquet", "x.parquet", ".a.tmp"]))
-            )
+            name = chance.choice(["0123456789abcdef.parquet", "x.parquet", ".a.tmp"])
+            path.with_name(name).write_bytes(path.read_bytes())
         return
     path = sweep / part
     old = path.read_bytes() if path.is_file() else b"{}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,29 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> Ids:
     """Token ids of `text` by the tokenizer's defaults, such as one BOS in front, int64; of any length."""
-    encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
-    return np.asarray(encoded["input_ids"], dtype=np.int64)
+    with _working(tokenizer):
+        encoded = tokenizer(
+            text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
+        )
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[Ids]:
     """`encode` of each text alone."""
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+    with _working(tokenizer):
+        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+
+@contextmanager
+def _working(tokenizer: Any) -> Iterator[None]:
+    """Within the context, a tokenizer whose files contradict each other, which loading does not see, ends in a
+    UsageError."""
+    try:
+        yield
+    except Exception as error:  # of its libraries, a bare Exception among them
+        name = getattr(tokenizer, "name_or_path", "the model")
+        raise UsageError(
+            f"the tokenizer of {name} cannot encode text: {first_line(error)}",
+            remedy="Save it again with save_pretrained of an up-to-date transformers.",
+        ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +341,24 @@ class TestLoadTokenizer:
             load_tokenizer("nobody/nothing-here")
         with pytest.raises(UsageError, match="did you mean 'builtin:pystdlib'"):
             load_tokenizer("builtin:pystdlip")
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("tokenizer_config.json", "model_max_length", "x"),
+        ("tokenizer_config.json", "bos_token", []),
+        ("tokenizer_config.json", "auto_map", 5),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": False}, "merges": []}),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_by_name(tiny_llama, tmp_path, source, file, field, value):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    fields = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(UsageError, match="tokenizer of .*model"):
+        calibrate(load_tokenizer(folder), source)
 
 
 def test_a_token_that_no_tokenizer_has_is_refused_with_its_row(tiny_tokenizer, tmp_path):
