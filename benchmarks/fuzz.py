@@ -140,7 +140,8 @@ class Bench:
 
 def _is_own_fault(row: dict[str, Any]) -> bool:
     """Whether the user's own function failed, which nobody can know before."""
-    return str(row["criterion"]).startswith("own_")
+    criterion = str(row["criterion"])
+    return ":" in criterion and not criterion.startswith("file:")
 
 
 def work(root: Path, seed: int) -> None:

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from fuzzing.site import Case
 
 OURS = "^(error: |Usage: |╭─ Error )"  # the last two are typer's, for options that are none
+TAKES_VALUE = ("--set", "--name", "--storage", "--sort", "--address")
 COLORS = "\x1b\\[[0-9;]*m"
 CLEARED = ("RAYSWEEP_STORAGE", "RAYSWEEP_DEBUG", "COLUMNS", "RAY_ADDRESS", "FORCE_COLOR", "NO_COLOR", "LINES")
 UNFORESEEN = ("Traceback (most recent call last)", "This was not foreseen")
@@ -136,7 +137,7 @@ class Judge:
             return f"refused, and printed on stdout: {ending.out[:200]}"
         if ending.status == 2 and not re.search(OURS, re.sub(COLORS, "", ending.err), re.MULTILINE):
             return f"refused without a message of ours: {ending.err[:300]!r}"
-        if ending.status == 0 and "--json" in case.arguments and "-h" not in " ".join(case.arguments):
+        if ending.status == 0 and _asks_for_json(case.arguments):
             return _wrong_json(ending.out)
         return None
 
@@ -158,6 +159,13 @@ def _unforeseen(ending: Ending) -> str | None:
         if words in ending.err or words in ending.out:
             return f"unforeseen: {ending.err[:400]}"
     return None
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    """Whether `--json` is an option of the command, and not what another one takes, or beside a call for help."""
+    values = {place + 1 for place, word in enumerate(arguments) if word in TAKES_VALUE}
+    options = {word for place, word in enumerate(arguments) if place not in values}
+    return "--json" in options and options.isdisjoint(("-h", "--help", "--version", "--"))
 
 
 def _wrong_json(out: str) -> str | None:
