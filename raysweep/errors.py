@@ -95,8 +95,10 @@ class StorageError(RaysweepError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a foreign error says, at most 300 characters; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """The first line of what a foreign error says, and the next where that only announces it, at most 300 characters;
+    its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
 def nearest_name(name: str, known: list[str]) -> str | None:

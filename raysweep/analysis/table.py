@@ -169,15 +169,21 @@ def _protocol_words(text: Any) -> str | None:
 
 def _start_words(text: str) -> str:
     """block 0.001: granularity and learning rate, or what else tells it apart."""
-    settings = json.loads(text)
-    first = [settings.pop("granularity"), settings.pop("learning_rate", settings.pop("optimizer", ""))]
+    try:
+        settings = dict(json.loads(text))
+        first = [settings.pop("granularity"), settings.pop("learning_rate", settings.pop("optimizer", ""))]
+    except (TypeError, ValueError, LookupError):  # a row that another program wrote
+        return text
     return " ".join(map(str, [*first, *(f"{name}={value}" for name, value in settings.items())])).strip()
 
 
 def _data_words(text: str) -> str:
     """24 x 128 builtin:pystdlib"""
-    data = json.loads(text)
-    return f"{data['num_samples']} x {data['sequence_length']} {data['dataset']}"
+    try:
+        data = json.loads(text)
+        return f"{data['num_samples']} x {data['sequence_length']} {data['dataset']}"
+    except (TypeError, ValueError, LookupError):  # a row that another program wrote
+        return text
 
 
 def _values(table: pd.DataFrame, name: str) -> list[Any]:

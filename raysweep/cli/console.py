@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from datetime import datetime
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,10 +18,20 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 80  # of text that no terminal shows, unless COLUMNS says otherwise
 
 
+def forget_odd_sizes() -> None:
+    """Removes COLUMNS and LINES from the environment where they are no sizes: rich takes any digits for a number."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "80")):
+            del os.environ[name]
+
+
 def output() -> Console:
-    """Stdout. Colors on terminals only; as wide as the terminal, COLUMNS, or 80."""
+    """Stdout. Colors on terminals only; as wide as the terminal, COLUMNS, or 80. Bytes in paths that are no text are
+    escaped."""
     from rich.console import Console
 
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(width=_width(sys.stdout.isatty()), highlight=False, emoji=False)
 
 
@@ -83,8 +95,7 @@ def quiet_libraries() -> None:
 def _width(terminal: bool) -> int | None:
     if terminal:
         return None  # rich asks the terminal
-    columns = os.environ.get("COLUMNS", "")
-    return int(columns) if columns.isdigit() and int(columns) > 0 else PIPED_WIDTH
+    return int(os.environ.get("COLUMNS", PIPED_WIDTH))
 
 
 def terminal_height() -> int:

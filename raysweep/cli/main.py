@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from raysweep import __version__
+from raysweep.cli.console import forget_odd_sizes
 from raysweep.cli.ending import DEBUG_VARIABLE, guarded
 from raysweep.cli.options import (
     DEFAULT_SPACE,
@@ -27,8 +29,18 @@ from raysweep.cli.options import (
     Trace,
 )
 
+
+class _Commands(TyperGroup):
+    """All commands, and what comes before any of them, the refusal of an unknown one too."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        forget_odd_sizes()
+        return super().main(*arguments, **options)
+
+
 app = typer.Typer(
     name="raysweep",
+    cls=_Commands,
     help="Sweeps of pruning and recovery for language models, on Ray.",
     epilog="`raysweep launch` alone runs the quickstart: a small model that ships with it, in minutes.",
     no_args_is_help=True,

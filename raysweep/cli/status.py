@@ -62,7 +62,7 @@ def _seconds_left(folder: Path, state: SweepState) -> float | None:
     except RaysweepError:
         return None
     launched = datetime.fromisoformat(state.started_at)
-    rows = labeled_rows(folder)
+    rows = [row for row in labeled_rows(folder) if row["started_at"] is not None]
     fresh = [row for row in rows if row["started_at"] >= launched]
     earlier = [row for row in rows if row["started_at"] < launched and row["status"] != "failed"]
     begun = min((row["started_at"] for row in fresh), default=launched)

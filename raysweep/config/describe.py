@@ -63,8 +63,12 @@ places in a list: `--set calibration.seed=1 --set 'sweep.1.learning_rate=[1e-3, 
 
 **Mistakes.** An unknown key, a wrong type or an impossible combination is refused before anything starts,
 with file, line and key, the value, what is allowed, and the nearest known name. Numbers may be written
-`0.001`, `1e-3` or `1.0e-3`; text that looks like a number needs quotes, N:M patterns do not. One sweep
-holds at most 100,000 combinations.
+`0.001`, `1e-3` or `1.0e-3`; text that looks like a number needs quotes, N:M patterns do not.
+
+**Limits.** The file is plain YAML in UTF-8: tags are not read (nothing in it can run), a key stands once,
+anchors and aliases may be used. It has at most 1 MiB, 20 levels and 100,000 values, aliases followed. One
+sweep holds at most 100,000 combinations. Weights are read from safetensors only; code runs where it was
+asked for by name only: `criterion: module:function`, and `trust_remote_code: true`.
 """
 
 _NAME = """\

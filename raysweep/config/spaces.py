@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import raysweep.config
+from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, nearest_name
 
 DEFAULT_SPACE = "quickstart"
@@ -31,7 +32,7 @@ def builtin_space(name: str) -> Path:
 
 def resolve_space(text: str) -> Path:
     """What was typed where a search space is expected: a path, or a name that ships with us."""
-    path = Path(text).expanduser()
+    path = typed_path(text, "search space")
     if path.is_file():
         return path
     if text in builtin_names():

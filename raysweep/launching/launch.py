@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysweep.cluster.nodes import this_node
+from raysweep.config.paths import typed_path
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
 from raysweep.errors import UsageError
@@ -97,6 +98,7 @@ def _check_scheduler(space: SearchSpace, in_process: bool) -> None:
 def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Path:
     """The folder of the sweep, once it is sure that it can be written. Makes nothing but mirrors of remote ones."""
     folder = new_sweep_folder(space.name, storage_folder(storage, space.execution.storage)).absolute()
+    typed_path(folder, "storage")
     if (remote := remote_of(folder)) is not None:
         remote.now()
         bring_up_to_date(folder)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
 from raysweep.model.linears import ALLOWED_MODELS
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ALLOWED_PATHS = "builtin:NAME, a folder with config.json and safetensors files, or a Hugging Face id"
+_FILE_NAME = re.compile(r"[\w-][\w .=+-]{0,200}\.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,7 +39,7 @@ class ModelSource:
     @property
     def location(self) -> str:
         """A folder, or a Hugging Face id."""
-        return os.path.expanduser(resolve_model_path(self.path))
+        return str(typed_path(resolve_model_path(self.path), "model"))
 
     @property
     def portable_path(self) -> str:
@@ -57,15 +60,21 @@ class ModelSource:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # it checks little of the file, and ends in whatever it meets first
             raise UsageError(
                 f"model {self.path!r} cannot be read: {first_line(error)}",
                 allowed=ALLOWED_PATHS,
-                remedy=None if self.is_local else self._hub_remedy(),
+                remedy=self._remedy(error),
             ) from error
         return config
 
-    def _hub_remedy(self) -> str:
+    def _remedy(self, error: Exception) -> str | None:
+        if "trust_remote_code" in str(error):
+            return (
+                "Code that comes with a model runs only where model.trust_remote_code is true; read it first."
+            )
+        if self.is_local:
+            return None
         here = Path(self.location).absolute()
         return (
             f"There is no folder {here}, so it was taken for a Hugging Face id. Check the spelling; a gated model "
@@ -73,7 +82,7 @@ class ModelSource:
         )
 
     def _names_a_folder(self) -> bool:
-        return self.location.startswith((".", "/", "~")) or Path(self.location).exists()
+        return self.path.startswith((".", "/", "~")) or Path(self.location).exists()
 
 
 @dataclass
@@ -121,39 +130,58 @@ class Checkpoint:
             return str(path) if path.is_file() else None
         return _download(self.source, file_name)
 
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type (F32) of every tensor, as the files say; reads no tensor. Raises UsageError."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file_name in self.file_names():
+            with _opened(self.path_of(file_name), self.source) as tensors:
+                for name in (name for name in tensors.keys() if self.files.get(name) == file_name):  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    found[name] = (tuple(part.get_shape()), part.get_dtype())
+        return found
+
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors called `names`, as stored, in the order of files."""
-        from safetensors import SafetensorError, safe_open
-
         for file_name in sorted({self.files[name] for name in names}):
-            path = self.path_of(file_name)
-            try:
-                with safe_open(path, framework="pt") as tensors:
-                    for name in (name for name in names if self.files[name] == file_name):
-                        tensor = tensors.get_tensor(name)
-                        self.bytes_read += tensor.nbytes
-                        yield name, tensor
-            except (SafetensorError, OSError) as error:
-                raise UsageError(f"{file_name} of model {self.source.path!r} is damaged: {error}") from error
+            with _opened(self.path_of(file_name), self.source) as tensors:
+                for name in (name for name in names if self.files[name] == file_name):
+                    tensor = tensors.get_tensor(name)
+                    self.bytes_read += tensor.nbytes
+                    yield name, tensor
 
 
 def _indexed(path: str, source: ModelSource) -> dict[str, str]:
     """Tensor name to file name, as an index file has it."""
     try:
         files: dict[str, str] = dict(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{INDEX} of model {source.path!r} is damaged: {first_line(error)}") from error
+    for name, file_name in files.items():
+        if not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name):
+            raise UsageError(
+                f"{INDEX} of model {source.path!r} says that {name!r} lies in {str(file_name)[:80]!r}",
+                allowed="names of safetensors files beside it",
+            )
     return files
 
 
 def _names(path: str, source: ModelSource) -> list[str]:
+    with _opened(path, source) as tensors:
+        return list(tensors.keys())
+
+
+@contextmanager
+def _opened(path: str, source: ModelSource) -> Iterator[Any]:
+    """A safetensors file. Within the context, one that is damaged ends in a UsageError that names it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as tensors:
-            return list(tensors.keys())
+            yield tensors
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{Path(path).name} of model {source.path!r} is damaged: {error}") from error
+        raise UsageError(
+            f"{Path(path).name} of model {source.path!r} is damaged: {first_line(error)}"
+        ) from error
 
 
 def _download(source: ModelSource, file_name: str) -> str | None:
@@ -190,7 +218,9 @@ def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.d
                 dtype=dtype,
                 trust_remote_code=source.trust_remote_code,
             )
-    except ValueError as error:
+    except (
+        Exception
+    ) as error:  # settings that contradict each other end in whatever the arithmetic meets first
         raise UsageError(
             f"model {source.path!r} is no causal language model: {first_line(error)}", allowed=ALLOWED_MODELS
         ) from error

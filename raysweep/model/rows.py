@@ -52,12 +52,24 @@ def _row(value: Any, number: int, length: int, source: TextSource) -> npt.NDArra
             f"row {number} of {source.dataset} has {len(ids)} tokens, sequence_length is {length}",
             remedy="lower sequence_length or leave the row out of the file",
         )
-    return np.asarray(ids[:length], dtype=np.int64)
+    try:
+        return np.asarray(ids[:length], dtype=np.int64)
+    except OverflowError:
+        raise UsageError(
+            f"row {number} of {source.dataset} has the token {max(ids)}",
+            allowed="ids of the model's tokenizer",
+        ) from None
 
 
 def _rows_column(path: Path) -> pa.ChunkedArray:
     with reading(path):
-        column = open_parquet(path).read(columns=[ROWS_COLUMN]).column(ROWS_COLUMN)
+        file = open_parquet(path)
+        if ROWS_COLUMN not in file.schema_arrow.names:
+            raise UsageError(
+                f"no column {ROWS_COLUMN!r} in {path}, as there is in other files of the data set",
+                remedy="put files of token rows and files of text into folders of their own",
+            )
+        column = file.read(columns=[ROWS_COLUMN]).column(ROWS_COLUMN)
     if not hasattr(column.type, "value_type") or not pa.types.is_integer(column.type.value_type):
         raise UsageError(f"column {ROWS_COLUMN!r} of {path} is {column.type}", allowed="lists of integers")
     return column

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from raysweep.errors import UsageError
+from raysweep.model.checking import check_sizes, check_tensors
 from raysweep.model.linears import block_linears, find_blocks
 from raysweep.model.loading import (
     CONFIG,
@@ -75,11 +76,18 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
     Raises UsageError for a model that is not there, has no safetensors, or has no blocks that can be pruned.
     """
     config, checkpoint = source.load_config(), Checkpoint.open(source)
+    check_sizes(config, checkpoint)
     model = build_skeleton(source, config, torch.float32)
     name, modules = find_blocks(model)
     blocks = tuple(_block_shape(module, f"{name}.{index}") for index, module in enumerate(modules))
-    tensor_names(model, checkpoint)
+    check_tensors(model, tensor_names(model, checkpoint), checkpoint)
     text_config: Any = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise UsageError(
+            f"{CONFIG} of model {source.path!r} says max_position_embeddings: {str(positions)[:40]!r}",
+            allowed="a whole number from 1, or null",
+        )
     embedding = model.get_input_embeddings()
     dtypes = [resolve_dtype(dtype, config, torch.device(device)) for device in ("cpu", "cuda")]
     return ModelShape(
@@ -87,7 +95,7 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
         hidden=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
         vocabulary_parameters=sum(parameter.numel() for parameter in embedding.parameters()),
-        max_positions=getattr(text_config, "max_position_embeddings", None),
+        max_positions=positions,
         dtype_on_cpu=str(dtypes[0]).removeprefix("torch."),
         dtype_on_device=str(dtypes[1]).removeprefix("torch."),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line, nearest_name
 from raysweep.model.builtin import builtin_text_folder, is_builtin
 
@@ -48,7 +50,7 @@ class TextSource:
             return True
         if self.config is not None or self.data_files is not None:
             return False
-        return _looks_like_path(self.dataset) or Path(self.dataset).exists()
+        return _looks_like_path(self.dataset) or os.path.exists(self.dataset)
 
     def __str__(self) -> str:
         name = self.dataset if self.config is None else f"{self.dataset}/{self.config}"
@@ -80,7 +82,7 @@ def source_files(source: TextSource) -> list[Path]:
     """
     if is_builtin(source.dataset):
         return _split_files(builtin_text_folder(source.dataset), source)
-    path = Path(source.dataset).expanduser()
+    path = typed_path(source.dataset, "data set")
     if not path.exists():
         raise UsageError(f"no such file or folder: {source.dataset}", remedy="check the path of the data set")
     if path.is_dir():
@@ -139,9 +141,21 @@ def _json_documents(path: Path) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path}:{number}: not a line of JSON: {error}") from error
-            yield from _texts([_text_field(row, f"{path}:{number}")], f"{path}:{number}")
+            for text in _texts([_text_field(row, f"{path}:{number}")], f"{path}:{number}"):
+                _check_characters(text, f"{path}:{number}")
+                yield text
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON may spell halves of characters (an escaped surrogate alone), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: half a character, {text[error.start]!r}, at place {error.start}"
+        ) from None
 
 
 def _plain_document(path: Path) -> Iterator[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
 
@@ -30,7 +33,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
     Raises UsageError when there is none, or when it cannot be loaded.
     """
     resolved = resolve_model_path(path)
-    folder = Path(resolved).expanduser()
+    folder = typed_path(resolved, "model")
     if str(path).startswith((".", "/", "~")) and not folder.is_dir():
         raise UsageError(f"no such folder: {path}", remedy="check model.path")
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -42,7 +45,9 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
     name = folder if folder.is_dir() else resolved
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (
+        Exception
+    ) as error:  # damaged files end in whatever the libraries meet first, of tokenizers a bare Exception
         raise UsageError(
             f"cannot load the tokenizer of {path}: {first_line(error)}",
             remedy="check model.path and model.revision, HF_TOKEN if the model is gated, and the network",
@@ -51,11 +56,29 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> Ids:
     """Token ids of `text` by the tokenizer's defaults, such as one BOS in front, int64; of any length."""
-    encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
-    return np.asarray(encoded["input_ids"], dtype=np.int64)
+    with _working(tokenizer):
+        encoded = tokenizer(
+            text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
+        )
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[Ids]:
     """`encode` of each text alone."""
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+    with _working(tokenizer):
+        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+
+@contextmanager
+def _working(tokenizer: Any) -> Iterator[None]:
+    """Within the context, a tokenizer whose files contradict each other, which loading does not see, ends in a
+    UsageError."""
+    try:
+        yield
+    except Exception as error:  # of its libraries, a bare Exception among them
+        name = getattr(tokenizer, "name_or_path", "the model")
+        raise UsageError(
+            f"the tokenizer of {name} cannot encode text: {first_line(error)}",
+            remedy="Save it again with save_pretrained of an up-to-date transformers.",
+        ) from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raysweep.config.criterion import FILE_PREFIX
+from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError
 
 WEIGHT_SUFFIX = ".weight"
@@ -38,7 +39,7 @@ class MaskFile:
     @classmethod
     def of(cls, criterion: str) -> MaskFile:
         """The one that `file:PATH` names, by an absolute path, because shards work in other folders."""
-        return cls(Path(criterion.removeprefix(FILE_PREFIX)).expanduser().absolute())
+        return cls(typed_path(criterion.removeprefix(FILE_PREFIX), "masks").absolute())
 
     @property
     def content_hash(self) -> str:

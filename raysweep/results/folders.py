@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from raysweep.config.paths import typed_path
 from raysweep.config.validation import check_name
 from raysweep.errors import UsageError, nearest_name
 from raysweep.fingerprint import is_identity
@@ -30,7 +31,7 @@ def storage_folder(argument: str | Path | None = None, configured: str | None = 
     """The storage: the argument, else RAYSWEEP_STORAGE, else `execution.storage`, else the default. Of one that a URI
     names its mirror, which is made. Raises UsageError for a URI that cannot be used."""
     chosen = argument or os.environ.get(STORAGE_VARIABLE) or configured or DEFAULT_STORAGE
-    return mirror_folder(str(chosen)) if is_uri(chosen) else Path(chosen).expanduser()
+    return mirror_folder(str(chosen)) if is_uri(chosen) else typed_path(chosen, "storage")
 
 
 def sweep_folder(path_or_name: str | Path, storage: str | Path | None = None) -> Path:
@@ -39,13 +40,12 @@ def sweep_folder(path_or_name: str | Path, storage: str | Path | None = None) ->
     text = os.fspath(path_or_name)
     if is_uri(text):
         storage, text = split_sweep(text)
-    root = storage_folder(storage)
-    named = root / text
+    root, path = storage_folder(storage), typed_path(text, "sweep")
     if _is_plain_name(text):
+        named = typed_path(root / text, "sweep")
         bring_up_to_date(named)
         if is_sweep(named):
             return named
-    path = Path(text).expanduser()
     if is_sweep(path):
         return path
     known, shown = list_sweeps(root), mirrored_uri(root) or root

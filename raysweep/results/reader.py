@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -17,13 +18,33 @@ import pyarrow.parquet as pq
 
 from raysweep.errors import RaysweepError, UsageError
 from raysweep.results.folders import TRIALS, UNITS, compacted_file, row_files, sweep_folder
-from raysweep.results.schema import PERPLEXITY_PREFIX, trial_schema, unit_schema
+from raysweep.results.schema import (
+    MOMENT,
+    PERPLEXITY_PREFIX,
+    REAL,
+    STATUSES,
+    TEXT,
+    TRIAL_COLUMNS,
+    TRUTH,
+    WHOLE,
+    trial_schema,
+    unit_schema,
+)
 from raysweep.results.writer import ROW_KEY
 
 T = TypeVar("T")
 
 _THREADS = 4  # opening Parquet files releases the interpreter for part of the time; more gained nothing
 _PANDAS_TYPES = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}  # nulls must not turn 1 into 1.0
+
+_TYPES = {column.name: column.type for column in TRIAL_COLUMNS}
+_EXACT: dict[pa.DataType, tuple[type, ...]] = {
+    TEXT: (str,),
+    REAL: (float, int),
+    WHOLE: (int,),
+    TRUTH: (bool,),
+    MOMENT: (datetime,),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +133,7 @@ def read_compacted(
         ) from error
 
 
-def row_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+def row_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Rows as a table: our columns with every `perplexity_<name>` of any row, then columns of other versions."""
     return pa.Table.from_pylist(list(rows), schema=_union_schema(rows))
 
@@ -138,13 +159,59 @@ def _read_row(path: Path) -> dict[str, Any] | None:
             rows = [_decode_row(stored)] if stored else _without_nulls(file.read())
     except FileNotFoundError:  # compacted since
         return None
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
         logger.warning("passed over %s: %s", path, error)
         return None
     if len(rows) != 1 or rows[0].get("trial_id") != path.stem:
         logger.warning("passed over %s: it holds no row of that trial", path)
         return None
-    return rows[0]
+    try:
+        return _checked_row(rows[0])
+    except ValueError as error:
+        logger.warning("passed over %s: %s", path, error)
+        return None
+
+
+def _checked_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its nulls. Raises ValueError where a column of ours holds what it cannot hold, such as a number
+    that is not finite, which is no result."""
+    checked = {name: _checked(name, value) for name, value in row.items() if value is not None}
+    if checked.get("status") not in STATUSES:
+        raise ValueError(f"status {checked.get('status')!r} is not one of {', '.join(STATUSES)}")
+    return checked
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value as its column has it; of columns that other versions or programs have added, plain or as text."""
+    kind = REAL if name.startswith(PERPLEXITY_PREFIX) else _TYPES.get(name)
+    if kind is None:
+        is_plain = isinstance(value, str | bool | datetime) or _is_number(value)
+        return value if is_plain else str(value)
+    if type(value) not in _EXACT[kind] or (kind == MOMENT and value.tzinfo is None):
+        value = _converted(name, value, kind)
+    if kind in (REAL, WHOLE) and not _is_number(value):
+        raise ValueError(f"{name} is {value}: not a result")
+    return float(value) if kind == REAL else value
+
+
+def _converted(name: str, value: Any, kind: pa.DataType) -> Any:
+    """1.0 is 1 to other programs; true and text are no numbers."""
+    try:
+        if isinstance(value, bool) and kind != TRUTH:
+            raise TypeError
+        converted = pa.scalar(value, kind).as_py()
+        if isinstance(value, float) and converted != value:
+            raise ValueError
+        return converted
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        raise ValueError(f"column {name} holds {str(value)[:60]!r}, not {kind}") from None
+
+
+def _is_number(value: Any) -> bool:
+    """Of those that a column can hold."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _without_nulls(table: pa.Table) -> list[dict[str, Any]]:
@@ -178,13 +245,12 @@ def read_table(path: Path) -> pa.Table | None:
         return None
 
 
-def _union_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
+def _union_schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
     seen = dict.fromkeys(name for row in rows for name in row)
     schema = _known_schema(seen)
     for name in seen:
         if name not in schema.names:
-            values = pa.array([row.get(name) for row in rows])
-            schema = schema.append(pa.field(name, values.type))
+            schema = schema.append(pa.field(name, _plain_column(rows, name)))
     return schema
 
 
@@ -192,6 +258,16 @@ def _known_schema(columns: Iterable[str]) -> pa.Schema:
     """Our columns, with those `perplexity_<name>` that are among some."""
     names = [name.removeprefix(PERPLEXITY_PREFIX) for name in columns if name.startswith(PERPLEXITY_PREFIX)]
     return trial_schema(sorted(names))
+
+
+def _plain_column(rows: Sequence[dict[str, Any]], name: str) -> pa.DataType:
+    """The type of a column that is none of ours. Where its values are of several kinds, they become text."""
+    try:
+        return pa.array([row.get(name) for row in rows]).type
+    except (pa.ArrowException, TypeError):
+        for row in rows:
+            row[name] = None if row.get(name) is None else str(row[name])
+        return TEXT
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:

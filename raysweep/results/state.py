@@ -58,9 +58,21 @@ class SweepState:
             stored = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             known = {name: stored[name] for name in (f.name for f in fields(cls)) if name in stored}
             state = cls(**known)
-        except (OSError, ValueError, TypeError):
+            state._check()
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
-        return state.settled() if isinstance(state.pid, int) and state.state in STATES else None
+        return state.settled()
+
+    def _check(self) -> None:
+        """Raises ValueError for what no launch has written: the file may be damaged, or another program's."""
+        numbers = [self.pid, self.planned, self.finished, self.failed, self.others, self.running]
+        numbers += [] if self.shards is None else [self.shards]
+        texts = [self.name, self.host] + ([] if self.dashboard is None else [self.dashboard])
+        if self.state not in STATES or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a state or a number that is none")
+        moments = [datetime.fromisoformat(moment) for moment in (self.started_at, self.updated_at)]
+        if not all(isinstance(text, str) for text in texts) or not all(moment.tzinfo for moment in moments):
+            raise ValueError("a text or a moment that is none")
 
     def settled(self) -> SweepState:
         """The same, or interrupted when its process can be seen to be gone."""

@@ -294,12 +294,13 @@ def _phases(
 ) -> tuple[Phase, ...]:
     """One phase per calibration set; the dense trial, which has none, goes with the first."""
     first = next(iter(calibrations))
+    listed: dict[CalibrationConfig, list[SweepTrial]] = {config: [] for config in calibrations}
+    chosen: dict[CalibrationConfig, list[Study]] = {config: [] for config in calibrations}
+    for trial in trials:  # once: comparing each with every set took minutes for hundreds of sets
+        listed[trial.planned.calibration or first].append(trial)
+    for study in studies:
+        chosen[study.calibration].append(study)
     return tuple(
-        Phase(
-            config,
-            tokens,
-            tuple(trial for trial in trials if (trial.planned.calibration or first) == config),
-            tuple(study for study in studies if study.calibration == config),
-        )
+        Phase(config, tokens, tuple(listed[config]), tuple(chosen[config]))
         for config, tokens in calibrations.items()
     )

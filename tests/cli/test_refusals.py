@@ -128,6 +128,35 @@ def test_a_storage_that_cannot_be_written_is_refused(raysweep, tmp_path, space_f
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "~nobody_at_all/x"], ids=["nul", "long", "home"])
+def test_a_path_that_can_be_none_is_refused(raysweep, here, space_file, path):
+    for command in (
+        ["plan", space_file, "--storage", path],
+        ["launch", space_file, "--in-process", "--set", f"model.path={json.dumps('./' + path)}"],
+        ["plan", path],
+        ["results", path],
+        ["status", "--storage", path],
+        ["clean", "x", "--storage", path],
+    ):
+        assert_refused(raysweep(*command), [])
+    assert tree(here) == []
+
+
+@pytest.mark.parametrize("width", ["9" * 5000, "²", "0", "-1", "x", ""])
+def test_widths_that_are_none_say_nothing(raysweep, monkeypatch, width):
+    """rich takes any digits for a number."""
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(name, width)
+    assert_refused(raysweep("plan", "nothing"), ["nothing"])
+    assert raysweep("pla").status == 2
+
+
+def test_bytes_of_a_path_that_are_no_text_are_shown(raysweep, space_file):
+    ran = raysweep("plan", space_file, "--storage", "a\udcff")
+    assert ran.status == 0
+    assert "\\udcff" in ran.out
+
+
 @pytest.mark.parametrize("command", ["launch", "plan"])
 def test_a_missing_space_is_refused_with_the_nearest(raysweep, here, command):
     assert_refused(raysweep(command, "quickstrat"), ["quickstrat", "did you mean 'quickstart'?"])

@@ -178,6 +178,15 @@ def test_what_cannot_be_loaded_is_refused_with_its_cause(tiny_llama, tmp_path, b
         ModelShard.load(ModelSource(str(folder)))
 
 
+@pytest.mark.parametrize("file_name", ["../x.safetensors", "/etc/passwd", "a\0b", "", "x" * 5000, 5, None])
+def test_a_list_of_weights_names_files_beside_it_only(tiny_llama, tmp_path, file_name):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), file_name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UsageError, match="names of safetensors files beside it"):
+        Checkpoint.open(ModelSource(str(folder)))
+
+
 @pytest.mark.parametrize("break_it", [config_missing, config_damaged, pickled_only, index_of_missing_file])
 def test_what_cannot_be_loaded_has_no_identity(tiny_llama, tmp_path, break_it):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raysweep.errors import UsageError
@@ -133,4 +134,48 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path, kind, model_folde
     else:
         T5Config().save_pretrained(model_folder)
     with pytest.raises(UsageError, match="allowed: "):
+        read_shape(ModelSource(str(model_folder)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000"),
+        ({"vocab_size": 10**12}, "vocab_size: 1000000000000"),
+        ({"head_dim": 10**9}, "head_dim: 1000000000"),
+        ({"hidden_size": 33}, r"hidden size \(33\) is not a multiple"),
+        ({"num_attention_heads": 0}, "is no causal language model|cannot be read"),
+        ({"rope_parameters": 5}, "cannot be read"),
+        ({"use_cache": "x"}, "cannot be read.*use_cache"),
+        ({"hidden_act": "nothing"}, "is no causal language model: .*nothing"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings"),
+        ({"vocab_size": 100}, r"has shape \(128, 32\), and config.json asks for \(100, 32\)"),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "trust_remote_code"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_cannot_be_is_refused_before_a_model_is_built(model_folder, fields, named):
+    """In a moment: a billion blocks would take hours, and wide ones all memory."""
+    (model_folder / "evil.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
+    edit_config(model_folder, **fields)
+    with pytest.raises(UsageError, match=named):
+        read_shape(ModelSource(str(model_folder)))
+    assert not (model_folder / "ran").exists()
+
+
+def test_weights_of_whole_numbers_are_refused(model_folder):
+    tensors = load_file(model_folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, model_folder / "model.safetensors")
+    with pytest.raises(UsageError, match=f"{name} holds numbers of type I8"):
+        read_shape(ModelSource(str(model_folder)))
+
+
+def test_a_list_of_weights_that_lies_is_refused_before_anything_starts(model_folder):
+    """It names a file for a tensor that lies in another one."""
+    tensors = load_file(model_folder / "model.safetensors")
+    names = dict.fromkeys(tensors, "model.safetensors") | {"lm_head.weight": "other.safetensors"}
+    save_file({"spare": torch.zeros(3)}, model_folder / "other.safetensors")
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UsageError, match=r"other.safetensors has no tensor 'lm_head.weight'"):
         read_shape(ModelSource(str(model_folder)))

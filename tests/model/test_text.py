@@ -100,16 +100,25 @@ def test_a_missing_path_is_refused(name: str) -> None:
     assert f"no such file or folder: {name}" in refusal(TextSource(name))
 
 
+@pytest.mark.parametrize("name", ["./a\0b.txt", f"./{'x' * 5000}.txt", "~nobody_at_all/x.txt"])
+def test_what_can_be_no_path_is_refused(name: str) -> None:
+    assert "is no path that can be used here" in refusal(TextSource(name))
+
+
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("no parquet")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "latin.txt").write_bytes("ä".encode("latin-1"))
+    (tmp_path / "half.jsonl").write_text('{"text": "ab\\ud800"}')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "table.csv").write_text("text\na\n")
     write_parquet(tmp_path / "numbers.parquet", text=[1, 2])
     expected = {
         "broken.parquet": "as Parquet",
         "broken.jsonl": "broken.jsonl:2: not a line of JSON",
         "latin.txt": "is not UTF-8",
+        "half.jsonl": "half.jsonl:1: half a character, '\\ud800', at place 2",
+        "deep.jsonl": "deep.jsonl:1: not a line of JSON",
         "table.csv": ".parquet, .jsonl, .txt",
         "numbers.parquet": "holds int, not text",
     }

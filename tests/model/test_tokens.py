@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +341,35 @@ class TestLoadTokenizer:
             load_tokenizer("nobody/nothing-here")
         with pytest.raises(UsageError, match="did you mean 'builtin:pystdlib'"):
             load_tokenizer("builtin:pystdlip")
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("tokenizer_config.json", "model_max_length", "x"),
+        ("tokenizer_config.json", "bos_token", []),
+        ("tokenizer_config.json", "auto_map", 5),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": False}, "merges": []}),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_by_name(tiny_llama, tmp_path, source, file, field, value):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    fields = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(UsageError, match="tokenizer of .*model"):
+        calibrate(load_tokenizer(folder), source)
+
+
+def test_a_token_that_no_tokenizer_has_is_refused_with_its_row(tiny_tokenizer, tmp_path):
+    rows = pa.array([[1] * LENGTH, [2**64 - 1] * LENGTH], pa.list_(pa.uint64()))
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="row 1 of .* has the token 18446744073709551615"):
+        calibrate(tiny_tokenizer, TextSource(str(tmp_path / "rows.parquet")), num_samples=2)
+
+
+def test_a_folder_of_token_rows_and_texts_is_refused_by_the_file(tiny_tokenizer, tmp_path):
+    write_rows(tmp_path / "a.parquet", [32] * 3)
+    pq.write_table(pa.table({"text": ["words"] * 9}), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"no column 'input_ids' in .*b\.parquet"):
+        calibrate(tiny_tokenizer, TextSource(str(tmp_path)), num_samples=5)

@@ -92,6 +92,47 @@ def test_foreign_junk_is_passed_over(tmp_path, trial_row, unit_rows, caplog):
     assert f"{3:016x}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"status": "done"},
+        {"status": None},
+        {"perplexity": "low"},
+        {"perplexity": math.inf},
+        {"perplexity_a": math.inf},
+        {"epochs": [1]},
+        {"epochs": True},
+        {"epochs": 1.5},
+        {"shuffle": "yes"},
+        {"criterion": 5},
+        {"started_at": "yesterday"},
+    ],
+    ids=str,
+)
+def test_a_row_whose_columns_hold_what_they_cannot_is_passed_over(tmp_path, trial_row, caplog, wrong):
+    """Of another program, or damaged: it must not end in an error of Arrow's, nor count as finished."""
+    write_rows(tmp_path, trial_row(1), [], [])
+    row = trial_row(2) | wrong
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "trials" / f"{2:016x}.parquet")
+    assert list(load_results(tmp_path)["trial_id"]) == [f"{1:016x}"]
+    assert list(trial_states(tmp_path)) == [f"{1:016x}"]
+    assert f"{2:016x}" in caplog.text
+
+
+def test_what_another_program_may_write_is_read(tmp_path, trial_row):
+    """Whole numbers as floats, floats as whole numbers, moments without a zone, columns of several kinds."""
+    rows = [trial_row(1, seed=1.0, epochs=2.0, perplexity=9, note="a"), trial_row(2, note=5, more={"a": [1]})]
+    rows[1]["started_at"] = rows[1]["started_at"].replace(tzinfo=None)
+    (tmp_path / "trials").mkdir()
+    for row in rows:
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "trials" / f"{row['trial_id']}.parquet")
+    frame = load_results(tmp_path)
+    assert list(frame["epochs"]) == [2, 1]
+    assert frame["perplexity"][0] == 9.0
+    assert list(frame["note"]) == ["a", "5"]
+    assert frame["more"][1] == "{'a': [1]}"
+
+
 def test_units_without_their_trial_are_not_read(tmp_path, trial_row, unit_rows):
     for number in (1, 2):
         write_rows(tmp_path, trial_row(number), unit_rows(2), [])
@@ -150,6 +191,14 @@ def test_a_missing_sweep_names_those_that_exist(storage):
     for name in ("", "..", "nowhere/at/all", "holiday"):
         with pytest.raises(UsageError, match="no sweep"):
             load_units(name, storage="elsewhere")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "x" * 5000, "~nobody_at_all/x"], ids=["nul", "long", "home"])
+def test_what_can_be_no_path_is_refused(storage, text):
+    with pytest.raises(UsageError, match="is no path that can be used here"):
+        storage_folder(text)
+    with pytest.raises(UsageError, match="is no path that can be used here"):
+        sweep_folder(text)
 
 
 def test_a_sweep_without_trials_says_so(storage):

@@ -63,3 +63,26 @@ def test_fields_of_other_versions_are_passed_over(tmp_path):
 def test_an_unknown_state_is_refused(tmp_path):
     with pytest.raises(RaysweepError, match="paused"):
         replace(SweepState("a"), state="paused").write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"started_at": "0:0"},
+        {"started_at": "2026-11-28T10:00:00"},
+        {"updated_at": 5},
+        {"planned": "8"},
+        {"failed": None},
+        {"shards": [1]},
+        {"pid": True},
+        {"host": 5},
+        {"dashboard": {}},
+        {"state": ["running"]},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_launch_has_written_is_none(tmp_path, wrong):
+    SweepState("a", state="finished").write(tmp_path)
+    stored = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps(stored | wrong))
+    assert SweepState.read(tmp_path) is None
