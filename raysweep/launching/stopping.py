@@ -20,7 +20,8 @@ LOOK_EVERY_S = 1.0
 
 @contextmanager
 def stoppable(folder: Path) -> Iterator[None]:
-    """Within the context a request interrupts this process, as Ctrl-C does. Only its main thread can be interrupted."""
+    """Within the context a request interrupts this process, as Ctrl-C does. Only its main thread can be interrupted; it
+    also is where Ctrl-C is switched off, as in what shells start in the background."""
     request, remote, ended = folder / REQUEST_FILE, remote_of(folder), threading.Event()
     _take(request, remote)
 
@@ -32,11 +33,25 @@ def stoppable(folder: Path) -> Iterator[None]:
     thread = threading.Thread(target=look, name="raysweep stop", daemon=True)
     thread.start()
     try:
-        yield
+        with _interruptible():
+            yield
     finally:
         ended.set()
         thread.join()
         _take(request, remote)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    is_off = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not is_off or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _take(request: Path, remote: Remote | None) -> bool:

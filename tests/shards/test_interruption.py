@@ -18,9 +18,12 @@ from raysweep.shards.priority import PriorityExecutor
 
 @pytest.fixture(autouse=True)
 def handlers_are_as_before():
+    """Python's own, which processes that run tests side by side have switched off."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before
+    signal.signal(signal.SIGINT, outside)
 
 
 def interrupt() -> None:

@@ -61,10 +61,14 @@ def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_pat
     if not (twin / "tiny").exists():
         launch(make_space(execution={"shards": 1}), storage=twin, in_process=True)
     progress, rows, stages, killed = Silent(), list[str](), list[str](), list[str]()
+    of_others = set[str]()  # names of a group that has just ended may be there for a while
+
+    def names_of_shards() -> list[str]:
+        names = (each["name"] for each in ray.util.list_named_actors(all_namespaces=True))
+        return [name for name in names if name.endswith("/1")]
 
     def kill_a_shard() -> None:
-        names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-        (name,) = (name for name in names if name.endswith("/1") and name not in killed)
+        (name,) = (name for name in names_of_shards() if name not in {*killed, *of_others})
         ray.kill(ray.get_actor(name, "raysweep"))
         killed.append(name)
 
@@ -81,6 +85,7 @@ def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_pat
     def stage(text: str) -> None:
         stages.append(text)
         if text.startswith("Loading") and not killed:
+            of_others.update(names_of_shards())
             threading.Thread(target=kill_one_that_loads, daemon=True).start()
         if text.startswith("Dense pass") and len(killed) == 1:
             kill_a_shard()
