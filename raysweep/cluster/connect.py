@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from raysweep.cluster.token import keep_token_private
 from raysweep.errors import UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
+ANSWER_S = 5.0  # that a cluster has to take a connection
 NAMESPACE = "raysweep"
 
 
@@ -50,9 +52,23 @@ def running_address(address: str | None) -> str | None:
         found: str | None = canonicalize_bootstrap_address(wanted)  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
         raise _no_cluster(str(wanted), str(error)) from error
+    if found is not None and (reason := _silence(found)) is not None:
+        if wanted is not None and wanted != AUTO:
+            raise _no_cluster(found, reason)
+        found = None  # of a cluster that has ended without saying so
     if found is None and wanted == AUTO:
         raise _no_cluster(AUTO, "none runs on this machine")
     return found
+
+
+def _silence(address: str) -> str | None:
+    """Why nobody listens at HOST:PORT, where Ray itself would try for minutes; None where somebody does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        return first_line(error)
+    return None
 
 
 @contextmanager

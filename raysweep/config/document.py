@@ -126,11 +126,18 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         mark = error.problem_mark
         line = "" if mark is None else f":{mark.line + 1}"
         problem = error.problem or error.context or "it cannot be read"
+        if mark is not None and "\t" in _indent(text, mark.line):
+            problem = "a tab indents this line, and YAML takes spaces only"
         raise UsageError(f"no valid YAML: {problem}", where=f"{source}{line}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "reason", None) or "it cannot be read"
         raise UsageError(f"no valid YAML: {problem}", where=source) from None
     return node
+
+
+def _indent(text: str, line: int) -> str:
+    whole = "".join(text.splitlines()[line : line + 1])
+    return whole[: len(whole) - len(whole.lstrip())]
 
 
 def _check_depth(events: Iterator[yaml.Event], source: str) -> None:

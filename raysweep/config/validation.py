@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -118,12 +118,14 @@ def _checked(cls: type[BaseModel], name: str, value: Any, document: Document, pa
             where=document.where(path),
             allowed=allowed,
             nearest=nearest,
-            remedy=_remedy(info.annotation, value),
+            remedy=_remedy(info.annotation, value, allowed),
         ) from None
 
 
-def _remedy(annotation: Any, value: Any) -> str | None:
-    if isinstance(value, bool | int | float) and "str" in str(annotation):
+def _remedy(annotation: Any, value: Any, allowed: str) -> str | None:
+    if isinstance(value, int | float) and 1 < value < 100 and allowed.startswith("a number from 0 to"):
+        return f"write {value} % as {value / 100:g}"
+    if isinstance(value, bool | int | float) and (annotation is str or str in get_args(annotation)):
         return "write text that looks like a number in quotes"
     return None
 

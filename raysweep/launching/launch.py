@@ -143,7 +143,8 @@ def _launch_on_ray(
         make_plans(prepared.models, space, [this_node()])
         for model in prepared.models:
             prepared.retrain_plan(model, [this_node()])
-    progress.stage("Joining the Ray cluster" if joined else "Starting Ray on this machine")
+    other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
+    progress.stage(other if joined else "Starting Ray on this machine")
     importing = importing_tune()
     with connected(joined) as cluster:
         device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"

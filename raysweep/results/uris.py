@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from raysweep.errors import UsageError
+from raysweep.errors import UsageError, nearest_name
 from raysweep.fingerprint import fingerprint
 
 CACHE_VARIABLE = "RAYSWEEP_CACHE"
@@ -37,6 +37,12 @@ def mirror_folder(uri: str) -> Path:
         raise UsageError(
             f"a password stands in the URI of the storage on {parts.hostname}",
             remedy="Give it by the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
+        )
+    if parts.scheme.lower() not in SCHEMES:
+        raise UsageError(
+            f"storage {uri!r} is no folder, and no URI that can be used",
+            allowed="a folder, or a URI of " + ", ".join(f"{known}://" for known in SCHEMES),
+            nearest=nearest_name(parts.scheme.lower(), list(SCHEMES)),
         )
     plain = _plain(parts)
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{parts.scheme}-{parts.netloc}{parts.path}")[:READABLE]

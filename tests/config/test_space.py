@@ -276,3 +276,10 @@ def test_the_protocol_names_what_is_measured_and_not_where_it_lies():
     assert protocols[0]["validation"] == {"samples": 16, "seed": 0, "sequence_length": 64}
     more = SearchSpace.from_text(MINIMAL, ["validation.samples=8"]).evaluation_protocol()
     assert more != SearchSpace.from_text(MINIMAL).evaluation_protocol()
+
+
+def test_frequent_slips_are_told_what_to_write(make_space):
+    with pytest.raises(UsageError, match="write 60 % as 0.6"):
+        make_space(sweep=[{"recovery": "none", "criterion": "wanda", "sparsity": 60}])
+    with pytest.raises(UsageError, match="a tab indents this line"):
+        SearchSpace.from_text("name: x\nsweep:\n\t- recovery: none\n")

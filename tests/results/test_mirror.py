@@ -107,10 +107,17 @@ def test_a_password_lies_in_no_file(machine, tmp_path):
     ("uri", "said"),
     [("s4://bucket/x", "s3://, gs://"), ("file://host/x", "hostname"), ("s3://", "Missing bucket")],
 )
-def test_storages_that_cannot_be(machine, uri, said):
-    machine("a")
+def test_storages_that_cannot_be(monkeypatch, tmp_path, uri, said):
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path))
     with pytest.raises(UsageError, match=said):
         load_results("one", storage=uri)
+
+
+def test_a_uri_that_is_no_storage_makes_no_mirror(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path))
+    with pytest.raises(UsageError):
+        storage_folder("s4://bucket/x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_reach_other_machines(machine, uri, there, trial_row, unit_rows):
