@@ -131,6 +131,10 @@ class SearchSpace:
         points_of = group_points(self.groups[index], index, self.search.num_samples or 1, self.search.seed)
         return (Trial.model_validate(with_seed(point, default_seed)) for point in points_of)
 
+    def placed(self, error: UsageError, path: tuple[str | int, ...]) -> UsageError:
+        """What is wrong with a part of the space, with its file and line."""
+        return relocated(error, self.document, path)
+
     def refusal(self, planned: PlannedTrial, error: UsageError) -> UsageError:
         """What is wrong with a trial (`where` is the field) with file and line of the first group that asks for it."""
         seed = planned.calibration.seed if planned.calibration else 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -111,7 +112,8 @@ class _Preparation:
     def __init__(self, space: SearchSpace, config: ModelConfig, device: str) -> None:
         self.space, self.config = space, config
         self.source = ModelSource(config.path, config.revision, config.trust_remote_code)
-        self.shape = read_shape(self.source, config.dtype)
+        with self._placed("model"):
+            self.shape = read_shape(self.source, config.dtype)
         self.dtype = self.shape.dtype_on_cpu if device == "cpu" else self.shape.dtype_on_device
         self.tokenizer = _Lazy(lambda: load_tokenizer(config.path, config.revision, config.trust_remote_code))
 
@@ -122,12 +124,17 @@ class _Preparation:
         criteria = own_criteria(possible)
         for criterion in criteria.values():
             criterion.check(self.shape)
-        calibrations = {config: self._calibration(config) for config in self.space.calibrations}
+        with self._placed("calibration"):
+            calibrations = {config: self._calibration(config) for config in self.space.calibrations}
         _check_distinct(calibrations)
-        evaluation = {entry.name: self._evaluation(entry) for entry in self.space.evaluation.perplexity}
+        evaluation = {}
+        for place, entry in enumerate(self.space.evaluation.perplexity):
+            with self._placed("evaluation", "perplexity", place):
+                evaluation[entry.name] = self._evaluation(entry)
         asked_by = {trial.data: one for trial, one in possible.items() if trial.data is not None}
         data = {config: self._retraining_text(config, one) for config, one in asked_by.items()}
-        validation = self._validation([*calibrations.values(), *data.values()])
+        with self._placed("validation"):
+            validation = self._validation([*calibrations.values(), *data.values()])
         digest = model_hash(self.source)
         hashes = {f"{EVALUATION_PREFIX}{name}": tokens.content_hash for name, tokens in evaluation.items()}
         if validation is not None:
@@ -185,6 +192,14 @@ class _Preparation:
             {name: own.for_shards for name, own in criteria.items()},
             {tokens.content_hash: tokens for tokens in (*calibrations.values(), *data.values())},
         )
+
+    @contextmanager
+    def _placed(self, *path: str | int) -> Iterator[None]:
+        """Within the context, errors that do not say where get file and line of that part of the space."""
+        try:
+            yield
+        except UsageError as error:
+            raise error if error.where else self.space.placed(error, path) from None
 
     def _check_all(self, possible: Mapping[Trial, PlannedTrial]) -> None:
         for trial, one in possible.items():
