@@ -10,6 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.numbers import MIB, count, decimals_for, fixed
+from raysweep.config.calibration import CALIBRATION_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +109,8 @@ def labeled_columns(table: pd.DataFrame, rows: pd.DataFrame) -> list[ColumnText]
     from raysweep.analysis.table import records, trial_label
 
     by_id = {row["trial_id"]: row for row in records(rows)}
-    labels = [trial_label(by_id[trial_id]) for trial_id in table.index]
+    calibrated = [name for name in CALIBRATION_COLUMNS if name in table and name not in SETTINGS]
+    labels = [_calibrated(trial_label(by_id[row]), by_id[row], calibrated) for row in table.index]
     words = max((len(word) for label in labels for word in label.split()), default=0)
     trial = ColumnText("trial", "trial", labels, right=False, least=max(words, LEAST_LABEL))
     measured = [
@@ -117,6 +119,12 @@ def labeled_columns(table: pd.DataFrame, rows: pd.DataFrame) -> list[ColumnText]
     others = [name for name in map(str, table) if name.startswith("perplexity_")]
     kept = [name for name in map(str, table) if name in (*measured, *others)]
     return [trial, *(_column(table, name) for name in kept)]
+
+
+def _calibrated(label: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A label with what else differs between the calibration sets of a table: such rows do not compare."""
+    told = (f"{name.replace('_', '.', 1)}={row[name]}" for name in names if row[name] is not None)
+    return " ".join([label, *told])
 
 
 def arranged(
@@ -274,7 +282,7 @@ def _print_caption(
     width, dropped = hint
     if dropped:
         gone = ", ".join(column.name for column in dropped)
-        console.print(Text(f"Hidden for want of room ({width} columns): {gone}", style="dim"))
+        console.print(Text(f"Hidden for want of room (a terminal of {width} columns has it): {gone}", style="dim"))
 
 
 def constant_words(constants: Mapping[str, Any]) -> tuple[list[str], list[str]]:

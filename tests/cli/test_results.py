@@ -44,7 +44,7 @@ def test_the_table_of_a_sweep(raysweep, here):
 def test_what_has_no_room_is_named(raysweep, here, monkeypatch):
     write_sweep(here / "raysweep-results" / "a", quickstart_rows())
     narrow = raysweep("results").out
-    assert "Hidden for want of room (86 columns): output_error_calibration" in narrow
+    assert "Hidden for want of room (a terminal of 86 columns has it): output_error_calibration" in narrow
     assert "0.250" not in numbers_of(narrow)
     monkeypatch.setenv("COLUMNS", "120")
     wide = raysweep("results").out
@@ -67,6 +67,19 @@ def test_settings_that_leave_no_room_for_a_cost_are_one_label(raysweep, here):
     for word in ("trainable=lora", "lora_rank=8", "loss=distillation", "standalone", "recovery"):
         assert word in words
     assert "Hidden for want of room" in text
+
+
+def test_labels_tell_calibration_sets_apart(raysweep, here):
+    """Of which rows do not compare; a table that has no room for the column says it in the label."""
+    made = [row(0, "dense"), row(1, "none", calibration_num_samples=16)]
+    made += [
+        row(10, "retrain", learning_rate=3e-4, loss="distillation", calibration_num_samples=32),
+        row(11, "retrain", learning_rate=3e-3, trainable="lora", lora_rank=8, calibration_num_samples=16),
+    ]
+    write_sweep(here / "raysweep-results" / "a", made)
+    words = raysweep("results").out.split()
+    assert words.count("calibration.num_samples=16") == 2
+    assert words.count("calibration.num_samples=32") == 1
 
 
 def test_masks_of_one_or_two_rows_are_parted_by_what_comes_first(raysweep, here):
