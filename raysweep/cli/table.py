@@ -282,7 +282,7 @@ def _print_caption(
     width, dropped = hint
     if dropped:
         gone = ", ".join(column.name for column in dropped)
-        console.print(Text(f"Hidden for want of room (a terminal of {width} columns has it): {gone}", style="dim"))
+        console.print(Text(f"Hidden in less than {width} columns: {gone}", style="dim"))
 
 
 def constant_words(constants: Mapping[str, Any]) -> tuple[list[str], list[str]]:
