@@ -174,6 +174,7 @@ class ModelRun:
         while True:
             proposals = self._proposals(phase, retrained)
             hear = partial(self._hear, proposals)
+            rows = replace(rows, retries=dict(self._lost))
             lost = self.runner.run(group, proposals, rows, self.plan, prepared.space.search, hear)
             if not lost:
                 return
@@ -251,7 +252,6 @@ def _phase_columns(
         "device_name": info.device_name,
         "shards": plan.shards,
         "fallbacks": 0,
-        "retries": 0,
     }
 
 

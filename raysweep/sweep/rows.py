@@ -27,6 +27,7 @@ class RowContext:
 
     folder: of the sweep;  names: of the evaluation entries;  columns: equal in every row
     keep: where the weights of some trials are written, by recovery_id
+    retries: how often trials were begun again, by trial_id
     goes_on: whether units and batches wait in the folder until their trial has its row
     """
 
@@ -35,6 +36,7 @@ class RowContext:
     columns: Mapping[str, Any]
     keep: Mapping[str, Path] = field(default_factory=dict)
     goes_on: bool = True
+    retries: Mapping[str, int] = field(default_factory=dict)
 
     def write(
         self, trial: SweepTrial, outcome: Outcome, rungs: Sequence[Rung], started_at: datetime
@@ -72,6 +74,7 @@ class RowContext:
             **planned_columns(trial.planned),
             **columns,
             **identities,
+            "retries": self.retries.get(trial.trial_id, 0),
             "started_at": started_at,
             "finished_at": now(),
         }

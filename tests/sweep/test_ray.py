@@ -94,6 +94,9 @@ def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_pat
     launch(make_space(execution={"shards": 2}), storage=tmp_path, address=cluster, progress=progress)
     assert sum(text.startswith("Going on with new shards") for text in stages) == 3
     assert rows == ["finished"] * 9
+    again = load_results(tmp_path / "tiny").retries
+    assert again.max() == 1
+    assert 1 <= again.sum() <= 3  # the trials that were in flight when the third one ended
     assert_same_numbers(twin / "tiny", tmp_path / "tiny")
 
 
