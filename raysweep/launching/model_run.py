@@ -123,10 +123,13 @@ class ModelRun:
                 time.sleep(LOOK_FOR_NODES_S)
 
     def _plan_for(self, nodes: Sequence[Node], retrained: bool) -> None:
-        """Raises CapacityError. Numbers are those of one kind of device, so that it stays what it was."""
+        """Numbers are those of one kind of device, so that it stays what it was. Raises CapacityError, and ShardLostError
+        where none is left: a cluster that has ended takes in no other."""
+        if not nodes:
+            raise ShardLostError("the Ray cluster has ended, this process's own node with it")
         on_gpus = self.plan.device == "cuda"
-        if not any(node.gpus or not on_gpus for node in nodes):
-            raise CapacityError("no node with a GPU is left" if on_gpus else "no node is left")
+        if on_gpus and not any(node.gpus for node in nodes):
+            raise CapacityError("no node with a GPU is left")
         used = nodes if on_gpus else [replace(node, gpus=0) for node in nodes]
         (self.plan,) = make_plans([self.model], self.prepared.space, used)
         if not retrained:
