@@ -123,7 +123,7 @@ class ModelRun:
                 time.sleep(LOOK_FOR_NODES_S)
 
     def _plan_for(self, nodes: Sequence[Node], retrained: bool) -> None:
-        """Numbers are those of one kind of device, so that it stays what it was. Raises CapacityError, and ShardLostError
+        """Numbers are those of one kind of device, so that it stays. Raises CapacityError, and ShardLostError
         where none is left: a cluster that has ended takes in no other."""
         if not nodes:
             raise ShardLostError("the Ray cluster has ended, this process's own node with it")
