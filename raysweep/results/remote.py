@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
-from raysweep.errors import RaysweepError, StorageError, UsageError, first_line, nearest_name
-from raysweep.results.uris import SCHEMES, mirrored_uri, sweep_uri
+from raysweep.errors import RaysweepError, StorageError, UsageError, first_line
+from raysweep.results.uris import mirrored_uri, sweep_uri
 
 OBJECT_STORES = ("s3", "gcs", "abfs")  # what is written there appears as a whole, and buckets must be there
 ONE_REQUEST = "allow_delayed_open"
@@ -156,13 +155,8 @@ def _stamp(info: Any) -> Stamp:
 
 
 def _unreachable(uri: str, error: Exception) -> RaysweepError:
-    scheme = urlsplit(uri).scheme
     if isinstance(error, pa.ArrowInvalid):
-        return UsageError(
-            f"storage {uri!r}: {first_line(error)}",
-            allowed="a folder, or a URI of " + ", ".join(f"{known}://" for known in SCHEMES),
-            nearest=None if scheme in SCHEMES else nearest_name(scheme, list(SCHEMES)),
-        )
+        return UsageError(f"storage {uri!r}: {first_line(error)}", remedy="Correct the URI.")
     remedy = "Check the URI, the network and the credentials"
-    remedy += f" ({LOST_KEYS}), and the endpoint (AWS_ENDPOINT_URL)." if scheme == "s3" else "."
+    remedy += f" ({LOST_KEYS}), and the endpoint (AWS_ENDPOINT_URL)." if uri.startswith("s3:") else "."
     return UsageError(f"storage {uri} cannot be reached: {first_line(error)}", remedy=remedy)

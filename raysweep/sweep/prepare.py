@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -140,45 +140,14 @@ class _Preparation:
         if validation is not None:
             hashes[VALIDATION] = validation.content_hash
 
-        @cache
-        def evaluated(recovery: str) -> str:
-            return trial_id(recovery, self.space.evaluation_protocol(), hashes)
-
-        dense = recovery_id(Trial.dense(), model_hash=digest, dtype=self.dtype, calibration_hash=None)
-        dense_id = evaluated(dense)
-
-        def identified(trial: PlannedTrial, number: int) -> SweepTrial:
-            calibration_hash = calibrations[trial.calibration].content_hash if trial.calibration else None
-            own = criteria.get(str(trial.trial.criterion))
-            criterion_hash = own.content_hash if own else None
-            own_data = data.get(trial.trial.data) if trial.trial.data else None
-            hashed = partial(
-                recovery_id,
-                model_hash=digest,
-                dtype=self.dtype,
-                calibration_hash=calibration_hash,
-                criterion_hash=criterion_hash,
-            )
-            recovery = hashed(trial.trial, data_hash=own_data.content_hash if own_data else None)
-            alone = not trial.trial.is_dense and trial.trial.statistics_stream != "recovered"
-            pruned = evaluated(hashed(only_pruned(trial.trial))) if alone else None
-            compared = dense_id, pruned
-            row = evaluated(recovery)
-            if trial.trial.recovery != "retrain" or trial.calibration is None:
-                return SweepTrial(trial, recovery, row, number, *compared)
-            tokens = own_data or calibrations[trial.calibration]
-            return SweepTrial(
-                trial,
-                recovery,
-                row,
-                number,
-                *compared,
-                start_id=hashed(trial.trial.start or only_pruned(trial.trial)),
-                data_hash=tokens.content_hash,
-                data_tokens=len(tokens) * tokens.sequence_length,
-            )
-
-        trials = [identified(trial, first_number + place) for place, trial in enumerate(planned)]
+        identities = _Identities(
+            partial(recovery_id, model_hash=digest, dtype=self.dtype),
+            cache(partial(trial_id, protocol=self.space.evaluation_protocol(), text_hashes=hashes)),
+            calibrations,
+            data,
+            {name: own.content_hash for name, own in criteria.items()},
+        )
+        trials = [identities.of(trial, first_number + place) for place, trial in enumerate(planned)]
         return PreparedModel(
             self.config,
             self.source,
@@ -188,7 +157,7 @@ class _Preparation:
             validation,
             evaluation,
             _phases(trials, studies, calibrations),
-            identified,
+            identities.of,
             {name: own.for_shards for name, own in criteria.items()},
             {tokens.content_hash: tokens for tokens in (*calibrations.values(), *data.values())},
         )
@@ -270,6 +239,49 @@ class _Preparation:
     def _checked(self, tokens: TokenSet) -> TokenSet:
         check_vocabulary(tokens, self.shape.vocabulary)
         return tokens
+
+
+@dataclass(frozen=True)
+class _Identities:
+    """Gives the trials of a model their identities.
+
+    recovery, row: `recovery_id` of this model, and `trial_id` of these texts
+    calibrations, data: token sets by what asks for them;  criteria: hashes of the user's own, by their text
+    """
+
+    recovery: Callable[..., str]
+    row: Callable[[str], str]
+    calibrations: Mapping[CalibrationConfig, TokenSet]
+    data: Mapping[CalibrationConfig, TokenSet]
+    criteria: Mapping[str, str]
+
+    def of(self, planned: PlannedTrial, number: int) -> SweepTrial:
+        trial, calibration = planned.trial, planned.calibration
+        hashed = partial(
+            self.recovery,
+            calibration_hash=self.calibrations[calibration].content_hash if calibration else None,
+            criterion_hash=self.criteria.get(str(trial.criterion)),
+        )
+        own_data = self.data[trial.data] if trial.data else None
+        identity = hashed(trial, data_hash=own_data.content_hash if own_data else None)
+        has_twin = not trial.is_dense and trial.statistics_stream != "recovered"
+        found = SweepTrial(
+            planned,
+            identity,
+            self.row(identity),
+            number,
+            dense_id=self.row(self.recovery(Trial.dense(), calibration_hash=None)),
+            pruned_id=self.row(hashed(only_pruned(trial))) if has_twin else None,
+        )
+        if trial.recovery != "retrain" or calibration is None:
+            return found
+        tokens = own_data or self.calibrations[calibration]
+        return replace(
+            found,
+            start_id=hashed(trial.start or only_pruned(trial)),
+            data_hash=tokens.content_hash,
+            data_tokens=len(tokens) * tokens.sequence_length,
+        )
 
 
 class _Lazy:
