@@ -16,7 +16,7 @@ LOGITS_LIMIT = 1 << 27  # numbers in one piece of logits: half a GiB in float32;
 def window_losses(shard: ModelShard, hidden_BTH: Tensor, ids_BT: Tensor) -> list[float]:
     """Sum of the next-token losses of every window in nats, float64, over its T - 1 targets.
 
-    hidden_BTH: what leaves the last block. Only on the last shard.
+    hidden_BTH: what leaves the last block. Only on a shard with the head.
     """
     losses: list[float] = []
     size = _windows_at_once(shard, tokens=ids_BT.shape[1])

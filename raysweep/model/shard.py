@@ -27,16 +27,19 @@ if TYPE_CHECKING:
 
 
 class ModelShard:
-    """Blocks `start` to `stop` of a model; the first shard also embeds, the last also has the head.
+    """Blocks `start` to `stop` of a model; the first shard also embeds, the last, and others on demand, have the head.
 
     Everything is in evaluation mode and without gradients until a caller asks for them.
     """
 
-    def __init__(self, model: PreTrainedModel, start: int, stop: int, around: Surroundings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, start: int, stop: int, around: Surroundings, head: bool = False
+    ) -> None:
         self.model, self.start, self.stop = model, start, stop
         self.bytes_read = 0
         self._frame = Frame(model, around.tuple_output)
         self.blocks_in_model = len(self._frame.modules)
+        self.has_head = head or self.is_last
         hidden_size: int = model.config.get_text_config().hidden_size
         self.blocks = [
             Block(
@@ -57,9 +60,11 @@ class ModelShard:
         stop: int | None = None,
         dtype: str = "auto",
         device: torch.device | str = "cpu",
+        head: bool = False,
     ) -> ModelShard:
         """Reads the tensors of blocks `start` to `stop` and what the ends of the chain need, no others.
 
+        head: whether it has the last norm and the head also where it is not the last
         Raises UsageError for a model that is not there, is damaged, or has blocks that cannot be pruned.
         """
         device = torch.device(device)
@@ -70,10 +75,10 @@ class ModelShard:
         for index in range(start, stop):  # refuses what cannot be pruned before anything is read
             block_linears(modules[index], f"{name}.{index}")
         around = survey(model)
-        stored, owned = tensor_names(model, checkpoint), _owned(model, around, start, stop)
+        stored, owned = tensor_names(model, checkpoint), _owned(model, around, start, stop, head)
         materialize(model, {own: stored[own] for own in stored if own in owned}, checkpoint, device)
         _fill_the_rest(model, device)
-        shard = cls(model, start, stop, around)
+        shard = cls(model, start, stop, around, head)
         shard.bytes_read = checkpoint.bytes_read
         return shard
 
@@ -103,7 +108,7 @@ class ModelShard:
         return self._frame.embed(ids_BT.to(self.device))
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
-        """What the model makes of the last block's output, (B, T, V). Only on the last shard."""
+        """What the model makes of the last block's output, (B, T, V). Only on a shard with the head."""
         return self._frame.logits(hidden_BTH)
 
     @property
@@ -114,14 +119,14 @@ class ModelShard:
         return self._frame.block_arguments(samples, tokens, self._parameter)[index]
 
 
-def _owned(model: PreTrainedModel, around: Surroundings, start: int, stop: int) -> set[str]:
+def _owned(model: PreTrainedModel, around: Surroundings, start: int, stop: int, head: bool) -> set[str]:
     """Names of the tensors that the shard reads: of its blocks, and what its place in the chain needs."""
     name, modules = find_blocks(model)
     blocks = tuple(f"{name}.{index}." for index in range(start, stop))
     outside: set[str] = set()
     if start == 0:
         outside |= around.before
-    if stop == len(modules):
+    if stop == len(modules) or head:
         outside |= around.after
     tensors = model.state_dict(keep_vars=True)
     return {name for name in tensors if name.startswith(blocks) or name.rpartition(".")[0] in outside}

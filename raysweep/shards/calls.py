@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from raysweep.shards.group_info import GroupInfo, Ref, ShardGroup, TextInfo
@@ -14,6 +14,9 @@ CALLS_AHEAD = (
 
 Call = tuple[str, tuple[Any, ...], str]
 """Method, arguments and label."""
+
+Stop = tuple[int, str, tuple[Any, ...]]
+"""Of a batch on its way: shard, method, and arguments that come first."""
 
 
 class Calls:
@@ -77,24 +80,30 @@ class Calls:
         *lead: Any,
         shards: range | None = None,
     ) -> Iterator[tuple[str, Any]]:
-        """Passes texts through shards that follow one another; yields what the last one says, batch by batch, each with
-        the name of its text.
+        """Passes texts through shards that follow one another, with the same method of each; yields like `routed`."""
+        route = [(shard, method, lead) for shard in (range(self.info.shards) if shards is None else shards)]
+        return self.routed(texts, lambda text: route)
 
-        Each call is `method(*lead, text, start, stop, hidden)`, with what the shard before gave. Several batches are on
+    def routed(
+        self, texts: Iterable[TextInfo], route: Callable[[TextInfo], Sequence[Stop]]
+    ) -> Iterator[tuple[str, Any]]:
+        """Sends every batch on the way that `route` tells when its turn comes; yields what the last stop says, batch by
+        batch, each with the name of its text.
+
+        Each call is `method(*lead, text, start, stop, hidden)`, with what the stop before gave. Several batches are on
         their way at once, so that every shard works on another one; what is there is yielded before more is asked for.
         """
-        shards = range(self.info.shards) if shards is None else shards
         ahead: deque[tuple[str, list[Ref]]] = deque()
         for text in texts:
             for start, stop in text.batches:
                 refs: list[Ref] = [None]
-                for shard in shards:
+                for shard, method, lead in route(text):
                     arguments = (*lead, text.name, start, stop, refs[-1])
                     label = f"{method.replace('_', ' ')} {text.name}[{start}:{stop}]"
                     refs.append(self.submit(shard, method, *arguments, label=label))
                 ahead.append((text.name, refs[1:]))
                 while ahead and (
-                    len(ahead) > CALLS_AHEAD * len(shards) or self.group.is_there(ahead[0][1][-1])
+                    len(ahead) > CALLS_AHEAD * len(refs) or self.group.is_there(ahead[0][1][-1])
                 ):
                     yield self._taken(*ahead.popleft())
         while ahead:

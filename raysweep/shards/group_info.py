@@ -14,7 +14,8 @@ TRIAL_CPUS = 0.01  # that a trial's process reserves: it waits for the shards ne
 class ShardSpec:
     """Everything that a worker needs to find its part of the model by itself, also after a restart.
 
-    start, stop: its blocks;  dtype: resolved;  device: cpu or cuda;  threads: of the CPU, for one operation
+    start, stop: its blocks;  head: whether it has the head though it is not the last
+    dtype: resolved;  device: cpu or cuda;  threads: of the CPU, for one operation
     knowledge_bytes: how much of what it has worked out it may keep
     stored_on_device: whether it keeps activations on its device;  compiles: whether it compiles training there
     traces: whether it notes what it does when
@@ -26,6 +27,7 @@ class ShardSpec:
     dtype: str
     start: int
     stop: int
+    head: bool = False
     device: str = "cpu"
     threads: int = 1
     knowledge_bytes: int = 2 << 30
@@ -60,7 +62,7 @@ class UnitSpan:
 class GroupInfo:
     """A shard group as its trials see it.
 
-    ranges: blocks (start, stop) of every shard
+    ranges: blocks (start, stop) of every shard;  heads: shards with the head, whose turn it is batch by batch
     units: by granularity, in the order of the model
     texts: by name; those that are kept (calibration, validation) and those that are evaluated on
     """
@@ -70,6 +72,7 @@ class GroupInfo:
     texts: Mapping[str, TextInfo]
     device_name: str
     prunable: Mapping[str, int]
+    heads: tuple[int, ...]
 
     @property
     def shards(self) -> int:

@@ -114,18 +114,24 @@ class ShardMemory:
         return replace(self, kept=min(sum(by_block), max(limit, largest) + largest))
 
 
-def shard_memory(model: ModelShape, start: int, stop: int, dtype: str, work: Workload) -> ShardMemory:
-    """The least that the shard with blocks `start` to `stop` works with, keeping one block's inputs and factors."""
+def shard_memory(
+    model: ModelShape, start: int, stop: int, dtype: str, work: Workload, head: bool = False
+) -> ShardMemory:
+    """The least that the shard with blocks `start` to `stop` works with, keeping one block's inputs and factors.
+
+    head: whether it has the head; the last shard always does
+    """
     blocks, size = model.blocks[start:stop], SIZES[dtype]
-    ends = (start == 0) + (stop == len(model.blocks))
+    has_head = head or stop == len(model.blocks)
+    vocabularies = (start == 0) + has_head
     parameters = sum(block.parameters for block in blocks)
     return ShardMemory(
-        weights=(parameters + ends * model.vocabulary_parameters) * size,
+        weights=(parameters + vocabularies * model.vocabulary_parameters) * size,
         activations=_activation_bytes(model, len(blocks), size, work),
         statistics=len(work.texts) * sum(_gram_bytes(block) for block in blocks),
         trials=2 * work.concurrent_trials * parameters * size,
         recovery=_largest_recovery(blocks, model, size, work) if work.recovery else 0,
-        evaluation=_evaluation_bytes(model, size, work, last=stop == len(model.blocks)),
+        evaluation=_evaluation_bytes(model, size, work, has_head),
         masks=(work.masks + size * work.updated) * sum(_prunable(block) for block in blocks),
         factoring=_factoring_bytes(blocks, work),
         kept=0,
@@ -206,11 +212,13 @@ def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workl
     return state + int(tokens * size * (_saved_per_token(block, model) + given))
 
 
-def _evaluation_bytes(model: ModelShape, size: int, work: Workload, last: bool) -> int:
+def _evaluation_bytes(model: ModelShape, size: int, work: Workload, has_head: bool) -> int:
     tokens = max(2048, work.evaluation_tokens)
     widest = max(outputs for block in model.blocks for outputs, _ in block.linears.values())
     logits = (
-        min(tokens * model.vocabulary, max(1 << 27, work.evaluation_tokens * model.vocabulary)) if last else 0
+        min(tokens * model.vocabulary, max(1 << 27, work.evaluation_tokens * model.vocabulary))
+        if has_head
+        else 0
     )
     return tokens * 4 * widest * size + 3 * 4 * logits
 

@@ -47,9 +47,15 @@ class ShardPlan:
     def shards(self) -> int:
         return len(self.ranges)
 
+    @property
+    def heads(self) -> frozenset[int]:
+        """Shards that have the last norm and the head. On CPUs both ends of the chain, since a head is worth several
+        blocks there; a GPU is done with it before hidden states would have left for another one."""
+        return frozenset({0, self.shards - 1} if self.device == "cpu" else {self.shards - 1})
+
 
 def even_ranges(blocks: int, shards: int) -> tuple[tuple[int, int], ...]:
-    """Contiguous ranges as equal as can be. The last shards, which also hold the head, get the smaller ones."""
+    """Contiguous ranges as equal as can be. The last shards, of which one holds the head, get the smaller ones."""
     size, larger = divmod(blocks, shards)
     ends = [0]
     for shard in range(shards):
@@ -156,7 +162,10 @@ def _with_memory(
 ) -> ShardPlan:
     """The plan with its memory; `fewer`: with as many fewer trials in flight as it takes to fit."""
     work = replace(work, concurrent_trials=plan.concurrent_trials)
-    shards = (shard_memory(model, start, stop, plan.dtype, work) for start, stop in plan.ranges)
+    shards = (
+        shard_memory(model, start, stop, plan.dtype, work, head=shard in plan.heads)
+        for shard, (start, stop) in enumerate(plan.ranges)
+    )
     least = replace(
         plan, memory=tuple(replace(memory, stored_on_device=plan.stored_on_device) for memory in shards)
     )

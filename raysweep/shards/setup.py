@@ -62,6 +62,7 @@ def shard_specs(plan: ShardPlan, source: ModelSource, traces: bool = False) -> l
             dtype=plan.dtype,
             start=start,
             stop=stop,
+            head=shard in plan.heads,
             device=plan.device,
             threads=plan.threads,
             knowledge_bytes=plan.knowledge_bytes,
@@ -69,7 +70,7 @@ def shard_specs(plan: ShardPlan, source: ModelSource, traces: bool = False) -> l
             compiles=plan.compiles,
             traces=traces,
         )
-        for start, stop in plan.ranges
+        for shard, (start, stop) in enumerate(plan.ranges)
     ]
 
 
@@ -108,7 +109,7 @@ def _all(group: ShardGroup, method: str, *arguments: Any) -> list[Any]:
 
 
 def _set_text(group: OwnedGroup, name: str, ids_ST: Ids) -> TextInfo:
-    """Only the first shard embeds tokens and only the last compares with them."""
+    """Only the first shard embeds tokens and only the ends of the chain compare with them."""
     for shard in {0, group.shards - 1}:
         group.result(group.submit(shard, 0, "set_text", name, ids_ST))
     samples, tokens = ids_ST.shape
@@ -153,4 +154,5 @@ def _describe(
         prunable={
             name: outputs * inputs for b in model.blocks for name, (outputs, inputs) in b.linears.items()
         },
+        heads=tuple(shard for shard in reversed(range(group.shards)) if facts[shard]["has_head"]),
     )

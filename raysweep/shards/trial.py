@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from raysweep.config.trial import Trial
 from raysweep.errors import NumericalError, RaysweepError, ShardLostError
 from raysweep.fingerprint import fingerprint
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
-from raysweep.shards.calls import Calls
-from raysweep.shards.group_info import EVALUATION_PREFIX, GroupInfo, ShardGroup
+from raysweep.shards.calls import Calls, Stop
+from raysweep.shards.group_info import EVALUATION_PREFIX, GroupInfo, ShardGroup, TextInfo
 from raysweep.shards.measured import MeasuredBatches
 from raysweep.shards.outcome import (
     PHASES,
@@ -334,7 +335,7 @@ class _Run:
         Batches that are not known yet pass through the chain, several at once; every shard works on another one.
         """
         wanted = [known.missing(self.info.texts[text]) for text in texts]
-        for _, batch in self.calls.along(wanted, "forward", weights):
+        for _, batch in self.calls.routed(wanted, self._evaluation_route(weights)):
             known.add(batch)
         batches = [batch for text in texts for batch in known.of_text(self.info.texts[text])]
         finished, cost = self._finish(weights or DENSE_KEY), evaluation_cost(batches)
@@ -343,6 +344,17 @@ class _Run:
             return quality, [*finished, cost]
         self._evaluations.append(cost)
         return quality, [*finished, *self._evaluations]
+
+    def _evaluation_route(self, weights: str | None) -> Callable[[TextInfo], list[Stop]]:
+        """Batches through all shards; those that have the head take turns with it."""
+        turns, last = itertools.cycle(self.info.heads), self.info.shards - 1
+
+        def route(text: TextInfo) -> list[Stop]:
+            head = last if text.name == CALIBRATION else next(turns)
+            stops = [(shard, "forward", (weights, head == last)) for shard in range(self.info.shards)]
+            return stops if head == last else [*stops, (head, "measure", (weights,))]
+
+        return route
 
     def _batches(self, what: str, made_of: Sequence[Mapping[str, Any]]) -> MeasuredBatches:
         """Of an evaluation of the trial. made_of: rows whose numbers tell its weights from others"""

@@ -58,7 +58,7 @@ class ShardWorker:
             torch.set_num_threads(spec.threads)
         self.spec = spec
         source = ModelSource(spec.model_path, spec.revision, spec.trust_remote_code)
-        self.shard = ModelShard.load(source, spec.start, spec.stop, spec.dtype, spec.device)
+        self.shard = ModelShard.load(source, spec.start, spec.stop, spec.dtype, spec.device, spec.head)
         self.blocks = BlockRange(self.shard, spec.knowledge_bytes)
         self.blocks.compiles = spec.compiles
         if spec.stored_on_device:
@@ -80,6 +80,7 @@ class ShardWorker:
             "host": platform.node(),
             "device_name": _device_name(self.shard.device),
             "bytes_read": self.shard.bytes_read,
+            "has_head": self.shard.has_head,
             "units": {
                 name: [UnitSpan(unit.name, unit.start, unit.stop) for unit in units_in(self.blocks, name)]
                 for name in granularities
@@ -353,13 +354,19 @@ class ShardWorker:
     # Evaluation
 
     def forward(
-        self, name: str | None, text: str, start: int, stop: int, before: tuple[Any, BatchMeasures] | None
+        self,
+        name: str | None,
+        ends_here: bool,
+        text: str,
+        start: int,
+        stop: int,
+        before: tuple[Any, BatchMeasures] | None,
     ) -> Any:
         """Passes a batch through the blocks with the weights of `name` (None: dense).
 
+        ends_here: whether the last shard goes on to the losses, and returns what is measured alone
         before: what the shard before returned. Returns hidden states for the next shard, or AS_DENSE, and what is
-        measured so far; the last shard that alone. The calibration set is only compared with the dense model's
-        activations.
+        measured so far. The calibration set is only compared with the dense model's activations.
         """
         watch, rows = Stopwatch(self.shard.device), slice(start, stop)
         hidden, measures = before or (None, BatchMeasures(text, start, stop))
@@ -367,14 +374,25 @@ class ShardWorker:
         with self.blocks.using_outside(name):
             incoming = None if self._is_as_dense(name, text, hidden) else self._incoming(text, rows, hidden)
             hidden_BTH, errors = self.blocks.forward(name, text, rows, incoming)
-            if not self.shard.is_last:
-                hidden = AS_DENSE if hidden_BTH is None else to_wire(hidden_BTH)
-            elif text != CALIBRATION:
+            if self.shard.is_last and text != CALIBRATION:
                 if hidden_BTH is None:
                     hidden_BTH = self.blocks.dense_output(text, rows)
-                losses = window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+                if ends_here:
+                    losses = window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+        is_over = self.shard.is_last and ends_here
+        hidden = None if is_over else AS_DENSE if hidden_BTH is None else to_wire(hidden_BTH)
         measures = measures.and_then(losses, errors, watch.seconds())
-        return measures if self.shard.is_last else (hidden, measures)
+        return measures if is_over else (hidden, measures)
+
+    def measure(
+        self, name: str | None, text: str, start: int, stop: int, before: tuple[Any, BatchMeasures]
+    ) -> BatchMeasures:
+        """Ends the way of a batch that has passed all blocks: the head with the weights of `name`, and the losses."""
+        watch, (hidden, measures) = Stopwatch(self.shard.device), before
+        hidden_BTH = from_wire(hidden, self.shard.dtype).to(self.shard.device)
+        with self.blocks.using_outside(name):
+            losses = window_losses(self.shard, hidden_BTH, self._ids[text][start:stop])
+        return measures.and_then(losses, {}, watch.seconds())
 
     def finish(self, name: str) -> dict[str, Any]:
         """What this shard knows of the work under a name: busy seconds by phase, zeros among its weights; and of kept

@@ -74,6 +74,21 @@ def test_one_shard_takes_inputs_of_several_shapes_in_turn(tiny_llama):
         assert torch.equal(chain_logits(shards, ids), whole_logits(tiny_llama, ids))
 
 
+@families
+def test_any_shard_can_have_the_head(chain, family_folder, family):
+    folder, known = family_folder(family), FAMILIES[family]
+    shards = [ModelShard.load(ModelSource(str(folder)), start, start + 1, head=True) for start in (0, 1)]
+    assert [shard.has_head for shard in chain(family, (0, 1, 2, 3))] == [False, False, True]
+    ids = token_ids(2, 16)
+    with torch.no_grad():
+        hidden = shards[0].embed(ids)
+        for shard in chain(family, (0, 1, 2, 3)):
+            hidden = shard.blocks[0].run(hidden)
+    for shard in shards:
+        assert torch.equal(shard.logits(hidden), whole_logits(folder, ids))
+        assert shard.bytes_read == needed_bytes(folder, known, shard.start, shard.stop, head=True)
+
+
 # What is read: bytes by tensor name, from the header of the file as its specification has it
 
 
@@ -88,10 +103,10 @@ def stored_bytes(folder: Path) -> dict[str, int]:
     }
 
 
-def needed_bytes(folder: Path, known: Family, start: int, stop: int) -> int:
-    """Of the blocks, of the modules before them for the first shard, of those after them for the last."""
+def needed_bytes(folder: Path, known: Family, start: int, stop: int, head: bool = False) -> int:
+    """Of the blocks, of the modules before them for the first shard, of those after them for one with the head."""
     modules = [f"{known.blocks}.{index}" for index in range(start, stop)]
-    modules += known.first * (start == 0) + known.last * (stop == BLOCKS)
+    modules += known.first * (start == 0) + known.last * (head or stop == BLOCKS)
     if known.tied:
         modules = [known.first[0] if module == known.last[-1] else module for module in modules]
     stored = stored_bytes(folder)

@@ -40,7 +40,7 @@ def test_ranges_cover_every_block_once_and_differ_by_at_most_one(blocks, shards)
     assert [index for start, stop in ranges for index in range(start, stop)] == list(range(blocks))
     sizes = [stop - start for start, stop in ranges]
     assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True)  # the last shard has the head as well
+    assert sizes == sorted(sizes, reverse=True)  # the last shard has a head, the first not always
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,18 @@ def test_shards_leave_room_for_the_processes_of_trials(cpus, shards, threads):
     assert plan.cpus * shards + plan.concurrent_trials * TRIAL_CPUS <= cpus
     assert plan.cpus < 1 or plan.cpus == int(plan.cpus)  # Ray refuses 1.5 CPUs
     assert plan.shares_cores == (shards * threads > cpus)
+
+
+def test_both_ends_of_the_chain_have_the_head_on_cpus_and_room_for_it():
+    shape = model()
+    alone = make_plan(shape, [Node(1, 0, 64 * GIB)], WORK, "float32")
+    first, middle, last = make_plan(shape, [Node(3, 0, 64 * GIB)], WORK, "float32", shards=3).memory
+    assert first.evaluation == last.evaluation == alone.memory[0].evaluation > middle.evaluation
+    head = shape.vocabulary_parameters * 4
+    assert first.weights == middle.weights + 2 * head == last.weights + head
+    on_gpus = make_plan(shape, [Node(8, 2, 64 * GIB, 64 * GIB)], WORK, "bfloat16", shards=2)
+    assert on_gpus.heads == {1}
+    assert on_gpus.memory[0].evaluation < on_gpus.memory[1].evaluation
 
 
 def test_automatic_shards_fill_the_cores_or_the_gpus_but_never_split_a_block():

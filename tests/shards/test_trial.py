@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from raysweep.cluster.nodes import Node
+from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.shards import trial as trials
 from raysweep.shards.local import LocalGroup
 from raysweep.shards.outcome import Rung
 from raysweep.shards.plan import make_plan
 from raysweep.shards.setup import set_up, shard_specs
+from raysweep.shards.worker import ShardWorker
 from raysweep.sweep.planning import workload
 from raysweep.sweep.prepare import prepare
 
@@ -46,6 +48,38 @@ def test_rungs_change_no_number_and_count_as_costs(prepared, monkeypatch):
     assert rungs[1].cost["seconds_evaluation"] == pytest.approx(spent[0] + spent[1])
     for name in ("perplexity", "validation_perplexity", "output_error_calibration", "unit_error_after"):
         assert last.columns[name] == whole.columns[name]
+
+
+def test_shards_with_the_head_take_turns(prepared, monkeypatch):
+    model, (phase,) = prepared, prepared.phases
+    texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
+    trial = next(one for one in phase.trials if one.trial.recovery == "reconstruct").trial
+    measured: list[tuple[bool, str, int, int]] = []
+    measure = ShardWorker.measure
+
+    def noting(worker, name, text, start, stop, before):
+        measured.append((worker.shard.is_first, text, start, stop))
+        return measure(worker, name, text, start, stop, before)
+
+    monkeypatch.setattr(ShardWorker, "measure", noting)
+    monkeypatch.setattr(
+        ShardWorker, "text_batches", lambda _, samples, __: [(k, k + 1) for k in range(samples)]
+    )
+    found = []
+    for shards in (1, 2, 3):
+        plan = make_plan(model.shape, [NODE], workload(model), model.dtype, shards=shards)
+        with LocalGroup(shard_specs(plan, model.source)) as group:
+            info = set_up(group, plan.ranges, texts, ["block"], model.shape)
+            assert info.heads == ((0,), (1, 0), (2, 0))[shards - 1]
+            outcome = trials.run_trial(group, trial, "alone", 0)
+        found.append({name: value for name, value in outcome.columns.items() if "perplexity" in name})
+        batches = sum(len(text.batches) for name, text in info.texts.items() if name != CALIBRATION)
+        evaluations = 3  # dense, pruned and recovered
+        assert len(measured) == (0 if shards == 1 else evaluations * (batches // 2))
+        assert all(is_first for is_first, *_ in measured)
+        measured.clear()
+    assert batches > 2
+    assert found[0] == found[1] == found[2]
 
 
 def test_trials_know_the_models_that_they_are_compared_with(make_space, tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def test_errors_of_shards_arrive_as_what_they_are(tiny_llama, cluster):
     try:
         with RayGroup.start("errors", [spec], Resources(0.5), timeout_s=120) as group:
             with pytest.raises(RaysweepError, match="KeyError"):
-                group.result(group.submit(0, 0, "forward", "unknown trial", "text", 0, 1, None))
+                group.result(group.submit(0, 0, "forward", "unknown trial", True, "text", 0, 1, None))
             assert group.result(group.submit(0, 0, "text_batches", 3, 2048)) == [(0, 1), (1, 2), (2, 3)]
             group.submit(0, 0, "release", "nobody")
             ray.kill(group.actors[0])
