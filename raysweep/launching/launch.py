@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,8 @@ def launch(
     folder = checked_folder(loaded, storage)
     if in_process:
         prepared = prepare_launch(loaded, folder, device_here(), in_process, retry_failed)
-        _run(prepared, InProcess(), progress, fail_fast)
+        with _in_hand(folder) as held:
+            _run(_with_rows(prepared), InProcess(), held, progress, fail_fast)
     else:
         _launch_on_ray(loaded, folder, address, progress, retry_failed, fail_fast)
     return load_results(folder)
@@ -83,8 +85,12 @@ def prepare_launch(
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
     refuse_where_held(folder)
     _check_scheduler(space, in_process)
-    rows = trial_rows(folder) if folder.exists() else {}
-    return Launch(space, folder, prepare(space, device), rows, retry_failed)
+    return _with_rows(Launch(space, folder, prepare(space, device), {}, retry_failed))
+
+
+def _with_rows(prepared: Launch) -> Launch:
+    """With those that are there now: another launch may have brought some in the meantime."""
+    return replace(prepared, rows=trial_rows(prepared.folder) if prepared.folder.exists() else {})
 
 
 def _check_scheduler(space: SearchSpace, in_process: bool) -> None:
@@ -137,24 +143,48 @@ def _launch_on_ray(
     joined = running_address(address)
     prepared = prepare_launch(space, folder, device_here(), retry_failed=retry_failed)
     if not prepared.to_run:
+        if lags(folder):
+            with launch_lock(folder):
+                push(folder)  # what the launch that ran them could not
         _say_done(prepared, progress)
         return
     if joined is None:
         make_plans(prepared.models, space, [this_node()])
         for model in prepared.models:
             prepared.retrain_plan(model, [this_node()])
-    other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
-    progress.stage(other if joined else "Starting Ray on this machine")
-    importing = importing_tune()
-    with connected(joined) as cluster:
-        device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
-        if device != device_here():
-            prepared = prepare_launch(space, folder, device, retry_failed=retry_failed)
-        _run(prepared, OnRay(cluster, importing), progress, fail_fast)
+    with _in_hand(folder) as held:
+        other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
+        progress.stage(other if joined else "Starting Ray on this machine")
+        importing = importing_tune()
+        with connected(joined) as cluster:
+            device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
+            if device != device_here():
+                prepared = replace(prepared, models=prepare(space, device))
+            _run(_with_rows(prepared), OnRay(cluster, importing), held, progress, fail_fast)
 
 
-def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) -> None:
+@contextmanager
+def _in_hand(folder: Path) -> Iterator[Callable[[], None]]:
+    """The sweep is this process's within the context, and can be asked to end. Yields what `launch_lock` does.
+
+    Folders in which nothing came to be are gone afterwards.
+    """
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with launch_lock(folder) as held, stoppable(folder):
+            yield held
+    finally:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
+
+
+def _run(
+    prepared: Launch, runner: Runner, held: Callable[[], None], progress: Progress, fail_fast: bool
+) -> None:
     if not prepared.to_run:
+        push(prepared.folder)
         _say_done(prepared, progress)
         return
     nodes = runner.nodes()
@@ -162,12 +192,7 @@ def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) 
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
     if any(retrain_plans) and len(nodes) > 1:
         refuse_mirror_of_one_node(prepared.folder)
-    prepared.folder.mkdir(parents=True, exist_ok=True)
-    with (
-        launch_lock(prepared.folder) as held,
-        pushing(prepared.folder, held) as check,
-        stoppable(prepared.folder),
-    ):
+    with pushing(prepared.folder, held) as check:
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
         tracing = progress if isinstance(progress, Tracing) else None
@@ -183,9 +208,6 @@ def _run(prepared: Launch, runner: Runner, progress: Progress, fail_fast: bool) 
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:
-    if lags(prepared.folder):  # the launch that has run them could not push to the end
-        with launch_lock(prepared.folder):
-            push(prepared.folder)
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
     progress.end()
 

@@ -30,6 +30,12 @@ def test_what_a_pattern_means(pattern, meant):
     assert matches(pattern, NAME) == meant
 
 
+def test_a_pattern_that_would_match_for_ever_is_refused():
+    pattern = check_name_pattern(r"re:(?:.|..)+$(?<=!)")
+    with pytest.raises(UsageError, match="too many ways"):
+        matches(pattern, f"{NAME}.{NAME}")
+
+
 @pytest.mark.parametrize("pattern", ["", "re:", "re:(", "re:*"])
 def test_what_is_no_pattern(pattern):
     with pytest.raises(UsageError, match="no pattern of names"):

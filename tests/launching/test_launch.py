@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raysweep.errors import NumericalError, UsageError
+from raysweep.errors import NumericalError, RaysweepError, UsageError
 from raysweep.launching.launch import launch
 from raysweep.launching.progress import Silent
 from raysweep.reconstruction import range as block_range
-from raysweep.results.lock import launch_lock
+from raysweep.results.lock import holder_of, launch_lock
 from raysweep.results.reader import load_results, load_units
 from raysweep.results.state import SweepState
 from raysweep.shards.local import LocalGroup
@@ -256,6 +258,26 @@ def test_a_second_launch_of_a_running_sweep_is_refused(make_space, tmp_path):
     ):
         launched(make_space(), tmp_path)
     assert not (tmp_path / "tiny" / "trials").exists()
+
+
+def test_a_sweep_is_in_hand_before_ray_starts_and_leaves_nothing_where_it_does_not(
+    make_space, tmp_path, monkeypatch
+):
+    folder = tmp_path / "storage" / "tiny"
+    seen: list[bool] = []
+
+    @contextmanager
+    def failing(address: str | None) -> Iterator[None]:
+        holder = holder_of(folder)
+        seen.append(holder is not None and holder.pid == os.getpid())
+        raise RaysweepError("planted")
+        yield
+
+    monkeypatch.setattr("raysweep.cluster.connect.connected", failing)
+    with pytest.raises(RaysweepError, match="planted"):
+        launch(make_space(), storage=folder.parent, address="local")
+    assert seen == [True]
+    assert not folder.parent.exists()
 
 
 def test_the_state_of_a_process_that_is_gone_refuses_nothing(make_space, tmp_path):
