@@ -26,7 +26,7 @@ def note(*words: object) -> None:
 def watch(module: ModuleType) -> None:
     note("shard", "-", "-", 0)
     worker = module.ShardWorker  # type: ignore[attr-defined]
-    recover, forward = module.recover_unit, worker.forward  # type: ignore[attr-defined]
+    recover, forward, measure = module.recover_unit, worker.forward, worker.measure  # type: ignore[attr-defined]
     begin_training, end_training = worker.begin_training, worker.end_training
 
     def noting(blocks: Any, name: str, trial: Any, unit: str, recovered: Any = None) -> Any:
@@ -47,17 +47,29 @@ def watch(module: ModuleType) -> None:
         note("end-unit", name, part_of(self, name), cost.steps)
         return cost
 
-    def noting_batch(self: Any, name: Any, text: str, start: int, stop: int, *more: Any) -> Any:
-        batch = f"{text}[{start}:{stop}]"
+    def noting_batch(
+        self: Any, name: Any, ends_here: bool, text: str, start: int, stop: int, *more: Any
+    ) -> Any:
         if self.shard.is_last:
-            note("begin-batch", model_of(name), batch, 0)
-        found = forward(self, name, text, start, stop, *more)
-        if self.shard.is_last:
-            note("end-batch", model_of(name), batch, (stop - start) * self._ids[text].shape[1])
+            note("begin-batch", model_of(name), f"{text}[{start}:{stop}]", 0)
+        found = forward(self, name, ends_here, text, start, stop, *more)
+        if self.shard.is_last and ends_here:
+            note_end(self, name, text, start, stop)
+        return found
+
+    def noting_measure(self: Any, name: Any, text: str, start: int, stop: int, before: Any) -> Any:
+        found = measure(self, name, text, start, stop, before)
+        note_end(self, name, text, start, stop)
         return found
 
     module.recover_unit, worker.forward = noting, noting_batch  # type: ignore[attr-defined]
+    worker.measure = noting_measure
     worker.begin_training, worker.end_training = noting_begin, noting_end
+
+
+def note_end(worker: Any, name: Any, text: str, start: int, stop: int) -> None:
+    tokens = (stop - start) * worker._ids[text].shape[1]
+    note("end-batch", model_of(name), f"{text}[{start}:{stop}]", tokens)
 
 
 def model_of(name: str | None) -> str:
