@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def _connect(address: str | None) -> Any:
     try:
         with _sigterm_answered_as_before():
             return ray.init(
-                address=address or LOCAL,
+                address=_as_ray_is_told(address),
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -109,9 +109,20 @@ def _connect(address: str | None) -> Any:
             raise
         raise UsageError(
             f"the Ray cluster at {address!r} cannot be joined: {' '.join(str(error).split())[:400]}",
-            allowed="a cluster with this Python and this version of Ray",
+            allowed="a cluster with this Python and this version of Ray; where it asks for a token, "
+            "RAY_AUTH_MODE=token and the token in ~/.ray/auth_token",
             remedy="Use --address local for one of your own.",
         ) from error
+
+
+def _as_ray_is_told(address: str | None) -> str:
+    """The cluster of this machine as `auto`: to that one Ray shows the user's token unasked, to an address never."""
+    if address is None:
+        return LOCAL
+    with suppress(ValueError, OSError):
+        if not os.environ.get("RAY_ADDRESS") and canonicalize_bootstrap_address(AUTO) == address:
+            return AUTO
+    return address
 
 
 @contextmanager

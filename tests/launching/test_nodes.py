@@ -49,7 +49,12 @@ def launched(space, storage: Path, address: str) -> Iterator[subprocess.Popen[st
     (storage / "space.yaml").write_text(space.resolved_yaml())
     command = [sys.executable, "-m", "raysweep", "launch", str(storage / "space.yaml")]
     command += ["--storage", str(storage), "--address", address, "--json"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # without RAY_ADDRESS and the like; whether there is a token is what the cluster was started with
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("RAY_") or name == "RAY_AUTH_MODE"
+    }
     with open(storage / "launch.txt", "w") as words:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=words, text=True
