@@ -128,6 +128,24 @@ def plan(
 
 @app.command()
 @guarded
+def doctor(
+    space: Space = DEFAULT_SPACE,
+    settings: Settings = None,
+    storage: Storage = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> int:
+    """Check what a sweep needs, here and on every node of the cluster: versions, model, storage, memory, ports, clocks.
+
+    Starts nothing and leaves nothing. Exit status: 0 nothing is wrong, 1 something is, with what mends it.
+    """
+    from raysweep.cli.doctor import run_doctor
+
+    return run_doctor(space, settings or [], storage, address, as_json)
+
+
+@app.command()
+@guarded
 def status(name: MaybeSweep = None, storage: Storage = None, as_json: Json = False) -> None:
     """Show running and finished sweeps: state, trials, time left."""
     from raysweep.cli.status import run_status

@@ -24,6 +24,7 @@ from raysweep.errors import UsageError, first_line
 LOCAL, AUTO = "local", "auto"
 ANSWER_S = 5.0  # that a cluster has to take a connection
 NAMESPACE = "raysweep"
+REFUSES = "refuses"  # what we say of a cluster that wants another token
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,32 @@ def _connect(address: str | None) -> Any:
                 logging_level=logging.WARNING,
             )
     except ray.exceptions.AuthenticationError as error:
-        raise UsageError(
-            f"the Ray cluster at {address or LOCAL!r} refuses this process: {first_line(error)}",
-            remedy="Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token.",
-        ) from error
+        raise _refused(address, first_line(error)) from error
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise
+        if any("InvalidAuthToken" in said for said in _causes(error)):
+            raise _refused(address, "it asks for another token") from error
         raise UsageError(
             f"the Ray cluster at {address!r} cannot be joined: {' '.join(str(error).split())[:400]}",
-            allowed="a cluster with this Python and this version of Ray; where it asks for a token, "
-            "RAY_AUTH_MODE=token and the token in ~/.ray/auth_token",
+            allowed="a cluster with this Python and this version of Ray",
             remedy="Use --address local for one of your own.",
         ) from error
+
+
+def _causes(error: BaseException) -> Iterator[str]:
+    """What an error says, and what it came of."""
+    current: BaseException | None = error
+    while current is not None:
+        yield str(current)
+        current = current.__cause__ or current.__context__
+
+
+def _refused(address: str | None, reason: str) -> UsageError:
+    return UsageError(
+        f"the Ray cluster at {address or LOCAL!r} {REFUSES} this process: {reason}",
+        remedy="Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token.",
+    )
 
 
 def _as_ray_is_told(address: str | None) -> str:

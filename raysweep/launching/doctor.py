@@ -1,0 +1,272 @@
+"""Looks over what a sweep needs before it runs, here and on every node; says what is wrong and what mends it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysweep.cluster.nodes import Node, this_node
+from raysweep.config.space import SearchSpace
+from raysweep.errors import CapacityError, RaysweepError, UsageError
+from raysweep.launching.examination import PORTS, SHARED_MEMORY, examine, taken_ports
+from raysweep.launching.launch import checked_folder, device_here
+from raysweep.launching.prepared import Launch
+from raysweep.results.uris import mirrored_uri
+from raysweep.shards.plan import ShardPlan, format_bytes, host_bytes
+from raysweep.sweep.planning import make_plans
+from raysweep.sweep.prepare import prepare
+
+ANSWER_S = 120.0  # that a node has to say what it is: Python and torch may come over a network file system
+CLOCKS_APART_S = 2.0  # by which locks in remote storages, and moments in rows, may be wrong
+LEAST_ROOM = 1 << 30  # bytes that results, and what Ray leaves in /tmp, should find free; assumption
+LEAST_SHARED = 512 << 20  # of shared memory, through which batches go from shard to shard; assumption
+HERE = "this machine"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. about: this machine, or a node by name and address;  mend: what to do, of faults alone"""
+
+    about: str
+    check: str
+    said: str
+    mend: str | None = None
+
+    @property
+    def is_fault(self) -> bool:
+        return self.mend is not None
+
+
+def look_over(
+    space: SearchSpace, storage: str | None, address: str | None, tell: Callable[[Finding], None]
+) -> None:
+    """Tells what is found about this machine, the cluster that a launch would join, and its nodes. Starts no cluster,
+    and leaves nothing on storage."""
+    _Doctor(space, storage, address, tell).look()
+
+
+class _Doctor:
+    def __init__(
+        self, space: SearchSpace, storage: str | None, address: str | None, tell: Callable[[Finding], None]
+    ) -> None:
+        self.space, self.storage, self.address, self.tell = space, storage, address, tell
+
+    def look(self) -> None:
+        from raysweep.cluster.connect import REFUSES, connected, running_address
+
+        prepared = self._prepared()
+        try:
+            joined = running_address(self.address)
+            if joined is None:
+                self._fine(HERE, "cluster", "a launch starts one of its own, on this machine alone")
+                self._ports()
+                self._nodes(prepared, self._plans(prepared, [this_node()]), on_cluster=False)
+                return
+            with connected(joined) as cluster:
+                nodes = f"{len(cluster.nodes)} node{'s' * (len(cluster.nodes) != 1)} at {joined}"
+                self._fine(HERE, "cluster", f"{nodes}, {cluster.dashboard or 'without dashboard'}")
+                self._nodes(prepared, self._plans(prepared, cluster.nodes), on_cluster=True)
+        except RaysweepError as error:
+            self._error("token" if REFUSES in error.message else "cluster", error)
+
+    # What is seen from here
+
+    def _prepared(self) -> Launch | None:
+        try:
+            folder = checked_folder(self.space, self.storage)
+            prepared = Launch(self.space, folder, prepare(self.space, device_here()), {})
+        except RaysweepError as error:
+            self._error("search space", error)
+            return None
+        self._fine(HERE, "search space", f"{self.space.name}: {prepared.planned} trials")
+        return prepared
+
+    def _plans(self, prepared: Launch | None, nodes: Sequence[Node]) -> list[ShardPlan]:
+        if prepared is None:
+            return []
+        try:
+            plans = make_plans(prepared.models, prepared.space, nodes)
+        except CapacityError as error:
+            self._error("plan", error)
+            return []
+        for plan in plans:
+            shards = f"{plan.shards} shard{'s' * (plan.shards != 1)} on {plan.device}"
+            self._fine(HERE, "plan", f"{shards}, {format_bytes(host_bytes(plan))} of host memory in all")
+        return plans
+
+    def _ports(self) -> None:
+        taken = taken_ports()
+        if not taken:
+            self._fine(HERE, "ports", f"{' and '.join(map(str, PORTS))} are free for the head of a cluster")
+        for port in taken:
+            option = "--port" if port == PORTS[0] else "--dashboard-port"
+            self._fault(
+                HERE,
+                "ports",
+                f"another program listens on {port}, where the head of a cluster would",
+                f"End it, or give the head another one: {option} of `ray start --head`, in cluster.yaml.",
+            )
+
+    # What every node says
+
+    def _nodes(self, prepared: Launch | None, plans: Sequence[ShardPlan], on_cluster: bool) -> None:
+        """Asks the nodes, or where there is no cluster this machine, and compares what they say with what is here."""
+        models = [] if prepared is None else [model.source for model in prepared.models]
+        asked = [(source.portable_path, source.revision, source.trust_remote_code) for source in models]
+        with _marked(None if prepared is None else prepared.folder.parent) as (storage, marker):
+            here = examine(asked, str(storage), marker)
+            answers, delay = [(HERE, 0, here)], 0.0
+            if on_cluster:
+                begin = time.monotonic()
+                answers = self._answers(asked, str(storage), marker)
+                delay = time.monotonic() - begin
+        for about, object_store, there in answers:
+            self._versions(about, there["versions"], here["versions"])
+            for path, model in there["models"].items():
+                self._model(about, path, model, here["models"][path])
+            if prepared is not None:
+                self._storage(about, storage, there["storage"])
+            self._room(about, "temporary files", "/tmp", there["temporary"]["free"])
+            self._shared_memory(about, there["shared_memory"], object_store)
+            self._memory(about, there["memory"], plans, len(answers))
+            self._clock(about, there["time"] - here["time"], delay)
+            self._fine(about, "devices", ", ".join(there["gpus"]) or "CPU only")
+
+    def _answers(
+        self, models: Sequence[Any], storage: str, marker: str
+    ) -> list[tuple[str, int, dict[str, Any]]]:
+        from raysweep.cluster.everywhere import ask_every_node
+
+        heard = []
+        for answer in ask_every_node(examine, models, storage, marker, timeout_s=ANSWER_S):
+            about = f"{answer.host} ({answer.address})"
+            if answer.silence is None:
+                heard.append((about, answer.object_store, answer.value))
+            else:
+                mend = (
+                    "Look at the node with `ray status`; its Python and raysweep must be those of the head."
+                )
+                self._fault(about, "answer", answer.silence, mend)
+        return heard
+
+    def _versions(self, about: str, there: Mapping[str, str | None], here: Mapping[str, str | None]) -> None:
+        wrong = [name for name in here if there.get(name) != here[name]]
+        if not wrong:
+            known = ("Python", "raysweep", "torch", "transformers", "ray")
+            self._fine(about, "versions", ", ".join(f"{name} {there[name]}" for name in known))
+            return
+        skew = ", ".join(f"{name} {there.get(name) or 'missing'}, here {here[name]}" for name in wrong)
+        mend = (
+            "Install the same there: `make` in the checkout takes all from constraints.txt; `ray up` does it."
+        )
+        self._fault(about, "versions", skew, mend)
+
+    def _model(self, about: str, path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        if there["problem"]:
+            mend = "Put the model under this path on every node, or use a folder that all share."
+            self._fault(about, "model", there["problem"], mend)
+        elif there["content"] != here["content"]:
+            mend = "Copy one of them over the other, or use a folder that all share."
+            self._fault(about, "model", f"{path} is another one than on this machine", mend)
+        else:
+            self._fine(about, "model", f"{path} can be read")
+
+    def _storage(self, about: str, place: Path, there: Mapping[str, Any]) -> None:
+        uri = mirrored_uri(place)
+        if there["problem"]:
+            mend = f"Make {place} writable there, free some of it, or name another folder by --storage."
+            self._fault(about, "storage", f"{place} cannot be written: {there['problem']}", mend)
+        elif not there["seen"] and uri is None:
+            mend = f"Mount the same folder as {place} on every node, or name a shared one by --storage."
+            self._fault(about, "storage", f"{place} is another folder than on this machine", mend)
+        else:
+            self._room(about, "storage", uri or str(place), there["free"])
+
+    def _room(self, about: str, check: str, place: str, free: int) -> None:
+        if free < LEAST_ROOM:
+            mend = f"Free some of it; less than {format_bytes(LEAST_ROOM)} is soon full."
+            self._fault(about, check, f"{format_bytes(free)} are free in {place}", mend)
+        else:
+            self._fine(about, check, f"{place}, {format_bytes(free)} free")
+
+    def _shared_memory(self, about: str, there: Mapping[str, int], object_store: int) -> None:
+        least = max(LEAST_SHARED, object_store)
+        said = f"{SHARED_MEMORY} has {format_bytes(there['total'])}"
+        if there["total"] < least:
+            mend = (
+                f"Make it {format_bytes(least)} or more (mount -o remount,size=..., docker run --shm-size=...), else "
+                "Ray keeps in files what goes from shard to shard."
+            )
+            self._fault(about, "shared memory", said, mend)
+        else:
+            self._fine(about, "shared memory", said)
+
+    def _memory(self, about: str, there: Mapping[str, int], plans: Sequence[ShardPlan], nodes: int) -> None:
+        """Against an even share of the shards."""
+        needed = max((_bytes_per_node(plan, nodes) for plan in plans), default=0)
+        said = f"{format_bytes(there['free'])} of {format_bytes(there['total'])} are free"
+        if there["free"] < needed:
+            mend = (
+                "End what else runs there, or lower execution.concurrent_trials or calibration.num_samples."
+            )
+            self._fault(about, "memory", f"{said}, and the sweep needs {format_bytes(needed)}", mend)
+        else:
+            self._fine(about, "memory", said)
+
+    def _clock(self, about: str, apart_s: float, delay_s: float) -> None:
+        """delay_s: within which the answer was given"""
+        late = apart_s - min(max(apart_s, 0.0), delay_s)
+        if abs(late) > CLOCKS_APART_S:
+            mend = "Switch time synchronisation on: timedatectl set-ntp true."
+            self._fault(about, "clock", f"{abs(late):.0f} s {'ahead' if late > 0 else 'behind'}", mend)
+        else:
+            self._fine(
+                about, "clock", "as on this machine" if about != HERE else time.strftime("%H:%M:%S %Z")
+            )
+
+    # The report
+
+    def _fine(self, about: str, check: str, said: str) -> None:
+        self.tell(Finding(about, check, said))
+
+    def _fault(self, about: str, check: str, said: str, mend: str) -> None:
+        self.tell(Finding(about, check, said, mend))
+
+    def _error(self, check: str, error: RaysweepError) -> None:
+        """What raised it says what to do as well."""
+        if isinstance(error, UsageError):
+            where = f"{error.where}: " if error.where else ""
+            advice = [f"Allowed: {error.allowed}." if error.allowed else "", error.remedy or ""]
+            mend = " ".join(filter(None, advice)) or "See docs/search-space.md."
+            self._fault(HERE, check, where + error.what, mend)
+        else:
+            self._fault(HERE, check, error.message, "See the log of Ray in /tmp/ray/session_latest/logs.")
+
+
+@contextmanager
+def _marked(folder: Path | None) -> Iterator[tuple[Path, str]]:
+    """A storage with a file in it for a while, and the file's name. Nothing of it is left, not even the folder where it
+    was not there."""
+    place, marker = folder or Path("/tmp"), f".doctor-{secrets.token_hex(6)}"
+    made = [parent for parent in (place, *place.parents) if not parent.exists()]
+    with suppress(OSError):  # which the examination tells as well
+        place.mkdir(parents=True, exist_ok=True)
+        (place / marker).touch()
+    try:
+        yield place, marker
+    finally:
+        with suppress(OSError):
+            (place / marker).unlink(missing_ok=True)
+            for each in made:
+                each.rmdir()
+
+
+def _bytes_per_node(plan: ShardPlan, nodes: int) -> int:
+    largest = max(memory.host if plan.device == "cuda" else memory.total for memory in plan.memory)
+    return largest * math.ceil(plan.shards / nodes)

@@ -1,0 +1,129 @@
+"""What one machine says of itself. Sent to nodes as code, so it imports what it needs where it needs it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("raysweep", "torch", "transformers", "ray", "deepspeed", "numpy", "pyarrow")
+SHARED_MEMORY = "/dev/shm"
+PORTS = (6379, 8265)  # of Ray's head and of its dashboard
+
+
+def examine(models: Sequence[tuple[str, str | None, bool]], storage: str, marker: str) -> dict[str, Any]:
+    """Facts about this machine, as plain values.
+
+    models: path, revision and whether its code is trusted
+    storage: a folder in which the caller has put the file `marker`
+    """
+    return {
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "versions": {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "models": {model[0]: _model(*model) for model in models},
+        "storage": see_storage(storage, marker),
+        "shared_memory": _room(SHARED_MEMORY),
+        "temporary": _room("/tmp"),
+        "memory": _memory(),
+        "gpus": _gpus(),
+    }
+
+
+def see_storage(storage: str, marker: str) -> dict[str, Any]:
+    """Whether this machine sees the caller's file in the folder, and can write there; bytes that are free."""
+    folder = Path(storage)
+    found: dict[str, Any] = {"seen": (folder / marker).exists(), "problem": None, **_room(storage)}
+    try:
+        mine = folder / f"{marker}-{socket.gethostname()}-{os.getpid()}"
+        with open(mine, "xb") as stream:
+            stream.write(b"\0" * 4096)
+            stream.flush()
+            os.fsync(stream.fileno())
+        mine.unlink()
+    except OSError as error:
+        found["problem"] = error.strerror or str(error)
+        with suppress(OSError):
+            mine.unlink()
+    return found
+
+
+def taken_ports() -> list[int]:
+    """Of Ray's well-known ports those on which something listens here."""
+    taken = []
+    for port in PORTS:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                taken.append(port)
+    return taken
+
+
+def _version(package: str) -> str | None:
+    if package == "raysweep":
+        with suppress(ImportError):
+            import raysweep
+
+            return raysweep.__version__
+        return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _model(path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What tells two copies of a model apart, as far as that can be read fast; or why it cannot be read."""
+    try:
+        from raysweep.model.loading import CONFIG, Checkpoint, ModelSource
+
+        source = ModelSource(path, revision, trust_remote_code)
+        source.load_config()
+        checkpoint = Checkpoint.open(source)
+        if not source.is_local:
+            return {"problem": None, "content": None}
+        digest = hashlib.sha256(Path(checkpoint.path_of(CONFIG)).read_bytes())
+        for name, (shape, dtype) in sorted(checkpoint.headers().items()):
+            digest.update(f"{name} {shape} {dtype}\n".encode())
+        for name in checkpoint.file_names():
+            digest.update(f"{name} {Path(checkpoint.path_of(name)).stat().st_size}\n".encode())
+        return {"problem": None, "content": digest.hexdigest()[:16]}
+    except Exception as error:  # whatever is wrong with it there is the answer
+        return {"problem": str(error).partition("\n")[0] or type(error).__name__, "content": None}
+
+
+def _room(path: str) -> dict[str, int]:
+    """Bytes of the file system that a path is, or would be, on."""
+    place = Path(path)
+    there = next((parent for parent in (place, *place.parents) if parent.exists()), Path("/"))
+    total, _, free = shutil.disk_usage(there)
+    return {"total": total, "free": free}
+
+
+def _memory() -> dict[str, int]:
+    """Bytes of the machine's memory: all, and what is left for new programs."""
+    sizes: dict[str, int] = {}
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            name, _, rest = line.partition(":")
+            sizes[name] = int(rest.split()[0]) << 10
+    return {"total": sizes.get("MemTotal", 0), "free": sizes.get("MemAvailable", 0)}
+
+
+def _gpus() -> list[str]:
+    try:
+        import torch
+
+        return [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    except (ImportError, RuntimeError):
+        return []
