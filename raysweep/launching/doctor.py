@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,15 +13,15 @@ from typing import Any
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.space import SearchSpace
 from raysweep.errors import CapacityError, RaysweepError, UsageError
-from raysweep.launching.examination import PORTS, SHARED_MEMORY, examine, taken_ports
+from raysweep.launching.examination import PORTS, SHARED_MEMORY, examine, marked, taken_ports
 from raysweep.launching.launch import checked_folder, device_here
 from raysweep.launching.prepared import Launch
+from raysweep.launching.runners import ANSWER_S
 from raysweep.results.uris import mirrored_uri
 from raysweep.shards.plan import ShardPlan, format_bytes, host_bytes
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
 
-ANSWER_S = 120.0  # that a node has to say what it is: Python and torch may come over a network file system
 CLOCKS_APART_S = 2.0  # by which locks in remote storages, and moments in rows, may be wrong
 LEAST_ROOM = 1 << 30  # bytes that results, and what Ray leaves in /tmp, should find free; assumption
 LEAST_SHARED = 512 << 20  # of shared memory, through which batches go from shard to shard; assumption
@@ -119,7 +118,8 @@ class _Doctor:
         """Asks the nodes, or where there is no cluster this machine, and compares what they say with what is here."""
         models = [] if prepared is None else [model.source for model in prepared.models]
         asked = [(source.portable_path, source.revision, source.trust_remote_code) for source in models]
-        with _marked(None if prepared is None else prepared.folder.parent) as (storage, marker):
+        storage = Path("/tmp") if prepared is None else prepared.folder.parent
+        with _there(storage), marked(storage) as marker:
             here = examine(asked, str(storage), marker)
             answers, delay = [(HERE, 0, here)], 0.0
             if on_cluster:
@@ -250,19 +250,15 @@ class _Doctor:
 
 
 @contextmanager
-def _marked(folder: Path | None) -> Iterator[tuple[Path, str]]:
-    """A storage with a file in it for a while, and the file's name. Nothing of it is left, not even the folder where it
-    was not there."""
-    place, marker = folder or Path("/tmp"), f".doctor-{secrets.token_hex(6)}"
-    made = [parent for parent in (place, *place.parents) if not parent.exists()]
-    with suppress(OSError):  # which the examination tells as well
-        place.mkdir(parents=True, exist_ok=True)
-        (place / marker).touch()
+def _there(folder: Path) -> Iterator[None]:
+    """The folder is there within the context, and gone afterwards where it was not before."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    with suppress(OSError):  # which the examination tells
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield place, marker
+        yield
     finally:
         with suppress(OSError):
-            (place / marker).unlink(missing_ok=True)
             for each in made:
                 each.rmdir()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def see_storage(storage: str, marker: str) -> dict[str, Any]:
         with suppress(OSError):
             mine.unlink()
     return found
+
+
+@contextmanager
+def marked(folder: Path) -> Iterator[str]:
+    """A file in the folder for a while, by which `see_storage` knows it. Yields its name."""
+    marker = f".seen-{secrets.token_hex(6)}"
+    with suppress(OSError):  # which looking at the folder tells as well
+        (folder / marker).touch()
+    try:
+        yield marker
+    finally:
+        with suppress(OSError):
+            (folder / marker).unlink(missing_ok=True)
 
 
 def taken_ports() -> list[int]:

@@ -33,7 +33,7 @@ from raysweep.results.lock import launch_lock, refuse_where_held
 from raysweep.results.mirror import lags, push, pushing
 from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.remote import remote_of
-from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
+from raysweep.results.uris import CACHE_VARIABLE, is_shared, mirrored_uri, place_of
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
@@ -190,8 +190,10 @@ def _run(
     nodes = runner.nodes()
     plans = make_plans(prepared.models, prepared.space, nodes)
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
-    if any(retrain_plans) and len(nodes) > 1:
-        refuse_mirror_of_one_node(prepared.folder)
+    if len(nodes) > 1:
+        refuse_unshared(prepared.folder, runner)
+        if any(retrain_plans):
+            refuse_mirror_of_one_node(prepared.folder)
     with pushing(prepared.folder, held) as check:
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
@@ -210,6 +212,16 @@ def _run(
 def _say_done(prepared: Launch, progress: Progress) -> None:
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
     progress.end()
+
+
+def refuse_unshared(folder: Path, runner: Runner) -> None:
+    """Raises UsageError where nodes would not find the units and weights that others have left in the storage."""
+    if mirrored_uri(folder.parent) is None and (strangers := runner.strangers(folder)):
+        raise UsageError(
+            f"storage {folder.parent} is not the same folder on all nodes: {', '.join(strangers)}",
+            allowed="a folder that all nodes share under this path, or a URI such as s3://BUCKET/PREFIX",
+            remedy="Mount one there, or name another by --storage; `raysweep doctor` tells more.",
+        )
 
 
 def refuse_mirror_of_one_node(folder: Path) -> None:

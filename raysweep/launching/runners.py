@@ -13,6 +13,7 @@ from raysweep.baseline.job import RetrainJob
 from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.sections import SearchConfig
+from raysweep.launching.examination import marked, see_storage
 from raysweep.results.folders import TUNE
 from raysweep.shards.group_info import ShardSpec
 from raysweep.shards.plan import ShardPlan
@@ -24,6 +25,7 @@ from raysweep.sweep.rows import RowContext, run_and_write
 if TYPE_CHECKING:
     from raysweep.cluster.connect import Cluster
 
+ANSWER_S = 120.0  # that a node has to say what it is: Python may come over a network file system
 START_TIMEOUT_S = (
     900.0  # for all shards to read their blocks; assumption: a 70B model over a network file system
 )
@@ -39,6 +41,10 @@ class Runner(Protocol):
 
     def nodes(self) -> Sequence[Node]:
         """Those that there are now."""
+        ...
+
+    def strangers(self, folder: Path) -> list[str]:
+        """Nodes on which the folder is not the one that it is here, or cannot be written."""
         ...
 
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Any:
@@ -71,6 +77,9 @@ class InProcess:
 
     def nodes(self) -> Sequence[Node]:
         return (this_node(),)
+
+    def strangers(self, folder: Path) -> list[str]:
+        return []
 
     @contextmanager
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Iterator[OwnedGroup]:
@@ -114,6 +123,17 @@ class OnRay:
         from raysweep.cluster.connect import nodes
 
         return nodes()
+
+    def strangers(self, folder: Path) -> list[str]:
+        from raysweep.cluster.everywhere import ask_every_node
+
+        with marked(folder) as marker:
+            answers = ask_every_node(see_storage, str(folder), marker, timeout_s=ANSWER_S)
+        return [
+            f"{answer.host} ({answer.address})"
+            for answer in answers
+            if answer.silence is not None or answer.value["problem"] or not answer.value["seen"]
+        ]
 
     @contextmanager
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Iterator[OwnedGroup]:

@@ -201,8 +201,9 @@ def test_faults_of_a_node_are_told(tmp_path, tiny_llama, make_space):
             tmp_path, home, f"--address={address}", mounts=f"hostname planted\n{planted}", path=str(skewed)
         ) as other:
             wait_for("Ray runtime started", other)
-            found = doctored(tmp_path, home, address)
-            refused = doctored(tmp_path, stranger, address)
+            found = json.loads(ran(tmp_path, home, "doctor", address, status=1))
+            refused = json.loads(ran(tmp_path, stranger, "doctor", address, status=1))
+            unshared = ran(tmp_path, home, "launch", address, status=2)
     there = {one["check"]: one for one in found if one["about"].startswith("planted") and one["mend"]}
     assert set(there) == {"versions", "model", "storage", "shared memory"}
     assert "pyarrow 0.1, here" in there["versions"]["said"]
@@ -214,12 +215,14 @@ def test_faults_of_a_node_are_told(tmp_path, tiny_llama, make_space):
     (fault,) = [one for one in refused if one["mend"]]
     assert fault["check"] == "token"
     assert "auth_token" in fault["mend"]
+    assert "not the same folder on all nodes: planted" in unshared
+    assert not list(storage.iterdir())
 
 
-def doctored(folder: Path, home: Path, address: str) -> list[dict[str, str]]:
-    command = [sys.executable, "-m", "raysweep", "doctor", str(folder / "space.yaml"), "--json"]
-    command += ["--storage", str(folder / "storage"), "--address", address]
-    ran = subprocess.run(command, env=head_environment(home), capture_output=True, text=True, timeout=200)
-    assert ran.returncode == 1, ran.stderr
-    found: list[dict[str, str]] = json.loads(ran.stdout)
-    return found
+def ran(folder: Path, home: Path, command: str, address: str, status: int) -> str:
+    """What the command says: on stdout, or where it has refused, on stderr."""
+    line = [sys.executable, "-m", "raysweep", command, str(folder / "space.yaml"), "--json"]
+    line += ["--storage", str(folder / "storage"), "--address", address]
+    done = subprocess.run(line, env=head_environment(home), capture_output=True, text=True, timeout=200)
+    assert done.returncode == status, done.stderr
+    return done.stderr if status == 2 else done.stdout
