@@ -46,6 +46,7 @@ format: $(STAMP)  ## format the code and mend what the linter can
 docs: $(STAMP)  ## write the reference in docs/ from the descriptions in the code
 	@$(BIN)/python -m raysweep.config.describe docs/search-space.md
 	@$(BIN)/python -m raysweep.results.describe docs/results.md
+	@$(BIN)/python -m raysweep.cluster.grafana dashboards/raysweep.json
 
 wheel: $(STAMP)  ## build dist/raysweep-*.whl
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

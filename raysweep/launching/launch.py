@@ -198,7 +198,8 @@ def _run(
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
         tracing = progress if isinstance(progress, Tracing) else None
-        with recorded(prepared, runner, plans[0].shards, progress, check) as recorder:
+        shown = runner.watched(progress, prepared.tag, prepared.space.search)
+        with recorded(prepared, runner, plans[0].shards, shown, check) as recorder:
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
                 run = ModelRun(prepared, model, plan, retraining, runner, recorder, nodes, tracing, fail_fast)
                 run.run()

@@ -15,7 +15,6 @@ from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
 from raysweep.errors import CapacityError, ShardLostError, first_line
-from raysweep.fingerprint import fingerprint
 from raysweep.launching.prepared import Launch
 from raysweep.launching.recorder import Recorder
 from raysweep.launching.retraining import Retraining, telling
@@ -142,7 +141,7 @@ class ModelRun:
         specs = shard_specs(self.plan, self.model.source, traces=self.tracing is not None)
         self.progress.stage(f"Loading {self.model.config.path} into {shards} shard{'s' * (shards > 1)}")
         # A name is taken for a while after its group has ended, so that each has another.
-        name = f"{_group_name(self.prepared)}/{secrets.token_hex(2)}"
+        name = f"{self.prepared.tag}/{secrets.token_hex(2)}"
         with self.runner.group(name, specs, self.plan) as group:
             for phase in phases:
                 self._phase(group, phase, retrained)
@@ -226,11 +225,6 @@ class ModelRun:
 
 def _the_same(value: Any) -> Any:
     return value
-
-
-def _group_name(prepared: Launch) -> str:
-    """Tells sweeps of one name in different storages apart, on a cluster that runs both."""
-    return f"{prepared.space.name}-{fingerprint(str(prepared.folder))[:4]}"
 
 
 def _phase_columns(

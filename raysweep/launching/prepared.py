@@ -12,6 +12,7 @@ from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
 from raysweep.config.studies import Study
+from raysweep.fingerprint import fingerprint
 from raysweep.launching.retraining import is_retrained, retrain_plan
 from raysweep.results.schema import NUMERICAL
 from raysweep.shards.memory import SIZES
@@ -35,6 +36,11 @@ class Launch:
     rows: dict[str, dict[str, Any]]
     retry_failed: bool = False
     settled: frozenset[str] = frozenset()
+
+    @property
+    def tag(self) -> str:
+        """Tells sweeps of one name in different storages apart, on a cluster that runs both."""
+        return f"{self.space.name}-{fingerprint(str(self.folder))[:4]}"
 
     @property
     def trials(self) -> list[SweepTrial]:

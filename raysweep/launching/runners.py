@@ -14,6 +14,8 @@ from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.sections import SearchConfig
 from raysweep.launching.examination import marked, see_storage
+from raysweep.launching.metering import Metered
+from raysweep.launching.progress import Progress
 from raysweep.results.folders import TUNE
 from raysweep.shards.group_info import ShardSpec
 from raysweep.shards.plan import ShardPlan
@@ -41,6 +43,10 @@ class Runner(Protocol):
 
     def nodes(self) -> Sequence[Node]:
         """Those that there are now."""
+        ...
+
+    def watched(self, progress: Progress, tag: str, search: SearchConfig) -> Progress:
+        """The display, with what it hears told to whatever watches the runner. tag: of the sweep"""
         ...
 
     def strangers(self, folder: Path) -> list[str]:
@@ -77,6 +83,9 @@ class InProcess:
 
     def nodes(self) -> Sequence[Node]:
         return (this_node(),)
+
+    def watched(self, progress: Progress, tag: str, search: SearchConfig) -> Progress:
+        return progress
 
     def strangers(self, folder: Path) -> list[str]:
         return []
@@ -123,6 +132,11 @@ class OnRay:
         from raysweep.cluster.connect import nodes
 
         return nodes()
+
+    def watched(self, progress: Progress, tag: str, search: SearchConfig) -> Progress:
+        from raysweep.cluster.meter import SweepMeter
+
+        return Metered(progress, SweepMeter(tag, search.metric), search)
 
     def strangers(self, folder: Path) -> list[str]:
         from raysweep.cluster.everywhere import ask_every_node

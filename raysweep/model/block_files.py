@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from raysweep.errors import RaysweepError, first_line
 from raysweep.results.writer import write_atomically
 
 OUTSIDE = "outside"  # of the blocks: embedding, last norm, head
-ABOUT = "about"  # key of a file's metadata
+ABOUT, CHECKSUM = "about", "crc32"  # keys of a file's metadata
 
 
 def block_file(folder: Path, block: int | str) -> Path:
@@ -32,23 +33,48 @@ def read_block(folder: Path, block: int | str) -> dict[str, Tensor]:
     return read_tensors(block_file(folder, block))[0]
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
-    """Writes tensors by name, and with them what JSON can hold `about` them; as a whole or not at all."""
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any] | None = None,
+    survives_crashes: bool = True,
+) -> None:
+    """Writes tensors by name, and with them what JSON can hold `about` them; as a whole or not at all.
+
+    survives_crashes: as of `write_atomically`; what a crash has damaged `read_tensors` refuses
+    """
     from safetensors.torch import save
 
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(file, save(own, {ABOUT: json.dumps(dict(about or {}), allow_nan=False)}))
+    said = json.dumps(dict(about or {}), allow_nan=False)
+    content = save(own, {ABOUT: said, CHECKSUM: _checksum(own, said)})
+    write_atomically(file, content, survives_crashes)
+
+
+def _checksum(tensors: Mapping[str, Tensor], said: str) -> str:
+    """CRC-32 of what is said and of the tensors' bytes, by name."""
+    checksum = zlib.crc32(said.encode())
+    for name in sorted(tensors):
+        stored = tensors[name].flatten().view(torch.uint8).numpy()
+        checksum = zlib.crc32(stored, checksum)  # type: ignore[arg-type]  # an array is a buffer
+    return f"{checksum:08x}"
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote, each tensor in storage of its own. Raises RaysweepError when it cannot be read."""
+    """What `write_tensors` wrote, each tensor in storage of its own. Raises RaysweepError when it cannot be read, or is
+    not what was written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="pt") as tensors:
             names = list(tensors.keys())
             read = {name: tensors.get_tensor(name) for name in names}
-            about: dict[str, Any] = json.loads((tensors.metadata() or {}).get(ABOUT, "{}"))
+            metadata = tensors.metadata() or {}
+        said = metadata.get(ABOUT, "{}")
+        own = {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in read.items()}
+        if metadata.get(CHECKSUM) != _checksum(own, said):
+            raise ValueError("its checksum is another one")
+        about: dict[str, Any] = json.loads(said)
     except (OSError, SafetensorError, ValueError) as error:
         raise RaysweepError(f"{file} cannot be read: {first_line(error)}") from error
-    return {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in read.items()}, about
+    return own, about

@@ -45,6 +45,11 @@ class TextActivations:
     def tokens(self) -> int:
         return next(iter(self.inputs.values())).shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        kept = (*self.inputs.values(), *self.middles.values(), *self.mlp_outputs.values())
+        return sum(tensor.nbytes for tensor in kept)
+
 
 def keep_rows(
     kept: dict[Key, Tensor], key: Key, samples: int, rows: slice, batch: Tensor, store: torch.device

@@ -78,18 +78,24 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
     return json.dumps(plain, allow_nan=False).encode()
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, survives_crashes: bool = True) -> None:
     """Replaces a file: readers see the old contents or the new ones, also after a crash of the machine. Its folder is
-    made. Raises StorageError."""
+    made. Raises StorageError.
+
+    survives_crashes: of the machine. Else a file may be damaged after one, but none of a process damages it; ten times
+    as fast for small files, because the disk is not waited for
+    """
     temporary = path.with_name(_temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+            if survives_crashes:
+                stream.flush()
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if survives_crashes:
+            _sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
         raise StorageError.of(path, error) from error

@@ -14,6 +14,7 @@ import ray
 from raysweep.errors import RaysweepError, ShardLostError, first_line
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.interruption import FINISHING, not_waiting_longer
+from raysweep.shards.meter import ShardMeter
 from raysweep.shards.priority import PriorityExecutor
 from raysweep.shards.shared import POLL_S, Claim, SharedResults, share
 from raysweep.shards.trace import Span, Trace
@@ -36,9 +37,10 @@ class ShardActor:
     `run` waits in the queue of trials; the other methods do not, in a concurrency group of their own.
     """
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(self, spec: ShardSpec, sweep: str, shard: int) -> None:
+        """sweep, shard: as its metrics are called"""
         self._queue = PriorityExecutor()
-        self._trace = Trace(spec.traces)
+        self._trace, self._meter = Trace(spec.traces), ShardMeter(sweep, shard)
         self._worker = self._queue.submit(0, lambda: self._loaded(spec))
         self._shared = SharedResults()
 
@@ -50,8 +52,14 @@ class ShardActor:
         worker = self._worker.result()
 
         def call() -> Any:
-            with self._trace.span(label or method.replace("_", " ")):
-                return getattr(worker, method)(*arguments)
+            begin = time.perf_counter()
+            try:
+                with self._trace.span(label or method.replace("_", " ")):
+                    return getattr(worker, method)(*arguments)
+            finally:
+                self._meter.note(worker.counts, time.perf_counter() - begin)
+                if self._meter.wants_stored():
+                    self._meter.note_stored(worker.stored_bytes)
 
         return self._queue.submit(order, call).result()
 
@@ -114,7 +122,7 @@ class RayGroup:
         actors: list[Any] = []
         nodes = _living_nodes()
         try:
-            actors += [_start_actor(f"{name}/{k}", spec, resources) for k, spec in enumerate(specs)]
+            actors += [_start_actor(name, k, spec, resources) for k, spec in enumerate(specs)]
             group = cls(name, actors)
             group._wait_until_ready(timeout_s, nodes)
         except BaseException:
@@ -242,16 +250,16 @@ def _living_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _start_actor(name: str, spec: ShardSpec, resources: Resources) -> Any:
+def _start_actor(group: str, shard: int, spec: ShardSpec, resources: Resources) -> Any:
     with_groups: Any = ray.remote(concurrency_groups={CONTROL: 4})  # type: ignore[call-overload]
     actor_class = with_groups(_with_control_methods(ShardActor))
     return actor_class.options(
-        name=_actor_name(name),
+        name=_actor_name(f"{group}/{shard}"),
         namespace=NAMESPACE,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         max_concurrency=CALLS_AT_ONCE,
-    ).remote(spec)
+    ).remote(spec, group.partition("/")[0], shard)
 
 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,10 @@ from raysweep.results.folders import across_file, part_file, unit_file
 
 BYTES_PER_S = 200e6  # that a file takes beside its opening; assumption: a network file system
 FREE_SHARE = 0.05  # of the room on the storage, that one file may take
-PATIENCE = 0.1  # of the time that a unit took, for which the shard waits for it to be written
+PATIENCE, PATIENCE_S = (
+    0.1,
+    0.05,
+)  # of the time that a unit took, and at least, a shard waits for it to be written
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +33,14 @@ Found = tuple[dict[str, Tensor], dict[str, Any]]
 class UnfinishedUnits:
     """Writes units, large ones while the shard goes on with the next one, and reads those that others have left.
 
-    A unit is written where recovering it again would take longer. How long files take is learned from those that were
-    written.
+    A unit is written where recovering it again would cost more, unless units come faster than the storage takes them.
+    What files cost and take is learned from those that were written.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "unfinished units")
         self._writing: tuple[str, Future[bool]] | None = None
-        self._file_s = 0.0
+        self._cost_s = self._wait_s = 0.0  # of a file: on a core, and by the clock
 
     def leave(
         self, owner: str, file: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], seconds: float
@@ -47,14 +50,16 @@ class UnfinishedUnits:
         owner: the trial;  about: what JSON can hold, which `take` gives back
         """
         nbytes = sum(tensor.nbytes for tensor in weights.values())
-        if seconds < self._file_s + nbytes / BYTES_PER_S:
+        if seconds < self._cost_s + nbytes / BYTES_PER_S:
+            return
+        if self._is_writing and seconds < self._wait_s + nbytes / BYTES_PER_S:
             return
         self.settle()
         # Copied here, because what comes next for the trial may change these tensors in place.
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
         future = self._thread.submit(self._write, file, copies, dict(about), nbytes)
         self._writing = owner, future
-        wait([future], PATIENCE * seconds)
+        wait([future], max(PATIENCE_S, PATIENCE * seconds))
 
     def leave_part(
         self, owner: str, folder: Path, unit: str, parts: Mapping[int, Mapping[str, Tensor]], seconds: float
@@ -93,19 +98,28 @@ class UnfinishedUnits:
         self._writing = None
         return future.result()
 
+    @property
+    def _is_writing(self) -> bool:
+        return self._writing is not None and not self._writing[1].done()
+
     def _write(self, file: Path, weights: Mapping[str, Tensor], about: dict[str, Any], nbytes: int) -> bool:
-        start = perf_counter()
+        start, begin = perf_counter(), thread_time()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             if nbytes > FREE_SHARE * shutil.disk_usage(file.parent).free:
                 return False
-            write_tensors(file, weights, about)
+            write_tensors(file, weights, about, survives_crashes=False)
         except Exception as error:  # whatever it is, it only costs what recovering the unit again does
             log.warning("%s is not kept for a later launch: %s", file.name, first_line(error))
             return False
-        own = max(0.0, perf_counter() - start - nbytes / BYTES_PER_S)
-        self._file_s = own if not self._file_s else 0.8 * self._file_s + 0.2 * own
+        self._cost_s = _learned(self._cost_s, thread_time() - begin - nbytes / BYTES_PER_S)
+        self._wait_s = _learned(self._wait_s, perf_counter() - start - nbytes / BYTES_PER_S)
         return True
+
+
+def _learned(known: float, seconds: float) -> float:
+    seconds = max(0.0, seconds)
+    return seconds if not known else 0.8 * known + 0.2 * seconds
 
 
 def _of_blocks(weights: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from raysweep.reconstruction.part import UnitPart
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import find_unit, is_pruned, recover_unit, units_in, weights_of
 from raysweep.results.folders import unit_file
+from raysweep.shards.counts import Counts
 from raysweep.shards.group_info import ShardSpec, UnitSpan
 from raysweep.shards.unfinished import UnfinishedUnits
 from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
@@ -63,6 +64,7 @@ class ShardWorker:
         self.blocks.compiles = spec.compiles
         if spec.stored_on_device:
             self.blocks.store = self.blocks.device
+        self.counts = Counts()
         self._ids: dict[str, Tensor] = {}
         self._unfinished = UnfinishedUnits()
         self._parts: dict[str, UnitPart] = {}
@@ -151,6 +153,7 @@ class ShardWorker:
             result = recover_unit(self.blocks, name, trial, unit)
             if result is None:
                 return None
+            self._count_unit(trial)
             row = result.as_dict() | {"seconds": watch.seconds()}
             row["peak_device_bytes"] = row["peak_bytes"] if self.shard.device.type == "cuda" else None
         if unfinished is not None:
@@ -313,7 +316,11 @@ class ShardWorker:
     def end_training(self, name: str) -> Cost:
         """What it took. Raises NumericalError when weights are not finite."""
         with self._timed(name, "recovery"):
-            return self._parts[name].close()
+            part = self._parts[name]
+            cost = part.close()
+        if part.unit.is_last:
+            self._count_unit(part.trial)
+        return cost
 
     def part_seconds(self, name: str) -> float:
         """The busy seconds that the part took so far."""
@@ -378,7 +385,7 @@ class ShardWorker:
                 if hidden_BTH is None:
                     hidden_BTH = self.blocks.dense_output(text, rows)
                 if ends_here:
-                    losses = window_losses(self.shard, hidden_BTH, self._ids[text][rows])
+                    losses = self._losses(hidden_BTH, text, rows)
         is_over = self.shard.is_last and ends_here
         hidden = None if is_over else AS_DENSE if hidden_BTH is None else to_wire(hidden_BTH)
         measures = measures.and_then(losses, errors, watch.seconds())
@@ -391,8 +398,13 @@ class ShardWorker:
         watch, (hidden, measures) = Stopwatch(self.shard.device), before
         hidden_BTH = from_wire(hidden, self.shard.dtype).to(self.shard.device)
         with self.blocks.using_outside(name):
-            losses = window_losses(self.shard, hidden_BTH, self._ids[text][start:stop])
+            losses = self._losses(hidden_BTH, text, slice(start, stop))
         return measures.and_then(losses, {}, watch.seconds())
+
+    def _losses(self, hidden_BTH: Tensor, text: str, rows: slice) -> list[float]:
+        ids_BT = self._ids[text][rows]
+        self.counts.evaluated_tokens += ids_BT.numel()
+        return window_losses(self.shard, hidden_BTH, ids_BT)
 
     def finish(self, name: str) -> dict[str, Any]:
         """What this shard knows of the work under a name: busy seconds by phase, zeros among its weights; and of kept
@@ -424,7 +436,17 @@ class ShardWorker:
         """Waits for what is being written."""
         self._unfinished.settle()
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of the dense activations that are kept here."""
+        return sum(entry.activations.nbytes for entry in self.blocks.texts.values())
+
     # Within
+
+    def _count_unit(self, trial: Trial) -> None:
+        text = self.blocks.texts[CALIBRATION].activations
+        self.counts.units += 1
+        self.counts.trained_tokens += (trial.epochs or 0) * text.samples * text.tokens
 
     def _received(self, hidden: Any) -> Tensor | None:
         return None if hidden is None else from_wire(hidden, self.shard.dtype)

@@ -65,16 +65,20 @@ def test_shards_with_the_head_take_turns(prepared, monkeypatch):
     monkeypatch.setattr(
         ShardWorker, "text_batches", lambda _, samples, __: [(k, k + 1) for k in range(samples)]
     )
-    found = []
+    evaluations, found = 3, []  # dense, pruned and recovered
     for shards in (1, 2, 3):
         plan = make_plan(model.shape, [NODE], workload(model), model.dtype, shards=shards)
         with LocalGroup(shard_specs(plan, model.source)) as group:
             info = set_up(group, plan.ranges, texts, ["block"], model.shape)
             assert info.heads == ((0,), (1, 0), (2, 0))[shards - 1]
             outcome = trials.run_trial(group, trial, "alone", 0)
+            counts = [worker.counts for worker in group.workers]
+        assert sum(one.units for one in counts) == len(model.shape.blocks)
+        assert sum(one.evaluated_tokens for one in counts) == evaluations * sum(
+            info.texts[name].samples * info.texts[name].tokens for name in info.texts if name != CALIBRATION
+        )
         found.append({name: value for name, value in outcome.columns.items() if "perplexity" in name})
         batches = sum(len(text.batches) for name, text in info.texts.items() if name != CALIBRATION)
-        evaluations = 3  # dense, pruned and recovered
         assert len(measured) == (0 if shards == 1 else evaluations * (batches // 2))
         assert all(is_first for is_first, *_ in measured)
         measured.clear()
