@@ -1,0 +1,60 @@
+"""Tensors on storage: they come back as they were, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raysweep.errors import RaysweepError
+from raysweep.model.block_files import read_tensors, write_tensors
+
+TENSORS = {
+    "float32": torch.randn(3, 5),
+    "bfloat16": torch.randn(4, 2).bfloat16(),
+    "uint8": torch.ones(7, dtype=torch.uint8),
+    "one number": torch.tensor(2.5),
+    "none": torch.empty(0, 4),
+    "not contiguous": torch.randn(4, 6).T,
+}
+
+
+@pytest.mark.parametrize("survives_crashes", [True, False])
+def test_tensors_come_back_as_they_were(tmp_path, survives_crashes):
+    file = tmp_path / "folder" / "unit.safetensors"
+    write_tensors(file, TENSORS, {"row": {"loss": 0.5}}, survives_crashes)
+    tensors, about = read_tensors(file)
+    assert about == {"row": {"loss": 0.5}}
+    assert set(tensors) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("place", ["length", "header", "about", "tensors", "end"])
+def test_one_wrong_byte_is_seen(tmp_path, place):
+    file = tmp_path / "unit.safetensors"
+    write_tensors(file, TENSORS, {"row": "a word"})
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    at = {
+        "length": 1,
+        "header": 12,
+        "about": content.index(b"a word"),
+        "tensors": header + 3,
+        "end": len(content) - 1,
+    }
+    content[at[place]] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RaysweepError, match="cannot be read"):
+        read_tensors(file)
+
+
+def test_zeros_in_place_of_the_end_are_seen(tmp_path):
+    """As a crash of the machine may leave them."""
+    file = tmp_path / "unit.safetensors"
+    write_tensors(file, TENSORS, survives_crashes=False)
+    content = file.read_bytes()
+    file.write_bytes(content[:-40] + bytes(40))
+    with pytest.raises(RaysweepError, match="checksum"):
+        read_tensors(file)
