@@ -86,9 +86,9 @@ def taken_ports() -> list[int]:
 def _version(package: str) -> str | None:
     if package == "raysweep":
         with suppress(ImportError):
-            import raysweep
+            from raysweep import __version__
 
-            return raysweep.__version__
+            return __version__
         return None
     try:
         return metadata.version(package)

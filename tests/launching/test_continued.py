@@ -125,12 +125,12 @@ def test_no_batch_is_evaluated_twice(make_space, tmp_path, monkeypatch):
     batches: list[tuple[str | None, str, int]] = []
     forward = ShardWorker.forward
 
-    def noting(worker, name, text, start, stop, before):
+    def noting(worker, name, ends_here, text, start, stop, before):
         if worker.shard.is_last:
             if len(batches) == limit[0]:
                 raise KeyboardInterrupt
             batches.append((name, text, start))
-        return forward(worker, name, text, start, stop, before)
+        return forward(worker, name, ends_here, text, start, stop, before)
 
     monkeypatch.setattr(ShardWorker, "forward", noting)
     monkeypatch.setattr(
