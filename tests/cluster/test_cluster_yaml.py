@@ -47,13 +47,59 @@ def commands(config: dict[str, Any], machine: str) -> str:
     return "\n".join(config[f"{machine}_start_ray_commands"])
 
 
-def test_ray_accepts_it(config: dict[str, Any]) -> None:
+CLUSTERS = [CLUSTER_YAML, ROOT / "clusters" / "aws.yaml", ROOT / "clusters" / "gcp.yaml"]
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
+def test_ray_accepts_it(file: Path) -> None:
     """By the functions that `ray up` calls before it does anything; they raise or exit on what they do not know."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    config = yaml.safe_load(file.read_text())
     validate_config(prepare_config(config))
     with pytest.raises(Exception, match="unknown_key"):
         validate_config(prepare_config({**config, "unknown_key": 1}))
+
+
+@pytest.mark.parametrize("file", CLUSTERS[1:], ids=lambda file: file.stem)
+def test_clouds_get_what_own_machines_get(config: dict[str, Any], file: Path) -> None:
+    cloud = yaml.safe_load(file.read_text())
+    assert cloud["file_mounts"] == config["file_mounts"]
+    profile = next(command for command in cloud["setup_commands"] if "profile.sh <<" in command)
+    assert "export RAY_AUTH_MODE=token" in profile
+    assert "--dashboard-host=127.0.0.1" in commands(cloud, "head")
+    assert "NOT RUN" in file.read_text()
+    assert cloud["available_node_types"]["gpu"]["min_workers"] > 0  # a launch plans for nodes that are there
+
+
+# Fields of KubeRay's types RayJobSpec, RayClusterSpec, HeadGroupSpec, WorkerGroupSpec (ray.io/v1, API reference of 1.6)
+JOB = {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
+CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+HEAD = {"rayStartParams", "template"}
+WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", *HEAD}
+
+
+def test_kuberay_gets_a_job_of_this_version() -> None:
+    import ray
+
+    manifest = yaml.safe_load((ROOT / "clusters" / "kuberay.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    job, cluster = manifest["spec"], manifest["spec"]["rayClusterSpec"]
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert (set(job), set(cluster), set(head), set(workers)) == (JOB, CLUSTER, HEAD, WORKERS)
+    assert job["entrypoint"].startswith("raysweep launch")
+    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
+    for group in (head, workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["image"] == head["template"]["spec"]["containers"][0]["image"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            each["name"] for each in pod["volumes"]
+        }
+        (storage,) = [each["value"] for each in container["env"] if each["name"] == "RAYSWEEP_STORAGE"]
+        assert storage == container["volumeMounts"][0]["mountPath"]
 
 
 def test_no_path_of_one_machine() -> None:
