@@ -60,11 +60,18 @@ def _recovered(
     row = UnitResult.of(unit.name, unit.start, *_trained(calls, trial, shards)).as_dict()
     seconds = calls.everywhere("part_seconds", calls.name, shards=shards)
     row |= {"seconds": sum(seconds), "peak_device_bytes": None}
-    if unfinished and all(calls.everywhere("leave_part", calls.name, unit.name, unfinished, shards=shards)):
-        with suppress(StorageError):  # what is not kept is recovered anew
-            about = {"row": row, "standalone": row["seconds"]}
-            write_atomically(across_file(unfinished, unit.name), json.dumps(about).encode())
+    if unfinished is not None:
+        _leave(calls, unit, shards, unfinished, {"row": row, "standalone": row["seconds"]})
     return row
+
+
+def _leave(calls: Calls, unit: UnitSpan, shards: range, folder: Path, about: dict[str, Any]) -> None:
+    """Keeps the unit: the file about it vouches for its parts, so it comes last. What is not kept is recovered anew."""
+    file = across_file(folder, unit.name)
+    with suppress(OSError, StorageError):
+        file.unlink(missing_ok=True)  # it would vouch for parts of two attempts
+        if all(calls.everywhere("leave_part", calls.name, unit.name, folder, shards=shards)):
+            write_atomically(file, json.dumps(about).encode())
 
 
 def _trained(calls: Calls, trial: Trial, shards: range) -> tuple[Errors, Errors, list[Cost]]:

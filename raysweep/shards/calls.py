@@ -103,7 +103,7 @@ class Calls:
                     refs.append(self.submit(shard, method, *arguments, label=label))
                 ahead.append((text.name, refs[1:]))
                 while ahead and (
-                    len(ahead) > CALLS_AHEAD * len(refs) or self.group.is_there(ahead[0][1][-1])
+                    len(ahead) > CALLS_AHEAD * (len(refs) - 1) or self.group.is_there(ahead[0][1][-1])
                 ):
                     yield self._taken(*ahead.popleft())
         while ahead:

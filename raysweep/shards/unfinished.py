@@ -19,10 +19,9 @@ from raysweep.results.folders import across_file, part_file, unit_file
 
 BYTES_PER_S = 200e6  # that a file takes beside its opening; assumption: a network file system
 FREE_SHARE = 0.05  # of the room on the storage, that one file may take
-PATIENCE, PATIENCE_S = (
-    0.1,
-    0.05,
-)  # of the time that a unit took, and at least, a shard waits for it to be written
+# A shard waits for a unit to be written for this share of the time that the unit took, or so long if that is less.
+PATIENCE, PATIENCE_S = 0.1, 0.05
+FORGETTING = 0.9  # of what a file costs, each time that this was too much
 
 log = logging.getLogger(__name__)
 
@@ -44,22 +43,25 @@ class UnfinishedUnits:
 
     def leave(
         self, owner: str, file: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any], seconds: float
-    ) -> None:
-        """Has a unit, or a part of one, written that took so many seconds, if that is worth it.
+    ) -> Future[bool] | None:
+        """Has a unit, or a part of one, written that took so many seconds, if that is worth it; returns what will say
+        whether it is there, None where it is not worth it.
 
         owner: the trial;  about: what JSON can hold, which `take` gives back
         """
         nbytes = sum(tensor.nbytes for tensor in weights.values())
         if seconds < self._cost_s + nbytes / BYTES_PER_S:
-            return
+            self._cost_s *= FORGETTING  # the file that it was learned from may have been an odd one
+            return None
         if self._is_writing and seconds < self._wait_s + nbytes / BYTES_PER_S:
-            return
+            return None
         self.settle()
         # Copied here, because what comes next for the trial may change these tensors in place.
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
         future = self._thread.submit(self._write, file, copies, dict(about), nbytes)
         self._writing = owner, future
-        wait([future], max(PATIENCE_S, PATIENCE * seconds))
+        wait([future], max(PATIENCE * seconds, min(PATIENCE_S, seconds)))
+        return future
 
     def leave_part(
         self, owner: str, folder: Path, unit: str, parts: Mapping[int, Mapping[str, Tensor]], seconds: float
@@ -67,8 +69,8 @@ class UnfinishedUnits:
         """The same for the blocks of a unit that reaches over several shards; returns once they are written, and
         whether all are."""
         for block, weights in parts.items():
-            self.leave(owner, part_file(folder, unit, block), weights, {}, seconds / len(parts))
-            if not self.settle():
+            written = self.leave(owner, part_file(folder, unit, block), weights, {}, seconds / len(parts))
+            if written is None or not written.result():
                 return False
         return True
 
@@ -89,14 +91,13 @@ class UnfinishedUnits:
             log.warning("recovered anew: %s", first_line(error))
         return None
 
-    def settle(self, owner: str | None = None) -> bool:
+    def settle(self, owner: str | None = None) -> None:
         """Waits until what is left, of a trial or of all, is written, so that nothing appears where a trial has cleaned
-        up; returns whether the last of it is."""
-        if self._writing is None or owner not in (None, self._writing[0]):
-            return False
-        _, future = self._writing
-        self._writing = None
-        return future.result()
+        up."""
+        if self._writing is not None and owner in (None, self._writing[0]):
+            _, future = self._writing
+            self._writing = None
+            wait([future])
 
     @property
     def _is_writing(self) -> bool:
