@@ -24,7 +24,10 @@ from raysweep.errors import UsageError, first_line
 LOCAL, AUTO = "local", "auto"
 ANSWER_S = 5.0  # that a cluster has to take a connection
 NAMESPACE = "raysweep"
-REFUSES = "refuses"  # what we say of a cluster that wants another token
+
+
+class TokenRefusedError(UsageError):
+    """A cluster asks for another token than this process has."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,9 @@ def _causes(error: BaseException) -> Iterator[str]:
         current = current.__cause__ or current.__context__
 
 
-def _refused(address: str | None, reason: str) -> UsageError:
-    return UsageError(
-        f"the Ray cluster at {address or LOCAL!r} {REFUSES} this process: {reason}",
+def _refused(address: str | None, reason: str) -> TokenRefusedError:
+    return TokenRefusedError(
+        f"the Ray cluster at {address or LOCAL!r} refuses this process: {reason}",
         remedy="Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token.",
     )
 

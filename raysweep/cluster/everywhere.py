@@ -27,6 +27,10 @@ class Answer:
     value: Any = None
     silence: str | None = None
 
+    @property
+    def about(self) -> str:
+        return f"{self.host} ({self.address})"
+
 
 def ask_every_node(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> list[Answer]:
     """Calls a function once on every living node of the connected cluster; nodes by address.

@@ -12,15 +12,15 @@ from typing import Any
 
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.space import SearchSpace
-from raysweep.errors import CapacityError, RaysweepError, UsageError
-from raysweep.launching.examination import PORTS, SHARED_MEMORY, examine, marked, taken_ports
-from raysweep.launching.launch import checked_folder, device_here
+from raysweep.errors import RaysweepError, UsageError
+from raysweep.launching.examination import PORTS, SHARED_MEMORY, clock, examine, marked, taken_ports
+from raysweep.launching.launch import checked_folder, refuse_mirror_of_one_node
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import ANSWER_S
-from raysweep.results.uris import mirrored_uri
+from raysweep.results.uris import is_shared, mirrored_uri
 from raysweep.shards.plan import ShardPlan, format_bytes, host_bytes
 from raysweep.sweep.planning import make_plans
-from raysweep.sweep.prepare import prepare
+from raysweep.sweep.prepare import PreparedModel, prepare
 
 CLOCKS_APART_S = 2.0  # by which locks in remote storages, and moments in rows, may be wrong
 LEAST_ROOM = 1 << 30  # bytes that results, and what Ray leaves in /tmp, should find free; assumption
@@ -57,41 +57,56 @@ class _Doctor:
         self.space, self.storage, self.address, self.tell = space, storage, address, tell
 
     def look(self) -> None:
-        from raysweep.cluster.connect import REFUSES, connected, running_address
+        from raysweep.cluster.connect import LOCAL, TokenRefusedError, connected, running_address
 
-        prepared = self._prepared()
         try:
             joined = running_address(self.address)
             if joined is None:
                 self._fine(HERE, "cluster", "a launch starts one of its own, on this machine alone")
-                self._ports()
-                self._nodes(prepared, self._plans(prepared, [this_node()]), on_cluster=False)
+                if self.address != LOCAL:
+                    self._ports()
+                self._machines([this_node()], on_cluster=False)
                 return
             with connected(joined) as cluster:
                 nodes = f"{len(cluster.nodes)} node{'s' * (len(cluster.nodes) != 1)} at {joined}"
                 self._fine(HERE, "cluster", f"{nodes}, {cluster.dashboard or 'without dashboard'}")
-                self._nodes(prepared, self._plans(prepared, cluster.nodes), on_cluster=True)
+                self._machines(cluster.nodes, on_cluster=True)
         except RaysweepError as error:
-            self._error("token" if REFUSES in error.message else "cluster", error)
+            self._error("token" if isinstance(error, TokenRefusedError) else "cluster", error)
+
+    def _machines(self, nodes: Sequence[Node], on_cluster: bool) -> None:
+        folder, models = self._folder(), self._models(nodes)
+        launch = None if folder is None or models is None else Launch(self.space, folder, models, {})
+        self._examine(folder, models or [], self._plans(launch, nodes), on_cluster)
 
     # What is seen from here
 
-    def _prepared(self) -> Launch | None:
+    def _folder(self) -> Path | None:
         try:
-            folder = checked_folder(self.space, self.storage)
-            prepared = Launch(self.space, folder, prepare(self.space, device_here()), {})
+            return checked_folder(self.space, self.storage)
+        except RaysweepError as error:
+            self._error("storage", error)
+            return None
+
+    def _models(self, nodes: Sequence[Node]) -> list[PreparedModel] | None:
+        """For the device that a launch on these nodes would take."""
+        try:
+            models = prepare(self.space, "cuda" if any(node.gpus for node in nodes) else "cpu")
         except RaysweepError as error:
             self._error("search space", error)
             return None
-        self._fine(HERE, "search space", f"{self.space.name}: {prepared.planned} trials")
-        return prepared
+        self._fine(HERE, "search space", self.space.name)
+        return models
 
-    def _plans(self, prepared: Launch | None, nodes: Sequence[Node]) -> list[ShardPlan]:
-        if prepared is None:
+    def _plans(self, launch: Launch | None, nodes: Sequence[Node]) -> list[ShardPlan]:
+        if launch is None:
             return []
         try:
-            plans = make_plans(prepared.models, prepared.space, nodes)
-        except CapacityError as error:
+            plans = make_plans(launch.models, self.space, nodes)
+            retraining = [launch.retrain_plan(model, nodes) for model in launch.models]
+            if any(retraining) and len(nodes) > 1:
+                refuse_mirror_of_one_node(launch.folder)
+        except RaysweepError as error:
             self._error("plan", error)
             return []
         for plan in plans:
@@ -114,46 +129,63 @@ class _Doctor:
 
     # What every node says
 
-    def _nodes(self, prepared: Launch | None, plans: Sequence[ShardPlan], on_cluster: bool) -> None:
+    def _examine(
+        self,
+        folder: Path | None,
+        models: Sequence[PreparedModel],
+        plans: Sequence[ShardPlan],
+        on_cluster: bool,
+    ) -> None:
         """Asks the nodes, or where there is no cluster this machine, and compares what they say with what is here."""
-        models = [] if prepared is None else [model.source for model in prepared.models]
-        asked = [(source.portable_path, source.revision, source.trust_remote_code) for source in models]
-        storage = Path("/tmp") if prepared is None else prepared.folder.parent
-        with _there(storage), marked(storage) as marker:
-            here = examine(asked, str(storage), marker)
-            answers, delay = [(HERE, 0, here)], 0.0
-            if on_cluster:
-                begin = time.monotonic()
-                answers = self._answers(asked, str(storage), marker)
-                delay = time.monotonic() - begin
+        sources = [model.source for model in models]
+        asked = [(source.portable_path, source.revision, source.trust_remote_code) for source in sources]
+        storage = None if folder is None else folder.parent
+        with _there(storage), marked(storage or Path("/tmp")) as marker:
+            here = examine(asked, None if storage is None else str(storage), marker)
+            answers = [(HERE, 0, here)]
+            if on_cluster:  # of a mirror other nodes know nothing, unless it is one for all
+                for_all = folder is not None and is_shared(folder)
+                answers = self._answers(asked, str(storage) if for_all else None, marker)
+        holders = [about for about, _, there in answers if there["gpus"] or not _on_gpus(plans)]
         for about, object_store, there in answers:
             self._versions(about, there["versions"], here["versions"])
-            for path, model in there["models"].items():
-                self._model(about, path, model, here["models"][path])
-            if prepared is not None:
+            for source, model, mine in zip(sources, there["models"], here["models"], strict=True):
+                self._model(about, source.path, model, mine)
+            if storage is not None and there["storage"] is not None:
                 self._storage(about, storage, there["storage"])
             self._room(about, "temporary files", "/tmp", there["temporary"]["free"])
             self._shared_memory(about, there["shared_memory"], object_store)
-            self._memory(about, there["memory"], plans, len(answers))
-            self._clock(about, there["time"] - here["time"], delay)
+            self._memory(about, there["memory"], plans if about in holders else [], len(holders))
             self._fine(about, "devices", ", ".join(there["gpus"]) or "CPU only")
+        if on_cluster:
+            self._clocks()
 
     def _answers(
-        self, models: Sequence[Any], storage: str, marker: str
+        self, models: Sequence[Any], storage: str | None, marker: str
     ) -> list[tuple[str, int, dict[str, Any]]]:
         from raysweep.cluster.everywhere import ask_every_node
 
         heard = []
         for answer in ask_every_node(examine, models, storage, marker, timeout_s=ANSWER_S):
-            about = f"{answer.host} ({answer.address})"
             if answer.silence is None:
-                heard.append((about, answer.object_store, answer.value))
+                heard.append((answer.about, answer.object_store, answer.value))
             else:
                 mend = (
-                    "Look at the node with `ray status`; its Python and raysweep must be those of the head."
+                    "Look at the node with `ray status`; it needs the same Python and raysweep as the head."
                 )
-                self._fault(about, "answer", answer.silence, mend)
+                self._fault(answer.about, "answer", answer.silence, mend)
         return heard
+
+    def _clocks(self) -> None:
+        """In a round of its own: what a node says must lie between the moments of question and answer."""
+        from raysweep.cluster.everywhere import ask_every_node
+
+        begin = time.time()
+        answers = ask_every_node(clock, timeout_s=ANSWER_S)
+        end = time.time()
+        for answer in answers:
+            if answer.silence is None:
+                self._clock(answer.about, min(answer.value - begin, 0.0) + max(answer.value - end, 0.0))
 
     def _versions(self, about: str, there: Mapping[str, str | None], here: Mapping[str, str | None]) -> None:
         wrong = [name for name in here if there.get(name) != here[name]]
@@ -178,15 +210,14 @@ class _Doctor:
             self._fine(about, "model", f"{path} can be read")
 
     def _storage(self, about: str, place: Path, there: Mapping[str, Any]) -> None:
-        uri = mirrored_uri(place)
-        if there["problem"]:
+        if not there["seen"] and about != HERE:
+            mend = f"Mount the same folder as {place} on every node, or name a shared one by --storage."
+            self._fault(about, "storage", f"{place} is not the folder that it is on this machine", mend)
+        elif there["problem"]:
             mend = f"Make {place} writable there, free some of it, or name another folder by --storage."
             self._fault(about, "storage", f"{place} cannot be written: {there['problem']}", mend)
-        elif not there["seen"] and uri is None:
-            mend = f"Mount the same folder as {place} on every node, or name a shared one by --storage."
-            self._fault(about, "storage", f"{place} is another folder than on this machine", mend)
         else:
-            self._room(about, "storage", uri or str(place), there["free"])
+            self._room(about, "storage", mirrored_uri(place) or str(place), there["free"])
 
     def _room(self, about: str, check: str, place: str, free: int) -> None:
         if free < LEAST_ROOM:
@@ -219,16 +250,12 @@ class _Doctor:
         else:
             self._fine(about, "memory", said)
 
-    def _clock(self, about: str, apart_s: float, delay_s: float) -> None:
-        """delay_s: within which the answer was given"""
-        late = apart_s - min(max(apart_s, 0.0), delay_s)
-        if abs(late) > CLOCKS_APART_S:
+    def _clock(self, about: str, ahead_s: float) -> None:
+        if abs(ahead_s) > CLOCKS_APART_S:
             mend = "Switch time synchronisation on: timedatectl set-ntp true."
-            self._fault(about, "clock", f"{abs(late):.0f} s {'ahead' if late > 0 else 'behind'}", mend)
+            self._fault(about, "clock", f"{abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}", mend)
         else:
-            self._fine(
-                about, "clock", "as on this machine" if about != HERE else time.strftime("%H:%M:%S %Z")
-            )
+            self._fine(about, "clock", "as on this machine")
 
     # The report
 
@@ -249,9 +276,16 @@ class _Doctor:
             self._fault(HERE, check, error.message, "See the log of Ray in /tmp/ray/session_latest/logs.")
 
 
+def _on_gpus(plans: Sequence[ShardPlan]) -> bool:
+    return any(plan.device == "cuda" for plan in plans)
+
+
 @contextmanager
-def _there(folder: Path) -> Iterator[None]:
+def _there(folder: Path | None) -> Iterator[None]:
     """The folder is there within the context, and gone afterwards where it was not before."""
+    if folder is None:
+        yield
+        return
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     with suppress(OSError):  # which the examination tells
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,20 +18,21 @@ from typing import Any
 PACKAGES = ("raysweep", "torch", "transformers", "ray", "deepspeed", "numpy", "pyarrow")
 SHARED_MEMORY = "/dev/shm"
 PORTS = (6379, 8265)  # of Ray's head and of its dashboard
+CACHED_S = 5.0  # that a network file system may go on saying that a new file is not there; assumption
 
 
-def examine(models: Sequence[tuple[str, str | None, bool]], storage: str, marker: str) -> dict[str, Any]:
+def examine(
+    models: Sequence[tuple[str, str | None, bool]], storage: str | None, marker: str
+) -> dict[str, Any]:
     """Facts about this machine, as plain values.
 
     models: path, revision and whether its code is trusted
-    storage: a folder in which the caller has put the file `marker`
+    storage: a folder in which the caller has put the file `marker`; None where that says nothing
     """
     return {
-        "host": socket.gethostname(),
-        "time": time.time(),
         "versions": {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "models": {model[0]: _model(*model) for model in models},
-        "storage": see_storage(storage, marker),
+        "models": [_model(*model) for model in models],
+        "storage": None if storage is None else see_storage(storage, marker),
         "shared_memory": _room(SHARED_MEMORY),
         "temporary": _room("/tmp"),
         "memory": _memory(),
@@ -42,7 +43,7 @@ def examine(models: Sequence[tuple[str, str | None, bool]], storage: str, marker
 def see_storage(storage: str, marker: str) -> dict[str, Any]:
     """Whether this machine sees the caller's file in the folder, and can write there; bytes that are free."""
     folder = Path(storage)
-    found: dict[str, Any] = {"seen": (folder / marker).exists(), "problem": None, **_room(storage)}
+    found: dict[str, Any] = {"seen": _seen(folder / marker), "problem": None, **_room(storage)}
     try:
         mine = folder / f"{marker}-{socket.gethostname()}-{os.getpid()}"
         with open(mine, "xb") as stream:
@@ -55,6 +56,26 @@ def see_storage(storage: str, marker: str) -> dict[str, Any]:
         with suppress(OSError):
             mine.unlink()
     return found
+
+
+def _seen(file: Path) -> bool:
+    """Network file systems remember for a few seconds that something is not there."""
+    deadline = time.monotonic() + CACHED_S
+    while True:
+        try:
+            os.listdir(file.parent)
+            if file.exists():
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+
+
+def clock() -> float:
+    """Seconds since 1970, by this machine."""
+    return time.time()
 
 
 @contextmanager
@@ -103,9 +124,9 @@ def _model(path: str, revision: str | None, trust_remote_code: bool) -> dict[str
 
         source = ModelSource(path, revision, trust_remote_code)
         source.load_config()
-        checkpoint = Checkpoint.open(source)
-        if not source.is_local:
+        if not source.is_local:  # weights of a Hugging Face id are fetched by the shards that need them
             return {"problem": None, "content": None}
+        checkpoint = Checkpoint.open(source)
         digest = hashlib.sha256(Path(checkpoint.path_of(CONFIG)).read_bytes())
         for name, (shape, dtype) in sorted(checkpoint.headers().items()):
             digest.update(f"{name} {shape} {dtype}\n".encode())
@@ -119,19 +140,26 @@ def _model(path: str, revision: str | None, trust_remote_code: bool) -> dict[str
 def _room(path: str) -> dict[str, int]:
     """Bytes of the file system that a path is, or would be, on."""
     place = Path(path)
-    there = next((parent for parent in (place, *place.parents) if parent.exists()), Path("/"))
-    total, _, free = shutil.disk_usage(there)
-    return {"total": total, "free": free}
+    for parent in (place, *place.parents):
+        with suppress(OSError):  # it is not there, or a mount whose server has gone
+            total, _, free = shutil.disk_usage(parent)
+            return {"total": total, "free": free}
+    return {"total": 0, "free": 0}
 
 
 def _memory() -> dict[str, int]:
-    """Bytes of the machine's memory: all, and what is left for new programs."""
+    """Bytes of memory that this process may use: all, and what is left for new programs."""
     sizes: dict[str, int] = {}
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             name, _, rest = line.partition(":")
             sizes[name] = int(rest.split()[0]) << 10
-    return {"total": sizes.get("MemTotal", 0), "free": sizes.get("MemAvailable", 0)}
+    limit = sizes.get("MemTotal", 0)
+    with suppress(ImportError):
+        from raysweep.cluster.nodes import memory_limit
+
+        limit = min(limit, memory_limit() or limit)
+    return {"total": limit, "free": min(limit, sizes.get("MemAvailable", 0))}
 
 
 def _gpus() -> list[str]:

@@ -33,7 +33,7 @@ from raysweep.results.lock import launch_lock, refuse_where_held
 from raysweep.results.mirror import lags, push, pushing
 from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.remote import remote_of
-from raysweep.results.uris import CACHE_VARIABLE, is_shared, mirrored_uri, place_of
+from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
@@ -198,7 +198,7 @@ def _run(
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
         tracing = progress if isinstance(progress, Tracing) else None
-        shown = runner.watched(progress, prepared.tag, prepared.space.search)
+        shown = runner.watched(progress, prepared)
         with recorded(prepared, runner, plans[0].shards, shown, check) as recorder:
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
                 run = ModelRun(prepared, model, plan, retraining, runner, recorder, nodes, tracing, fail_fast)
@@ -217,9 +217,9 @@ def _say_done(prepared: Launch, progress: Progress) -> None:
 
 def refuse_unshared(folder: Path, runner: Runner) -> None:
     """Raises UsageError where nodes would not find the units and weights that others have left in the storage."""
-    if mirrored_uri(folder.parent) is None and (strangers := runner.strangers(folder)):
+    if is_shared(folder) and (strangers := runner.strangers(folder)):
         raise UsageError(
-            f"storage {folder.parent} is not the same folder on all nodes: {', '.join(strangers)}",
+            f"storage {folder.parent} is not the same folder on all nodes; {'; '.join(strangers)}",
             allowed="a folder that all nodes share under this path, or a URI such as s3://BUCKET/PREFIX",
             remedy="Mount one there, or name another by --storage; `raysweep doctor` tells more.",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from raysweep.config.sections import SearchConfig
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 class Metered:
     """Passes a launch on to another display, and its numbers to a meter."""
 
-    def __init__(self, progress: Progress, meter: SweepMeter, search: SearchConfig) -> None:
+    def __init__(
+        self, progress: Progress, meter: SweepMeter, search: SearchConfig, earlier: Iterable[Row]
+    ) -> None:
+        """earlier: rows of trials that will not run again"""
         self._progress, self._meter, self._search = progress, meter, search
         self._planned = self._finished = self._failed = 0
         self._best: dict[str, float] = {}
+        for row in earlier:
+            self._note_best(row)
 
     def stage(self, text: str) -> None:
         self._progress.stage(text)
@@ -45,10 +50,12 @@ class Metered:
         self._meter.trials(finished=self._finished, failed=self._failed, waiting=waiting)
 
     def _note_best(self, row: Row) -> None:
+        """The dense model stands beside all cells."""
         value = row.get(self._search.metric)
-        if value is None or not math.isfinite(value) or row.get("status") != "finished":
+        if value is None or row.get("status") != "finished" or row.get("recovery") == "dense":
             return
-        cell = " ".join(str(row[name]) for name in self._search.compare_within if row.get(name) is not None)
+        named = {name: row[name] for name in self._search.compare_within if row.get(name) is not None}
+        cell = " ".join(f"{name}={value}" for name, value in named.items())
         better = min if self._search.mode == "min" else max
         self._best[cell] = better(value, self._best.get(cell, value))
         self._meter.best(cell, self._best[cell])

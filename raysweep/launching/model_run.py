@@ -129,6 +129,9 @@ class ModelRun:
         on_gpus = self.plan.device == "cuda"
         if on_gpus and not any(node.gpus for node in nodes):
             raise CapacityError("no node with a GPU is left")
+        folder = self.prepared.folder
+        if len(nodes) > 1 and is_shared(folder) and (strangers := self.runner.strangers(folder)):
+            raise CapacityError(f"nodes that do not share the storage: {'; '.join(strangers)}")
         used = nodes if on_gpus else [replace(node, gpus=0) for node in nodes]
         (self.plan,) = make_plans([self.model], self.prepared.space, used)
         if not retrained:

@@ -15,6 +15,7 @@ from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.sections import SearchConfig
 from raysweep.launching.examination import marked, see_storage
 from raysweep.launching.metering import Metered
+from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress
 from raysweep.results.folders import TUNE
 from raysweep.shards.group_info import ShardSpec
@@ -45,12 +46,12 @@ class Runner(Protocol):
         """Those that there are now."""
         ...
 
-    def watched(self, progress: Progress, tag: str, search: SearchConfig) -> Progress:
-        """The display, with what it hears told to whatever watches the runner. tag: of the sweep"""
+    def watched(self, progress: Progress, prepared: Launch) -> Progress:
+        """The display, with what it hears told to whatever watches the runner."""
         ...
 
     def strangers(self, folder: Path) -> list[str]:
-        """Nodes on which the folder is not the one that it is here, or cannot be written."""
+        """Nodes on which the folder is not the one that it is here, or cannot be written, and why."""
         ...
 
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Any:
@@ -84,7 +85,7 @@ class InProcess:
     def nodes(self) -> Sequence[Node]:
         return (this_node(),)
 
-    def watched(self, progress: Progress, tag: str, search: SearchConfig) -> Progress:
+    def watched(self, progress: Progress, prepared: Launch) -> Progress:
         return progress
 
     def strangers(self, folder: Path) -> list[str]:
@@ -133,21 +134,24 @@ class OnRay:
 
         return nodes()
 
-    def watched(self, progress: Progress, tag: str, search: SearchConfig) -> Progress:
+    def watched(self, progress: Progress, prepared: Launch) -> Progress:
         from raysweep.cluster.meter import SweepMeter
 
-        return Metered(progress, SweepMeter(tag, search.metric), search)
+        search = prepared.space.search
+        return Metered(progress, SweepMeter(prepared.tag, search.metric), search, prepared.done_rows.values())
 
     def strangers(self, folder: Path) -> list[str]:
         from raysweep.cluster.everywhere import ask_every_node
 
         with marked(folder) as marker:
             answers = ask_every_node(see_storage, str(folder), marker, timeout_s=ANSWER_S)
-        return [
-            f"{answer.host} ({answer.address})"
-            for answer in answers
-            if answer.silence is not None or answer.value["problem"] or not answer.value["seen"]
-        ]
+        wrong = {}
+        for answer in answers:
+            if answer.silence is None and not answer.value["seen"]:
+                wrong[answer.about] = "another folder than here, or none"
+            elif answer.silence is None and answer.value["problem"]:
+                wrong[answer.about] = answer.value["problem"]
+        return [f"{about}: {why}" for about, why in wrong.items()]
 
     @contextmanager
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Iterator[OwnedGroup]:

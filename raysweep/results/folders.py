@@ -21,6 +21,7 @@ DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
 TUNE, RETRAINING, UNFINISHED = "tune", "retraining", "unfinished"  # while they are needed; no results
 PART_MARK = ".block-"
+LOCK_FILE = "launch.lock"
 SPACE_FILE, STATE_FILE, TRACE_FILE = "space.yaml", "status.json", "trace.json"
 COMPACTED = "0-compacted.parquet"
 """The rows of many trials, as `raysweep clean` puts them together. Sorts before the files of single trials: pandas
@@ -82,7 +83,7 @@ def bring_up_to_date(folder: Path) -> None:
 
 
 def is_sweep(folder: Path) -> bool:
-    return any((folder / part).exists() for part in (TRIALS, SPACE_FILE, STATE_FILE))
+    return any((folder / part).exists() for part in (TRIALS, SPACE_FILE, STATE_FILE, LOCK_FILE))
 
 
 def new_sweep_folder(name: str, storage: Path) -> Path:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO
 
 from raysweep.errors import StorageError, UsageError
+from raysweep.results.folders import LOCK_FILE
 from raysweep.results.remote import Remote, remote_of
 from raysweep.results.writer import process_lives
 
-LOCK_FILE = "launch.lock"
 BEAT_S, STALE_S = (
     10.0,
     60.0,
@@ -45,7 +45,7 @@ class Holder:
 
 @contextmanager
 def launch_lock(folder: Path) -> Iterator[Callable[[], None]]:
-    """Holds the sweep in `folder`, which is there, within the context. Raises UsageError where another process does.
+    """Holds the sweep in `folder`, which is made, within the context. Raises UsageError where another process does.
 
     Yields what raises StorageError once the lock of a remote sweep is lost to another machine.
     """
@@ -179,7 +179,11 @@ def _nothing_lost() -> None:
 def _acquired(path: Path) -> IO[str]:
     """The file of the lock, locked. One that its last holder has just removed is no lock any more."""
     while True:
-        stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # open for as long as it is locked
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # open for as long as it is locked
+        except FileNotFoundError:  # who made the folder before has given up, and taken it along
+            continue
         try:
             if not _try(stream, fcntl.LOCK_EX):
                 if (holder := local_holder(path.parent)) is not None:

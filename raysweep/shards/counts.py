@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Counts:
-    """units: recovered here, those taken over from storage not counted
+    """units: recovered here, those taken over from storage not counted; of several shards, by the last of them
     trained_tokens, evaluated_tokens: that have passed through units in training, and through the head
     """
 

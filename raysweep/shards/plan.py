@@ -28,6 +28,8 @@ class ShardPlan:
     memory: by shard, with what it may keep;  shares_cores: more shards than cores
     knowledge_bytes: limit of the masks and inputs of linears that one shard keeps
     stored_on_device: whether activations are kept on the device;  compiles: whether training is compiled there
+    shares_head: whether both ends of the chain have the head and take turns: on CPUs, where it is worth several blocks,
+    and fits twice; a GPU is done with it before hidden states would have left for another one
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -42,6 +44,7 @@ class ShardPlan:
     shares_cores: bool
     stored_on_device: bool = False
     compiles: bool = False
+    shares_head: bool = False
 
     @property
     def shards(self) -> int:
@@ -49,9 +52,8 @@ class ShardPlan:
 
     @property
     def heads(self) -> frozenset[int]:
-        """Shards that have the last norm and the head. On CPUs both ends of the chain, since a head is worth several
-        blocks there; a GPU is done with it before hidden states would have left for another one."""
-        return frozenset({0, self.shards - 1} if self.device == "cpu" else {self.shards - 1})
+        """Shards that have the last norm and the head."""
+        return frozenset({0, self.shards - 1} if self.shares_head else {self.shards - 1})
 
 
 def even_ranges(blocks: int, shards: int) -> tuple[tuple[int, int], ...]:
@@ -90,6 +92,12 @@ def make_plan(
         )
 
     def with_shards(count: int) -> ShardPlan:
+        if device == "cpu" and count > 1:
+            with suppress(CapacityError):
+                return with_heads(count, shared=True)
+        return with_heads(count, shared=False)
+
+    def with_heads(count: int, shared: bool) -> ShardPlan:
         plan = ShardPlan(
             ranges=even_ranges(len(model.blocks), count),
             device=device,
@@ -102,6 +110,7 @@ def make_plan(
             knowledge_bytes=0,
             shares_cores=device == "cpu" and count > places,
             compiles=compiles and device == "cuda",
+            shares_head=shared,
         )
         return _with_store(plan, model, nodes, work, fewer=concurrent_trials is None, store=store)
 

@@ -318,8 +318,7 @@ class ShardWorker:
         with self._timed(name, "recovery"):
             part = self._parts[name]
             cost = part.close()
-        if part.unit.is_last:
-            self._count_unit(part.trial)
+        self._count_unit(part.trial, whole=part.unit.is_last)
         return cost
 
     def part_seconds(self, name: str) -> float:
@@ -443,9 +442,10 @@ class ShardWorker:
 
     # Within
 
-    def _count_unit(self, trial: Trial) -> None:
+    def _count_unit(self, trial: Trial, whole: bool = True) -> None:
+        """whole: of one that reaches over several shards only the last part counts as the unit"""
         text = self.blocks.texts[CALIBRATION].activations
-        self.counts.units += 1
+        self.counts.units += whole
         self.counts.trained_tokens += (trial.epochs or 0) * text.samples * text.tokens
 
     def _received(self, hidden: Any) -> Tensor | None:

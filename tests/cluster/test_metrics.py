@@ -59,7 +59,10 @@ def row(value: float | None, sparsity: float, status: str = "finished") -> dict[
 
 def test_a_launch_tells_its_trials_and_the_best_of_every_cell(told):
     search = SearchConfig(compare_within=("model", "sparsity", "pattern"))
-    metered = Metered(Silent(), SweepMeter("s", search.metric), search)
+    earlier = [row(9.5, 0.6), row(5.0, 0.5) | {"recovery": "dense"}]
+    metered = Metered(Silent(), SweepMeter("s", search.metric), search, earlier)
+    cells = {sparsity: f"model=m sparsity={sparsity}" for sparsity in (0.5, 0.6)}
+    assert told["raysweep_best", ("s", cells[0.6], "validation_perplexity")] == 9.5
     metered.begin(planned=9, finished=2, failed=1, dashboard=None, others=0)
     states = {state: told["raysweep_trials", ("s", state)] for state in ("finished", "failed", "waiting")}
     assert states == {"finished": 2, "failed": 1, "waiting": 6}
@@ -68,7 +71,7 @@ def test_a_launch_tells_its_trials_and_the_best_of_every_cell(told):
     metered.row(row(1.0, 0.5, "failed"))
     metered.row(row(None, 0.5))
     best = {tags[1]: value for (name, tags), value in told.items() if name == "raysweep_best"}
-    assert best == {"m 0.5": 6.0, "m 0.6": 9.0}
+    assert best == {cells[0.5]: 6.0, cells[0.6]: 9.0}
     states = {state: told["raysweep_trials", ("s", state)] for state in ("finished", "failed", "waiting")}
     assert states == {"finished": 7, "failed": 2, "waiting": 0}
 

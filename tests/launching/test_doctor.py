@@ -17,17 +17,19 @@ from typing import Any
 
 import pytest
 
+from raysweep.cluster import connect, everywhere
+from raysweep.cluster.everywhere import Answer
 from raysweep.config.space import SearchSpace
 from raysweep.launching import doctor
 from raysweep.launching.doctor import Finding, look_over
-from raysweep.launching.examination import PORTS, examine
+from raysweep.launching.examination import PORTS, clock, examine
 
 MIB = 1 << 20
-CHECKS = ["search space", "cluster", "ports", "plan", "versions", "model", "storage", "temporary files"]
-CHECKS += ["shared memory", "memory", "clock", "devices"]
+CHECKS = ["cluster", "search space", "plan", "versions", "model", "storage", "temporary files"]
+CHECKS += ["shared memory", "memory", "devices"]
 
 
-def findings(space: SearchSpace, storage: Path, address: str = "local") -> list[Finding]:
+def findings(space: SearchSpace, storage: Path, address: str | None = "local") -> list[Finding]:
     found: list[Finding] = []
     look_over(space, str(storage), address, found.append)
     return found
@@ -49,22 +51,22 @@ def mounted(folder: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_nothing_is_wrong_here_and_nothing_is_left(make_space, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "taken_ports", list)
+def test_nothing_is_wrong_here_and_nothing_is_left(make_space, tmp_path):
     found = findings(make_space(), tmp_path / "a" / "b")
     assert [finding.check for finding in found] == CHECKS
     assert not faults(found)
     assert not (tmp_path / "a").exists()
 
 
-def test_a_taken_port_is_told(make_space, tmp_path):
+def test_a_taken_port_is_told(make_space, tmp_path, monkeypatch):
+    monkeypatch.setattr(connect, "running_address", lambda address: None)
     with socket.socket() as taken:
         try:
             taken.bind(("", PORTS[0]))
         except OSError:
             pytest.skip(f"{PORTS[0]} is taken anyway")
         taken.listen()
-        told = [one for one in findings(make_space(), tmp_path) if one.check == "ports"]
+        told = [one for one in findings(make_space(), tmp_path, address=None) if one.check == "ports"]
     (fault,) = [one for one in told if f"listens on {PORTS[0]}," in one.said]
     assert "--port" in str(fault.mend)
 
@@ -92,11 +94,17 @@ def test_a_sweep_that_cannot_fit_is_told(make_space, tmp_path, monkeypatch):
     assert "calibration.num_samples" in str(fault.mend)
 
 
-def test_a_wrong_search_space_does_not_hide_the_rest(make_space, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "taken_ports", list)
+def test_a_wrong_search_space_does_not_hide_the_rest(make_space, tmp_path):
     found = findings(make_space(model={"path": str(tmp_path / "nowhere")}), tmp_path)
     assert list(faults(found)) == ["search space"]
-    assert {"versions", "shared memory", "memory"} <= {finding.check for finding in found}
+    assert {"versions", "storage", "shared memory", "memory"} <= {finding.check for finding in found}
+
+
+def test_a_storage_that_cannot_be_reached_does_not_hide_the_rest(make_space, tmp_path):
+    (tmp_path / "file").write_text("")
+    found = findings(make_space(), tmp_path / "file" / "storage")
+    assert list(faults(found)) == ["storage"]
+    assert {"search space", "versions", "model", "memory"} <= {finding.check for finding in found}
 
 
 def test_an_address_where_nobody_is(make_space, tmp_path):
@@ -106,24 +114,36 @@ def test_an_address_where_nobody_is(make_space, tmp_path):
 
 def test_what_differs_from_here(make_space, tmp_path, monkeypatch):
     """Of an answer that this machine gives itself, with one thing changed at a time."""
-    answer = examine([], str(tmp_path), "marker")
+    answer = examine([], None, "marker")
     room = {"total": 1 << 40, "free": 1 << 40}
     healthy = answer | {"memory": room, "shared_memory": room, "temporary": room}
 
+    def asked(function: Any, *_: Any, timeout_s: float) -> list[Answer]:
+        value = time.time() + ahead[0] if function is clock else healthy | changed
+        return [Answer("other", "1.2.3.4", 0, value)]
+
+    monkeypatch.setattr(doctor, "examine", lambda *_: healthy)
+    monkeypatch.setattr(everywhere, "ask_every_node", asked)
+    ahead, changed = [0.0], dict[str, Any]()
+
     def told(check: str, **changes: Any) -> Finding | None:
         found: list[Finding] = []
-        one = doctor._Doctor(make_space(), str(tmp_path), "local", found.append)
-        monkeypatch.setattr(doctor, "examine", lambda *_: healthy)
-        monkeypatch.setattr(one, "_answers", lambda *_: [("other (1.2.3.4)", 0, healthy | changes)])
-        one._nodes(None, [], on_cluster=True)
+        changed.clear()
+        changed.update(changes)
+        one = doctor._Doctor(make_space(), str(tmp_path), None, found.append)
+        one._examine(None, [], [], on_cluster=True)
         assert {finding.about for finding in found} == {"other (1.2.3.4)"}
         assert all(finding.check == check for finding in found if finding.is_fault)
         return faults(found).get(check)
 
     assert told("none") is None
     assert "torch missing" in told("versions", versions=healthy["versions"] | {"torch": None}).said
-    assert "60 s behind" in told("clock", time=healthy["time"] - 60).said
-    assert "60 s ahead" in told("clock", time=healthy["time"] + 60).said
+    ahead[0] = -5.0
+    assert told("clock").said == "5 s behind"
+    ahead[0] = 5.0
+    assert told("clock").said == "5 s ahead"
+    ahead[0] = 1.5
+    assert told("clock") is None
     assert "64.0 MiB" in told("shared memory", shared_memory={"total": 64 * MIB, "free": 0}).said
     assert "1.0 MiB are free" in told("temporary files", temporary={"total": MIB, "free": MIB}).said
 
@@ -208,14 +228,14 @@ def test_faults_of_a_node_are_told(tmp_path, tiny_llama, make_space):
     assert set(there) == {"versions", "model", "storage", "shared memory"}
     assert "pyarrow 0.1, here" in there["versions"]["said"]
     assert str(model) in there["model"]["said"]
-    assert "another folder than on this machine" in there["storage"]["said"]
+    assert "not the folder that it is on this machine" in there["storage"]["said"]
     assert "64.0 MiB" in there["shared memory"]["said"]
     elsewhere = [one for one in found if not one["about"].startswith("planted") and one["mend"]]
     assert not elsewhere
     (fault,) = [one for one in refused if one["mend"]]
     assert fault["check"] == "token"
     assert "auth_token" in fault["mend"]
-    assert "not the same folder on all nodes: planted" in unshared
+    assert "not the same folder on all nodes; planted" in unshared
     assert not list(storage.iterdir())
 
 

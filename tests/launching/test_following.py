@@ -27,9 +27,12 @@ def run(make_space, tmp_path, monkeypatch):
     prepared = prepare_launch(space, tmp_path / "tiny", "cpu")
     (plan,) = make_plans(prepared.models, space, nodes)
 
-    def make(*clusters: tuple[Node, ...]) -> tuple[ModelRun, list[str]]:
-        waiting, said = list(clusters), list[str]()
-        runner = SimpleNamespace(nodes=lambda: waiting.pop(0) if len(waiting) > 1 else waiting[0])
+    def make(*clusters: tuple[Node, ...], strangers: tuple[str, ...] = ()) -> tuple[ModelRun, list[str]]:
+        waiting, said, strange = list(clusters), list[str](), list(strangers)
+        runner = SimpleNamespace(
+            nodes=lambda: waiting.pop(0) if len(waiting) > 1 else waiting[0],
+            strangers=lambda folder: [strange.pop()] if strange else [],
+        )
         recorder = SimpleNamespace(progress=SimpleNamespace(stage=said.append))
         return ModelRun(prepared, prepared.models[0], plan, None, runner, recorder, nodes), said
 
@@ -64,6 +67,14 @@ def test_a_gpu_that_comes_changes_no_sweep_on_cpus(run):
     launched._follow_nodes(retrained=False)
     assert launched.plan.device == "cpu"
     assert said == []
+
+
+def test_nodes_that_do_not_share_the_storage_are_not_taken_in(run):
+    launched, said = run((NODE, NODE, NODE), strangers=("c: another folder than here, or none",))
+    launched._follow_nodes(retrained=False)
+    assert said == [
+        "Waiting for another node: nodes that do not share the storage: c: another folder than here, or none"
+    ]
 
 
 def test_a_cluster_that_has_ended_is_not_waited_for(run):
