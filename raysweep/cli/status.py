@@ -14,7 +14,7 @@ from raysweep.cli.results import labeled_rows
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError
 from raysweep.results.folders import SPACE_FILE, list_sweeps, storage_folder, sweep_folder
-from raysweep.results.lock import holder_of
+from raysweep.results.lock import holder_of, local_holder
 from raysweep.results.remote import remote_of
 from raysweep.results.state import SweepState
 from raysweep.results.uris import mirrored_uri, place_of
@@ -22,7 +22,13 @@ from raysweep.results.uris import mirrored_uri, place_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-STYLES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
+STYLES = {
+    "starting": "cyan",
+    "running": "cyan",
+    "finished": "green",
+    "failed": "red",
+    "interrupted": "yellow",
+}
 
 
 def run_status(name: str | None, storage: str | None, as_json: bool) -> None:
@@ -46,6 +52,8 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     if state is not None and state.state == "running" and remote_of(folder) and holder_of(folder) is None:
         state = replace(state, state="interrupted", running=0)  # of another machine no process can be seen
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
+    if (state is None or state.state != "running") and (holder := local_holder(folder)) is not None:
+        said |= {"state": "starting", "pid": holder.pid, "host": holder.host}
     others = state.others if state else 0  # of another space than that of the last launch
     finished = max(0, rows["finished"] + rows["stopped"] - others)
     counted: dict[str, Any] = {"finished": finished, "failed": rows["failed"]}

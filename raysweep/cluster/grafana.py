@@ -56,8 +56,8 @@ def dashboard() -> dict[str, Any]:
 
 
 def _rate(metric: str) -> str:
-    """Of a counter of the shards, a second; over a minute, since Ray exports every ten seconds."""
-    return f"sum by (sweep, shard) (rate(ray_raysweep_{metric}_total{HERE}[1m]))"
+    """Of a counter of the shards, a second; over minutes, because it goes up when a call ends."""
+    return f"sum by (sweep, shard) (rate(ray_raysweep_{metric}_total{HERE}[5m]))"
 
 
 def _panel(title: str, unit: str, targets: dict[str, str], stacked: bool = False) -> dict[str, Any]:

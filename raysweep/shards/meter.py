@@ -25,7 +25,7 @@ class ShardMeter:
         tags = {"sweep": sweep, "shard": str(shard)}
         self._known = Counts()
         self._counters = {name: Counter(f"raysweep_{name}", said, TAGS) for name, said in HELP.items()}
-        self._busy = Counter("raysweep_busy_seconds", "seconds in which the shard has computed", TAGS)
+        self._busy = Counter("raysweep_busy_seconds", "seconds of calls that the shard has served", TAGS)
         self._stored = Gauge("raysweep_stored_bytes", "bytes of activations that the shard keeps", TAGS)
         self._looked = 0.0
         for metric in (*self._counters.values(), self._busy, self._stored):

@@ -13,6 +13,7 @@ import pytest
 
 from raysweep.config.space import SearchSpace
 from raysweep.results.folders import SPACE_FILE
+from raysweep.results.lock import launch_lock
 from raysweep.results.state import SweepState
 from tests.analysis.rows import failed, row, write_sweep
 
@@ -98,3 +99,14 @@ def test_rows_of_other_trials_are_no_part_of_the_progress(here, raysweep):
     SweepState("one", planned=9, others=3, state="finished").write(folder)
     document = raysweep("status", "one", "--json").json
     assert (document["planned"], document["finished"], document["others"]) == (9, 2, 3)
+
+
+def test_a_sweep_that_starts_is_told(raysweep, here):
+    """A launch holds it before it has written anything."""
+    folder = here / "raysweep-results" / "one"
+    folder.mkdir(parents=True)
+    with launch_lock(folder):
+        (document,) = raysweep("status", "--json").json
+        assert (document["name"], document["state"], document["pid"]) == ("one", "starting", os.getpid())
+        assert "starting" in raysweep("status").out
+    assert raysweep("status", "--json").json == []
