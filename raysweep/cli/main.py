@@ -14,6 +14,7 @@ from raysweep.cli.ending import DEBUG_VARIABLE, guarded
 from raysweep.cli.options import (
     DEFAULT_SPACE,
     Address,
+    Dashboard,
     FailFast,
     InProcess,
     Json,
@@ -99,6 +100,7 @@ def launch(
     Exit status: 0 all finished, 1 some failed, 2 wrong usage or file, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from raysweep.cli.launch import run_launch
+    from raysweep.cli.remote import is_elsewhere, launch_there
 
     options = {
         "storage": storage,
@@ -108,6 +110,8 @@ def launch(
         "retry_failed": retry_failed,
         "fail_fast": fail_fast,
     }
+    if is_elsewhere(address):
+        return launch_there(str(address), space, settings or [], name, as_json, options)
     return run_launch(space, settings or [], name, as_json, options)
 
 
@@ -146,20 +150,32 @@ def doctor(
 
 @app.command()
 @guarded
-def status(name: MaybeSweep = None, storage: Storage = None, as_json: Json = False) -> None:
+def status(
+    name: MaybeSweep = None, storage: Storage = None, address: Dashboard = None, as_json: Json = False
+) -> int:
     """Show running and finished sweeps: state, trials, time left."""
+    if address is not None:
+        from raysweep.cli.remote import run_there
+
+        return run_there(address, "status", name, storage=storage, as_json=as_json)
     from raysweep.cli.status import run_status
 
     run_status(name, storage, as_json)
+    return 0
 
 
 @app.command()
 @guarded
-def stop(name: Sweep, storage: Storage = None) -> None:
+def stop(name: Sweep, storage: Storage = None, address: Dashboard = None) -> int:
     """End a running sweep as Ctrl-C would, from another shell or host that sees the storage. Its rows are kept."""
+    if address is not None:
+        from raysweep.cli.remote import run_there
+
+        return run_there(address, "stop", name, storage=storage)
     from raysweep.cli.stop import run_stop
 
     run_stop(name, storage)
+    return 0
 
 
 @app.command()
@@ -177,9 +193,18 @@ def clean(name: Sweep, storage: Storage = None) -> None:
 @app.command()
 @guarded
 def results(
-    name: OnlySweep = None, sort: Sort = None, storage: Storage = None, as_json: Json = False
-) -> None:
+    name: OnlySweep = None,
+    sort: Sort = None,
+    storage: Storage = None,
+    address: Dashboard = None,
+    as_json: Json = False,
+) -> int:
     """Print the table of a sweep's trials."""
+    if address is not None:
+        from raysweep.cli.remote import run_there
+
+        return run_there(address, "results", name, storage=storage, as_json=as_json, sort=sort)
     from raysweep.cli.results import run_results
 
     run_results(name, sort, storage, as_json)
+    return 0

@@ -11,6 +11,7 @@ from raysweep.config.spaces import DEFAULT_SPACE
 __all__ = [
     "DEFAULT_SPACE",
     "Address",
+    "Dashboard",
     "FailFast",
     "InProcess",
     "Json",
@@ -62,8 +63,17 @@ Address = Annotated[
     typer.Option(
         "--address",
         metavar="ADDRESS",
-        help="Ray cluster: HOST:PORT, auto, or local for a new one. Default: the one that this machine is on "
-        "(RAY_ADDRESS, or a running one), else a new one.",
+        help="Ray cluster: HOST:PORT, auto, or local for a new one; or the address of its dashboard, http://HOST:PORT, "
+        "from outside of it. Default: the one that this machine is on (RAY_ADDRESS, or a running one), else a "
+        "new one.",
+    ),
+]
+Dashboard = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="http://HOST:PORT",
+        help="The dashboard of a cluster that this machine is no part of: the command runs there.",
     ),
 ]
 InProcess = Annotated[

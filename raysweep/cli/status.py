@@ -52,7 +52,7 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     if state is not None and state.state == "running" and remote_of(folder) and holder_of(folder) is None:
         state = replace(state, state="interrupted", running=0)  # of another machine no process can be seen
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
-    if (state is None or state.state != "running") and (holder := local_holder(folder)) is not None:
+    if (holder := local_holder(folder)) is not None and (state is None or state.pid != holder.pid):
         said |= {"state": "starting", "pid": holder.pid, "host": holder.host}
     others = state.others if state else 0  # of another space than that of the last launch
     finished = max(0, rows["finished"] + rows["stopped"] - others)

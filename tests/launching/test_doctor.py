@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from raysweep.config.space import SearchSpace
 from raysweep.launching import doctor
 from raysweep.launching.doctor import Finding, look_over
 from raysweep.launching.examination import PORTS, clock, examine
+from tests.cluster.nodes import head_environment, node, skip_without_namespaces, wait_for
 
 MIB = 1 << 20
 CHECKS = ["cluster", "search space", "plan", "versions", "model", "storage", "temporary files"]
@@ -151,50 +151,10 @@ def test_what_differs_from_here(make_space, tmp_path, monkeypatch):
 # Nodes of a real cluster
 
 
-def head_environment(home: Path) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return clean | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-@contextmanager
-def node(folder: Path, home: Path, *options: str, mounts: str = "", path: str = "") -> Iterator[Path]:
-    """A node in the foreground, in a namespace of its own for mounts. Yields the file with its words."""
-    environment = head_environment(home) | ({"PYTHONPATH": path} if path else {})
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
-    start += ["--num-cpus=1", f"--memory={2 << 30}", f"--object-store-memory={80 * MIB}"]
-    script = f"set -e\n{mounts}\nexec {' '.join(start)}"
-    words = folder / f"node-{len(list(folder.glob('node-*')))}.txt"
-    with open(words, "w") as stream:
-        process = subprocess.Popen(
-            ["unshare", "-m", "-u", "bash", "-c", script],
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield words
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_for(what: str, words: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while what not in words.read_text():
-        assert time.monotonic() < deadline, words.read_text()
-        time.sleep(0.2)
-
-
 @pytest.mark.long
 def test_faults_of_a_node_are_told(tmp_path, tiny_llama, make_space):
     """Another version, no model, a storage of its own, little shared memory; then another token."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("needs root and unshare")
+    skip_without_namespaces()
     home, stranger = tmp_path / "home", tmp_path / "stranger"
     for place, token in ((home, "a"), (stranger, "b")):
         (place / ".ray").mkdir(parents=True)

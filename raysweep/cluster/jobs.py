@@ -1,0 +1,91 @@
+"""Commands that run on a cluster as jobs of Ray, submitted from a machine outside of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from raysweep.cluster.connect import TokenRefusedError
+from raysweep.errors import RaysweepError, UsageError, first_line
+
+UNSURE = 1  # exit status of a job that has failed without one
+START_S, NOT_YET = (
+    60.0,
+    "No available agent",
+)  # that a cluster may take to be ready for jobs, and what it says till then
+BEFORE_THE_COMMAND = "Running entrypoint for job "  # how Ray's last line before it begins
+
+
+class JobServer:
+    """The dashboard of a cluster, which runs commands on its head."""
+
+    def __init__(self, address: str) -> None:
+        """Raises UsageError where none answers, or refuses this process."""
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
+        self.address = address
+        try:
+            self._client = JobSubmissionClient(address)
+        except AuthenticationError as error:
+            raise TokenRefusedError(
+                f"the cluster at {address} refuses this process: {first_line(error)}",
+                remedy="Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token.",
+            ) from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"no cluster takes jobs at {address}: {first_line(error)}",
+                allowed="the address of a Ray dashboard, such as http://127.0.0.1:8265",
+                remedy="`ray dashboard cluster.yaml` brings that of a cluster to this machine.",
+            ) from error
+
+    def submit(self, command: Sequence[str], folder: Path | None = None) -> str:
+        """Starts a command in a copy of the folder; returns what the job is called."""
+        environment = {"working_dir": str(folder)} if folder is not None else None
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                return self._client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+            except RuntimeError as error:
+                if NOT_YET in str(error) and time.monotonic() < deadline:
+                    time.sleep(1.0)
+                    continue
+                raise RaysweepError(
+                    f"the cluster at {self.address} takes no job: {first_line(error)}"
+                ) from error
+
+    def follow(self, job: str, show: Callable[[str], None]) -> int:
+        """Shows what the command says until it has ended; returns its exit status."""
+        said = shown = ""
+
+        def tell(text: str) -> None:
+            nonlocal said, shown
+            said += text
+            own = _of_the_command(said)
+            show(own[len(shown) :])
+            shown = own
+
+        async def tell_all() -> None:
+            async for text in self._client.tail_job_logs(job):
+                tell(text)
+
+        asyncio.run(tell_all())
+        details = self._client.get_job_info(job)
+        everything = self._client.get_job_logs(job)  # what came after the last look
+        tell(everything[len(said) :])
+        if str(details.status) == "SUCCEEDED":
+            return 0
+        if not shown:
+            show(f"{everything}{details.message or ''}\n")  # it did not come to the command
+        return details.driver_exit_code or UNSURE
+
+
+def _of_the_command(log: str) -> str:
+    """Without what Ray says before it."""
+    _, found, rest = log.partition(BEFORE_THE_COMMAND)
+    return rest.partition("\n")[2] if found else ""
