@@ -13,10 +13,10 @@ from raysweep.cluster.connect import TokenRefusedError
 from raysweep.errors import RaysweepError, UsageError, first_line
 
 UNSURE = 1  # exit status of a job that has failed without one
-START_S, NOT_YET = (
-    60.0,
+NOT_YET, START_S = (
     "No available agent",
-)  # that a cluster may take to be ready for jobs, and what it says till then
+    60.0,
+)  # what a cluster says that is not ready for jobs yet, and may be soon
 BEFORE_THE_COMMAND = "Running entrypoint for job "  # how Ray's last line before it begins
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.space import SearchSpace
-from raysweep.errors import RaysweepError, UsageError
+from raysweep.errors import RaysweepError, StorageError, UsageError
 from raysweep.launching.examination import PORTS, SHARED_MEMORY, clock, examine, marked, taken_ports
 from raysweep.launching.launch import checked_folder, refuse_mirror_of_one_node
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import ANSWER_S
+from raysweep.results.folders import there_for_now
 from raysweep.results.uris import is_shared, mirrored_uri
 from raysweep.shards.plan import ShardPlan, format_bytes, host_bytes
 from raysweep.sweep.planning import make_plans
@@ -139,26 +139,40 @@ class _Doctor:
         """Asks the nodes, or where there is no cluster this machine, and compares what they say with what is here."""
         sources = [model.source for model in models]
         asked = [(source.portable_path, source.revision, source.trust_remote_code) for source in sources]
-        storage = None if folder is None else folder.parent
-        with _there(storage), marked(storage or Path("/tmp")) as marker:
-            here = examine(asked, None if storage is None else str(storage), marker)
-            answers = [(HERE, 0, here)]
-            if on_cluster:  # of a mirror other nodes know nothing, unless it is one for all
-                for_all = folder is not None and is_shared(folder)
-                answers = self._answers(asked, str(storage) if for_all else None, marker)
+        try:
+            here, answers = self._heard(asked, folder, on_cluster)
+        except StorageError as error:  # the rest can be told without it
+            self._error("storage", error)
+            folder = None
+            here, answers = self._heard(asked, None, on_cluster)
         holders = [about for about, _, there in answers if there["gpus"] or not _on_gpus(plans)]
         for about, object_store, there in answers:
             self._versions(about, there["versions"], here["versions"])
             for source, model, mine in zip(sources, there["models"], here["models"], strict=True):
                 self._model(about, source.path, model, mine)
-            if storage is not None and there["storage"] is not None:
-                self._storage(about, storage, there["storage"])
+            if folder is not None and there["storage"] is not None:
+                self._storage(about, folder.parent, there["storage"])
             self._room(about, "temporary files", "/tmp", there["temporary"]["free"])
             self._shared_memory(about, there["shared_memory"], object_store)
             self._memory(about, there["memory"], plans if about in holders else [], len(holders))
             self._fine(about, "devices", ", ".join(there["gpus"]) or "CPU only")
         if on_cluster:
             self._clocks()
+
+    def _heard(
+        self, asked: Sequence[Any], folder: Path | None, on_cluster: bool
+    ) -> tuple[dict[str, Any], list[tuple[str, int, dict[str, Any]]]]:
+        """What is here; and what is there, by what it is about and with the size of the object store."""
+        if folder is None:
+            here = examine(asked, None, "")
+            return here, self._answers(asked, None, "") if on_cluster else [(HERE, 0, here)]
+        storage = folder.parent
+        with there_for_now(storage), marked(storage) as marker:
+            here = examine(asked, str(storage), marker)
+            if not on_cluster:
+                return here, [(HERE, 0, here)]
+            # of a mirror other nodes know nothing, unless it is one for all
+            return here, self._answers(asked, str(storage) if is_shared(folder) else None, marker)
 
     def _answers(
         self, models: Sequence[Any], storage: str | None, marker: str
@@ -278,23 +292,6 @@ class _Doctor:
 
 def _on_gpus(plans: Sequence[ShardPlan]) -> bool:
     return any(plan.device == "cuda" for plan in plans)
-
-
-@contextmanager
-def _there(folder: Path | None) -> Iterator[None]:
-    """The folder is there within the context, and gone afterwards where it was not before."""
-    if folder is None:
-        yield
-        return
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    with suppress(OSError):  # which the examination tells
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            for each in made:
-                each.rmdir()
 
 
 def _bytes_per_node(plan: ShardPlan, nodes: int) -> int:

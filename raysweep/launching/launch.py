@@ -28,6 +28,7 @@ from raysweep.results.folders import (
     bring_up_to_date,
     new_sweep_folder,
     storage_folder,
+    there_for_now,
 )
 from raysweep.results.lock import launch_lock, refuse_where_held
 from raysweep.results.mirror import lags, push, pushing
@@ -165,19 +166,9 @@ def _launch_on_ray(
 
 @contextmanager
 def _in_hand(folder: Path) -> Iterator[Callable[[], None]]:
-    """The sweep is this process's within the context, and can be asked to end. Yields what `launch_lock` does.
-
-    Folders in which nothing came to be are gone afterwards.
-    """
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with launch_lock(folder) as held, stoppable(folder):
-            yield held
-    finally:
-        with suppress(OSError):
-            for each in made:
-                each.rmdir()
+    """The sweep is this process's within the context, and can be asked to end. Yields what `launch_lock` does."""
+    with there_for_now(folder), launch_lock(folder) as held, stoppable(folder):
+        yield held
 
 
 def _run(

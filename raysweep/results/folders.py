@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raysweep.config.paths import typed_path
 from raysweep.config.validation import check_name
-from raysweep.errors import UsageError, nearest_name
+from raysweep.errors import StorageError, UsageError, nearest_name
 from raysweep.fingerprint import is_identity
 from raysweep.results.uris import is_uri, mirror_folder, mirrored_uri, split_sweep
 
@@ -80,6 +81,23 @@ def bring_up_to_date(folder: Path) -> None:
         from raysweep.results.mirror import pull
 
         pull(folder)
+
+
+@contextmanager
+def there_for_now(folder: Path) -> Iterator[None]:
+    """The folder is there within the context. Folders that were made for that, and hold nothing then, are gone
+    afterwards. Raises StorageError."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError.of(folder, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
 
 
 def is_sweep(folder: Path) -> bool:
