@@ -35,7 +35,7 @@ def run_doctor(
     look_over(loaded, storage, address, tell)
     faults = sum(finding.is_fault for finding in findings)
     if as_json:
-        print_json([asdict(finding) for finding in findings])
+        print_json([asdict(finding) | {"fault": finding.is_fault} for finding in findings])
     elif faults:
         output().print(f"\n{count(faults, 'fault')}", style="bold red")
     else:

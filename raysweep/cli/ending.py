@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ P = ParamSpec("P")
 FAILED = 1
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 DEBUG_VARIABLE = "RAYSWEEP_DEBUG"
+AGAIN_S = 0.1  # after which a signal is sent again that came at the wrong moment
 
 
 class Terminated(KeyboardInterrupt):
@@ -79,7 +81,8 @@ def show_traceback() -> bool:
 def clean_interruptions() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the context as KeyboardInterrupt and Terminated, whatever Ray makes of them.
 
-    The first signal raises; a second one, during the clean-up, only says so; later ones raise again.
+    The first signal raises; a second one, during the clean-up, only says so; later ones raise again. None is raised in
+    the middle of an import, which would leave a lock behind for ever, nor lost where Python swallows what is raised.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -87,13 +90,23 @@ def clean_interruptions() -> Iterator[None]:
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if _is_importing(frame):
+            _send_later(number)
+            return
         received.append(number)
         if len(received) == 2:
             say("still cleaning up; once more ends it at once and may leave processes behind")
             return
         raise _interruption(number)
 
+    def swallowed(what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, KeyboardInterrupt) and received:
+            _send_later(received.pop())  # raised in a finalizer or the like, from where it goes nowhere
+        else:
+            unraisable(what)
+
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    unraisable, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
     except BaseException as error:
@@ -108,8 +121,23 @@ def clean_interruptions() -> Iterator[None]:
         if received:
             raise _interruption(received[0])
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_later(number: int) -> None:
+    timer = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def _interruption(number: int) -> KeyboardInterrupt:

@@ -14,6 +14,7 @@ from raysweep.cli.ending import DEBUG_VARIABLE, guarded
 from raysweep.cli.options import (
     DEFAULT_SPACE,
     Address,
+    Cluster,
     Dashboard,
     FailFast,
     InProcess,
@@ -136,12 +137,13 @@ def doctor(
     space: Space = DEFAULT_SPACE,
     settings: Settings = None,
     storage: Storage = None,
-    address: Address = None,
+    address: Cluster = None,
     as_json: Json = False,
 ) -> int:
     """Check what a sweep needs, here and on every node of the cluster: versions, model, storage, memory, ports, clocks.
 
-    Starts nothing and leaves nothing. Exit status: 0 nothing is wrong, 1 something is, with what mends it.
+    Starts nothing and leaves nothing. Exit status: 0 nothing is wrong, 1 something is, with what mends it, 2 a search
+    space that cannot be read.
     """
     from raysweep.cli.doctor import run_doctor
 

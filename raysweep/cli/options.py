@@ -11,6 +11,7 @@ from raysweep.config.spaces import DEFAULT_SPACE
 __all__ = [
     "DEFAULT_SPACE",
     "Address",
+    "Cluster",
     "Dashboard",
     "FailFast",
     "InProcess",
@@ -66,6 +67,15 @@ Address = Annotated[
         help="Ray cluster: HOST:PORT, auto, or local for a new one; or the address of its dashboard, http://HOST:PORT, "
         "from outside of it. Default: the one that this machine is on (RAY_ADDRESS, or a running one), else a "
         "new one.",
+    ),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="ADDRESS",
+        help="Ray cluster: HOST:PORT, auto, or local for this machine alone. Default: the one that this machine is on "
+        "(RAY_ADDRESS, or a running one), else this machine as the head of one.",
     ),
 ]
 Dashboard = Annotated[

@@ -62,7 +62,7 @@ class _Doctor:
         try:
             joined = running_address(self.address)
             if joined is None:
-                self._fine(HERE, "cluster", "a launch starts one of its own, on this machine alone")
+                self._fine(HERE, "cluster", "none is joined; a launch starts one of its own here")
                 if self.address != LOCAL:
                     self._ports()
                 self._machines([this_node()], on_cluster=False)

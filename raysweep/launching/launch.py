@@ -72,6 +72,7 @@ def launch(
     loaded = _loaded(space, name)
     folder = checked_folder(loaded, storage)
     if in_process:
+        refuse_where_held(folder)
         prepared = prepare_launch(loaded, folder, device_here(), in_process, retry_failed)
         with _in_hand(folder) as held:
             _run(_with_rows(prepared), InProcess(), held, progress, fail_fast)
@@ -84,7 +85,6 @@ def prepare_launch(
     space: SearchSpace, folder: Path, device: str, in_process: bool = False, retry_failed: bool = False
 ) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
-    refuse_where_held(folder)
     _check_scheduler(space, in_process)
     return _with_rows(Launch(space, folder, prepare(space, device), {}, retry_failed))
 
@@ -140,6 +140,7 @@ def _launch_on_ray(
     """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked."""
     from raysweep.cluster.connect import connected, running_address
 
+    refuse_where_held(folder)
     progress.stage("Checking model and data")
     joined = running_address(address)
     prepared = prepare_launch(space, folder, device_here(), retry_failed=retry_failed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+import time
 
 import pytest
 
@@ -76,3 +78,45 @@ def test_other_errors_pass():
 
     with pytest.raises(ZeroDivisionError):
         launch()
+
+
+@pytest.fixture
+def slow_module(tmp_path, monkeypatch) -> str:
+    """The name of a module whose import takes a second, and that is interrupted at its beginning."""
+    name = "imported_slowly"
+    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\nDONE = True\n"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_an_import_is_not_interrupted_but_what_comes_after_it_is(slow_module):
+    steps = []
+
+    def launch() -> None:
+        with clean_interruptions():
+            steps.append(importlib.import_module(slow_module).DONE)
+            time.sleep(10)
+            steps.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert steps == [True]
+
+
+def test_a_signal_is_not_lost_where_python_swallows_what_is_raised():
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def launch() -> None:
+        with clean_interruptions():
+            one = Finalized()
+            del one
+            time.sleep(10)
+            raise AssertionError("it was lost")
+
+    hook = sys.unraisablehook
+    with pytest.raises(Terminated):
+        launch()
+    assert sys.unraisablehook is hook
