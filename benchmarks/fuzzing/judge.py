@@ -218,24 +218,14 @@ def _limited(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _launching(really: bool) -> Iterator[None]:
-    """Within it, a launch ends where it would start Ray, or take the sweep's folder in hand."""
+    """Within it, a launch ends where it would take the sweep's folder in hand, before it starts Ray."""
     if really:
         yield
         return
-    from contextlib import ExitStack
     from unittest.mock import patch
 
-    from raysweep.cluster.nodes import this_node
-    from raysweep.sweep.planning import make_plans
-
-    def begin(prepared: Any, *_: Any) -> None:
-        make_plans(prepared.models, prepared.space, [this_node()])
+    def begin(*_: Any) -> None:
         raise WouldRun
 
-    def connect(*_: Any) -> None:
-        raise WouldRun
-
-    with ExitStack() as stack:
-        stack.enter_context(patch("raysweep.launching.launch._run", begin))
-        stack.enter_context(patch("raysweep.cluster.connect.connected", connect))
+    with patch("raysweep.launching.launch._in_hand", begin):
         yield

@@ -16,7 +16,7 @@ PATIENCE_S = 300.0  # Ray's processes take up to a minute to end; assumption: a 
 def run_stop(name: str, storage: str | None) -> None:
     folder = sweep_folder(name, storage)
     if holder_of(folder) is not None:
-        say(f"asking {folder.name} to end")
+        say(f"asking {folder.name} to end; it finishes the units in hand first")
     holder = stop(folder, PATIENCE_S)
     bring_up_to_date(folder)
     rows = count(row_count(folder), "row")

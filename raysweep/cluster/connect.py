@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def _connect(address: str | None) -> Any:
     try:
         with _sigterm_answered_as_before():
             return ray.init(
-                address=_as_ray_is_told(address),
+                address=address or LOCAL,
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -130,16 +130,6 @@ def _refused(address: str | None, reason: str) -> TokenRefusedError:
         f"the Ray cluster at {address or LOCAL!r} refuses this process: {reason}",
         remedy="Set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token.",
     )
-
-
-def _as_ray_is_told(address: str | None) -> str:
-    """The cluster of this machine as `auto`: to that one Ray shows the user's token unasked, to an address never."""
-    if address is None:
-        return LOCAL
-    with suppress(ValueError, OSError):
-        if not os.environ.get("RAY_ADDRESS") and canonicalize_bootstrap_address(AUTO) == address:
-            return AUTO
-    return address
 
 
 @contextmanager

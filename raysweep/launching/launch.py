@@ -74,6 +74,7 @@ def launch(
     if in_process:
         refuse_where_held(folder)
         prepared = prepare_launch(loaded, folder, device_here(), in_process, retry_failed)
+        _check_fit(prepared)
         with _in_hand(folder) as held:
             _run(_with_rows(prepared), InProcess(), held, progress, fail_fast)
     else:
@@ -92,6 +93,13 @@ def prepare_launch(
 def _with_rows(prepared: Launch) -> Launch:
     """With those that are there now: another launch may have brought some in the meantime."""
     return replace(prepared, rows=trial_rows(prepared.folder) if prepared.folder.exists() else {})
+
+
+def _check_fit(prepared: Launch) -> None:
+    """Raises CapacityError where this machine cannot hold the sweep."""
+    make_plans(prepared.models, prepared.space, [this_node()])
+    for model in prepared.models:
+        prepared.retrain_plan(model, [this_node()])
 
 
 def _check_scheduler(space: SearchSpace, in_process: bool) -> None:
@@ -151,9 +159,7 @@ def _launch_on_ray(
         _say_done(prepared, progress)
         return
     if joined is None:
-        make_plans(prepared.models, space, [this_node()])
-        for model in prepared.models:
-            prepared.retrain_plan(model, [this_node()])
+        _check_fit(prepared)
     with _in_hand(folder) as held:
         other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
         progress.stage(other if joined else "Starting Ray on this machine")
