@@ -54,7 +54,9 @@ def ask_every_node(function: Callable[..., Any], *arguments: Any, timeout_s: flo
         ).remote(*arguments)
         for node in nodes
     ]
-    there, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+    there, late = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+    for ref in late:
+        ray.cancel(ref, force=True)
     return [_answer(node, ref, ref in there, timeout_s) for node, ref in zip(nodes, asked, strict=True)]
 
 

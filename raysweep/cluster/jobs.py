@@ -13,10 +13,8 @@ from raysweep.cluster.connect import TokenRefusedError
 from raysweep.errors import RaysweepError, UsageError, first_line
 
 UNSURE = 1  # exit status of a job that has failed without one
-NOT_YET, START_S = (
-    "No available agent",
-    60.0,
-)  # what a cluster says that is not ready for jobs yet, and may be soon
+NOT_YET = "No available agent"  # what a cluster says that is not ready for jobs yet
+START_S = 60.0  # after which it should be
 BEFORE_THE_COMMAND = "Running entrypoint for job "  # how Ray's last line before it begins
 
 

@@ -82,8 +82,8 @@ def write_atomically(path: Path, content: bytes | memoryview, survives_crashes: 
     """Replaces a file: readers see the old contents or the new ones, also after a crash of the machine. Its folder is
     made. Raises StorageError.
 
-    survives_crashes: of the machine. Else a file may be damaged after one, but none of a process damages it; ten times
-    as fast for small files, because the disk is not waited for
+    survives_crashes: of the machine. Else the disk is not waited for, and a file may be damaged after one; no end of a
+    process damages it
     """
     temporary = path.with_name(_temporary_name(path.name))
     try:

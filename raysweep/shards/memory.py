@@ -3,7 +3,8 @@
 Upper bounds: which linears of a block share their input cannot be read off shapes, so each counts as if it had its
 own (Llama: 1.4 times the inputs and 1.2 times the Gram matrices that there are).
 
-Compared with the quickstart (float32, CPUs; peak resident MiB of a worker's process, after all nine trials):
+Compared with the quickstart before the first shard had a head too (float32, CPUs; peak resident MiB of a worker's
+process, after all nine trials):
 two shards under Ray with three trials in flight, predicted 1181 and 1277, measured 945 and 872; on twice the
 calibration tokens predicted 1441 and 1537, measured 1383 and 1217; one shard in process with one trial at a time,
 predicted 1572, measured 1194. On GPUs nothing was measured.
