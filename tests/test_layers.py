@@ -22,7 +22,7 @@ FLOORS = (
     ("reconstruction",),
     ("model",),
     ("pruning", "results"),
-    ("config", "fingerprint", "errors"),
+    ("config", "fingerprint", "errors", "importing"),
 )
 SAME_FLOOR = {("config", "errors"), ("fingerprint", "config"), ("fingerprint", "errors")}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

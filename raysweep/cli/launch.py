@@ -14,6 +14,7 @@ from raysweep.cli.results import labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
+from raysweep.importing import without_collecting
 from raysweep.results.folders import (
     RETRAINING,
     bring_up_to_date,
@@ -51,7 +52,8 @@ def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
     quiet_libraries()
     with shown(tally) as display:
         display.stage("Loading libraries")
-        from raysweep.launching.launch import launch
+        with without_collecting():
+            from raysweep.launching.launch import launch
 
         return launch(space, progress=display, **options)
 

@@ -52,11 +52,11 @@ def show_rows(folder: Path, rows: pd.DataFrame, sort: str | None = None, as_json
 
 def labeled_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a sweep that may have none yet, with labels."""
+    if not has_rows(folder):
+        return []
     from raysweep.analysis.table import records, trial_label
     from raysweep.results.reader import load_results
 
-    if not has_rows(folder):
-        return []
     try:
         rows = load_results(folder)
     except RaysweepError:  # files that are none of ours

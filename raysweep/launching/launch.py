@@ -15,6 +15,7 @@ from raysweep.config.paths import typed_path
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
 from raysweep.errors import UsageError
+from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
@@ -87,7 +88,9 @@ def prepare_launch(
 ) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
     _check_scheduler(space, in_process)
-    return _with_rows(Launch(space, folder, prepare(space, device), {}, retry_failed))
+    with without_collecting():
+        models = prepare(space, device)
+    return _with_rows(Launch(space, folder, models, {}, retry_failed))
 
 
 def _with_rows(prepared: Launch) -> Launch:
@@ -146,7 +149,8 @@ def _launch_on_ray(
     fail_fast: bool,
 ) -> None:
     """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked."""
-    from raysweep.cluster.connect import connected, running_address
+    with without_collecting():
+        from raysweep.cluster.connect import connected, running_address
 
     refuse_where_held(folder)
     progress.stage("Checking model and data")

@@ -246,7 +246,9 @@ def _phase_columns(
         "calibration_hash": phase.tokens.content_hash,
         "evaluation_protocol": json.dumps(space.evaluation_protocol(), sort_keys=True),
         "raysweep_version": __version__,
-        "torch_version": torch.__version__,
+        "torch_version": str(
+            torch.__version__
+        ),  # of a class of torch's own, which trials would import to read it
         "transformers_version": transformers.__version__,
         "ray_version": runner.ray_version,
         "device_name": info.device_name,

@@ -13,6 +13,7 @@ from raysweep.baseline.job import RetrainJob
 from raysweep.baseline.plan import RetrainPlan
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.sections import SearchConfig
+from raysweep.importing import without_collecting
 from raysweep.launching.examination import marked, see_storage
 from raysweep.launching.metering import Metered
 from raysweep.launching.prepared import Launch
@@ -194,4 +195,5 @@ def importing_tune() -> threading.Thread:
 
 
 def _import_tune() -> None:
-    import raysweep.sweep.tuning  # noqa: F401
+    with without_collecting():
+        import raysweep.sweep.tuning  # noqa: F401

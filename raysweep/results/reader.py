@@ -9,9 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -32,10 +31,12 @@ from raysweep.results.schema import (
 )
 from raysweep.results.writer import ROW_KEY
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 T = TypeVar("T")
 
 _THREADS = 4  # opening Parquet files releases the interpreter for part of the time; more gained nothing
-_PANDAS_TYPES = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}  # nulls must not turn 1 into 1.0
 
 _TYPES = {column.name: column.type for column in TRIAL_COLUMNS}
 _EXACT: dict[pa.DataType, tuple[type, ...]] = {
@@ -271,7 +272,10 @@ def _plain_column(rows: Sequence[dict[str, Any]], name: str) -> pa.DataType:
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    frame: pd.DataFrame = table.to_pandas(types_mapper=_PANDAS_TYPES.get)
+    import pandas as pd  # not at once: a launch reads its rows without, and imports pandas with Tune, while Ray starts
+
+    types = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}  # nulls must not turn 1 into 1.0
+    frame: pd.DataFrame = table.to_pandas(types_mapper=types.get)
     return frame
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raysweep.errors import RaysweepError, ShardLostError, first_line
+from raysweep.importing import without_collecting
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.interruption import FINISHING, not_waiting_longer
 from raysweep.shards.meter import ShardMeter
@@ -88,7 +89,7 @@ class ShardActor:
         self._worker.result().close()
 
     def _loaded(self, spec: ShardSpec) -> ShardWorker:
-        with self._trace.span("load"):
+        with self._trace.span("load"), without_collecting():
             from raysweep.shards.worker import ShardWorker
 
             return ShardWorker(spec)

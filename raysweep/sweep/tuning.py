@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-from ray.tune.search import Searcher
+from raysweep.importing import without_collecting
+
+with without_collecting():  # in every process of a trial, before the first one can begin
+    from ray import tune
+    from ray.tune.search import Searcher
 
 from raysweep.config.sections import SearchConfig
 from raysweep.errors import StorageError

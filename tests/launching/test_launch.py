@@ -2,6 +2,9 @@
 
 import json
 import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from raysweep.errors import NumericalError, RaysweepError, UsageError
 from raysweep.launching.launch import launch
 from raysweep.launching.progress import Silent
+from raysweep.launching.runners import InProcess
 from raysweep.reconstruction import range as block_range
 from raysweep.results.lock import holder_of, launch_lock
 from raysweep.results.reader import load_results, load_units
@@ -64,6 +68,26 @@ def test_rows_tell_the_whole_story(make_space, tmp_path):
     assert rows[rows.recovery != "dense"].realized_sparsity.between(0.49, 0.5).all()
     assert (rows.device_seconds_standalone >= rows.device_seconds - 1e-9).all()
     assert json.loads(dense.evaluation_protocol)["perplexity"][0]["name"] == "test"
+
+
+def test_what_the_processes_of_trials_are_sent_is_read_without_torch(make_space, tmp_path, monkeypatch):
+    sent = []
+    run = InProcess.run
+    monkeypatch.setattr(
+        InProcess,
+        "run",
+        lambda self, group, proposals, rows, plan, search, on_row: (
+            sent.append(pickle.dumps((rows, group.info, search)))
+            or run(self, group, proposals, rows, plan, search, on_row)
+        ),
+    )
+    launched(make_space(), tmp_path)
+    (tmp_path / "sent").write_bytes(sent[0])
+    code = "import pickle, sys; pickle.load(open('sent', 'rb')); print('torch' in sys.modules, 'ray' in sys.modules)"
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert child.stdout.split() == ["False", "False"]
 
 
 def test_units_have_a_row_per_unit_per_linear_and_per_block(make_space, tmp_path):
