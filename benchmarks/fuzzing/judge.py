@@ -218,7 +218,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _launching(really: bool) -> Iterator[None]:
-    """Within it, a launch ends where it would take the sweep's folder in hand, before it starts Ray."""
+    """Within it, a launch ends where it would start Ray, or without Ray its trials."""
     if really:
         yield
         return
@@ -227,5 +227,5 @@ def _launching(really: bool) -> Iterator[None]:
     def begin(*_: Any) -> None:
         raise WouldRun
 
-    with patch("raysweep.launching.launch._in_hand", begin):
+    with patch("raysweep.cluster.connect.connected", begin), patch("raysweep.launching.launch._run", begin):
         yield

@@ -39,12 +39,14 @@ def watch(module: ModuleType) -> None:
         return result
 
     def noting_begin(self: Any, name: str) -> Any:
-        note("begin-unit", name, part_of(self, name), 0)
+        if begins_here(self, name):
+            note("begin-unit", name, unit_of(self, name), 0)
         return begin_training(self, name)
 
     def noting_end(self: Any, name: str) -> Any:
         cost = end_training(self, name)
-        note("end-unit", name, part_of(self, name), cost.steps)
+        if begins_here(self, name):
+            note("end-unit", name, unit_of(self, name), cost.steps)
         return cost
 
     def noting_batch(
@@ -77,9 +79,15 @@ def model_of(name: str | None) -> str:
     return "dense" if name is None else name.partition("@")[0] if name.startswith("pruned-") else name
 
 
-def part_of(worker: Any, name: str) -> str:
-    """A unit that reaches over several shards, as far as it lies here."""
-    return f"{worker._parts[name].unit.name}@{worker.spec.start}"
+def unit_of(worker: Any, name: str) -> str:
+    """The unit that a trial trains over several shards."""
+    return str(worker._parts[name].unit.name)
+
+
+def begins_here(worker: Any, name: str) -> bool:
+    """Whether its first block lies in this shard, which speaks for all of them."""
+    first = int(unit_of(worker, name).partition("-")[0])
+    return bool(worker.spec.start <= first < worker.spec.stop)
 
 
 class Finder(importlib.abc.MetaPathFinder):

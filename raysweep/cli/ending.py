@@ -23,6 +23,7 @@ P = ParamSpec("P")
 FAILED = 1
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 DEBUG_VARIABLE = "RAYSWEEP_DEBUG"
+PATIENCE = 3  # signals during an import, after which it is not waited for
 AGAIN_S = 0.1  # after which a signal is sent again that came at the wrong moment
 
 
@@ -88,10 +89,10 @@ def clean_interruptions() -> Iterator[None]:
         yield
         return
     received: list[int] = []
+    later = _Later()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if _is_importing(frame):
-            _send_later(number)
+        if _is_importing(frame) and later.takes(number):
             return
         received.append(number)
         if len(received) == 2:
@@ -101,7 +102,7 @@ def clean_interruptions() -> Iterator[None]:
 
     def swallowed(what: sys.UnraisableHookArgs) -> None:
         if isinstance(what.exc_value, KeyboardInterrupt) and received:
-            _send_later(received.pop())  # raised in a finalizer or the like, from where it goes nowhere
+            later.send(received.pop())  # raised in a finalizer or the like, from where it goes nowhere
         else:
             unraisable(what)
 
@@ -121,6 +122,7 @@ def clean_interruptions() -> Iterator[None]:
         if received:
             raise _interruption(received[0])
     finally:
+        later.forget()
         sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -134,10 +136,39 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _send_later(number: int) -> None:
-    timer = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
+class _Later:
+    """Sends a signal again a moment later, one at a time."""
+
+    def __init__(self) -> None:
+        self._pressed, self._again = 0, False
+        self._timer: threading.Timer | None = None
+
+    def takes(self, number: int) -> bool:
+        """Whether a signal in the middle of an import can wait: not the third one, for an import may not end."""
+        if not self._again:  # somebody has pressed, and not this
+            self._pressed += 1
+        self._again = False
+        if self._pressed >= PATIENCE:
+            return False
+        if self._timer is None:
+            if self._pressed == 1:
+                say("ends when what it loads is there")
+            self.send(number)
+        return True
+
+    def send(self, number: int) -> None:
+        self._timer = threading.Timer(AGAIN_S, self._send, (number,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def forget(self) -> None:
+        """Sends nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _send(self, number: int) -> None:
+        self._timer, self._again = None, True
+        os.kill(os.getpid(), number)
 
 
 def _interruption(number: int) -> KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from raysweep.cli.spaces import load_space
 from raysweep.config.criterion import function_parts
 from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
+from raysweep.results.folders import STORAGE_VARIABLE
+from raysweep.results.uris import is_uri
 
 DASHBOARDS = ("http://", "https://")
 SPACE = "space.yaml"
@@ -41,11 +44,20 @@ def run_there(
         )
     from raysweep.cluster.jobs import JobServer
 
+    _check_storage(storage)
     options = {"--storage": storage, "--sort": sort}
     line = ["raysweep", command, *filter(None, [name])]
     line += [word for option, value in options.items() if value for word in (option, value)]
     server = JobServer(address)
-    return server.follow(server.submit([*line, *["--json"] * as_json]), _show)
+    if not as_json:
+        return server.follow(server.submit(line), _show)
+    said: list[str] = []
+    status = server.follow(server.submit([*line, "--json"]), said.append)
+    lines = "".join(said).splitlines(keepends=True)
+    begin = next((place for place, text in enumerate(lines) if text[:1] in ("{", "[")), len(lines))
+    sys.stderr.write("".join(lines[:begin]))  # a job's two streams come as one
+    _show("".join(lines[begin:]))
+    return status
 
 
 def launch_there(
@@ -70,29 +82,42 @@ def launch_there(
             "a job says more than one JSON document",
             remedy=f"Ask for it afterwards: raysweep results {loaded.name} --json --address {address}",
         )
+    storage = options["storage"] or loaded.execution.storage
+    _check_storage(storage)
     server = JobServer(address)
     command = ["raysweep", "launch", SPACE, *(flag for option, flag in FLAGS.items() if options[option])]
-    storage = ["--storage", str(options["storage"])] if options["storage"] else []
+    more = ["--storage", str(storage)] if storage else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / SPACE).write_text(loaded.resolved_yaml(), encoding="utf-8")
         _add_modules(loaded, folder)
-        job = server.submit([*command, *storage], folder)
+        job = server.submit([*command, *more], folder, needs=None if storage else STORAGE_VARIABLE)
     say(f"{loaded.name} runs on the cluster at {address} as {job}, with or without this process")
     try:
         return server.follow(job, _show)
     except KeyboardInterrupt:
-        stop = f"raysweep stop {loaded.name} --address {address}"
+        there = shlex.join(["--address", address, *more])
         if not _shall_end():
-            say(f"{loaded.name} goes on; `{stop}` ends it, `raysweep status --address {address}` shows it")
-            return INTERRUPTED
-        run_there(address, "stop", loaded.name, options["storage"])
+            stop = f"raysweep stop {loaded.name} {there}"
+            say(f"{loaded.name} goes on; `{stop}` ends it, `raysweep status {there}` shows it")
+        elif run_there(address, "stop", loaded.name, storage) != 0:
+            server.end(job)  # which has not yet taken the sweep in hand
         return INTERRUPTED
+
+
+def _check_storage(storage: str | None) -> None:
+    """Raises UsageError for one that every job would look for in a folder of its own."""
+    if storage and not is_uri(storage) and not storage.startswith(("/", "~")):
+        raise UsageError(
+            f"storage {storage!r} depends on where a job runs",
+            allowed="the full path of a folder that the cluster's nodes see, or a URI",
+        )
 
 
 def _add_modules(space: SearchSpace, folder: Path) -> None:
     """Copies modules of `module:function` that lie in the current folder; others have to be installed there."""
-    criteria = {planned.trial.criterion for planned in space.typical()}
+    corners = (corner for study in space.studies() for corner in study.corners())
+    criteria = {planned.trial.criterion for planned in (*space.expand(), *corners)}
     for module, _ in filter(None, map(function_parts, filter(None, criteria))):
         top = module.partition(".")[0]
         if (file := Path(f"{top}.py")).is_file():

@@ -14,7 +14,7 @@ from raysweep.cli.results import labeled_rows
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError
 from raysweep.results.folders import SPACE_FILE, list_sweeps, storage_folder, sweep_folder
-from raysweep.results.lock import holder_of, local_holder
+from raysweep.results.lock import LAUNCH, holder_of, local_holder
 from raysweep.results.remote import remote_of
 from raysweep.results.state import SweepState
 from raysweep.results.uris import mirrored_uri, place_of
@@ -52,7 +52,9 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     if state is not None and state.state == "running" and remote_of(folder) and holder_of(folder) is None:
         state = replace(state, state="interrupted", running=0)  # of another machine no process can be seen
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
-    if (holder := local_holder(folder)) is not None and (state is None or state.pid != holder.pid):
+    holder = local_holder(folder)
+    told = state is not None and holder is not None and (state.host, state.pid) == (holder.host, holder.pid)
+    if holder is not None and holder.task == LAUNCH and not told:
         said |= {"state": "starting", "pid": holder.pid, "host": holder.host}
     others = state.others if state else 0  # of another space than that of the last launch
     finished = max(0, rows["finished"] + rows["stopped"] - others)

@@ -33,7 +33,8 @@ class Answer:
 
 
 def ask_every_node(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> list[Answer]:
-    """Calls a function once on every living node of the connected cluster; nodes by address.
+    """Calls a function once on every living node of the connected cluster; nodes by address. One that leaves before it
+    has answered is not among them.
 
     It is sent as code, so that it also runs where raysweep is missing or another version. It should return what
     needs no class of ours.
@@ -57,7 +58,12 @@ def ask_every_node(function: Callable[..., Any], *arguments: Any, timeout_s: flo
     there, late = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
     for ref in late:
         ray.cancel(ref, force=True)
-    return [_answer(node, ref, ref in there, timeout_s) for node, ref in zip(nodes, asked, strict=True)]
+    answers = {
+        node["NodeID"]: _answer(node, ref, ref in there, timeout_s)
+        for node, ref in zip(nodes, asked, strict=True)
+    }
+    left = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    return [answer for node, answer in answers.items() if answer.silence is None or node not in left]
 
 
 def _answer(node: dict[str, Any], ref: Any, is_there: bool, timeout_s: float) -> Answer:

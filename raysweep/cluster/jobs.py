@@ -42,14 +42,21 @@ class JobServer:
                 remedy="`ray dashboard cluster.yaml` brings that of a cluster to this machine.",
             ) from error
 
-    def submit(self, command: Sequence[str], folder: Path | None = None) -> str:
-        """Starts a command in a copy of the folder; returns what the job is called."""
+    def submit(self, command: Sequence[str], folder: Path | None = None, needs: str | None = None) -> str:
+        """Starts a command in a copy of the folder; returns what the job is called.
+
+        needs: a variable without which it is refused there, with exit status 2
+        """
         environment = {"working_dir": str(folder)} if folder is not None else None
+        entrypoint = shlex.join(command)
+        if needs is not None:
+            refusal = shlex.quote(f"raysweep: {needs} is not set on the cluster's head")
+            entrypoint = f'if test -z "${needs}"; then echo {refusal} >&2; exit 2; fi; {entrypoint}'
         deadline = time.monotonic() + START_S
         while True:
             try:
-                return self._client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
-            except RuntimeError as error:
+                return self._client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+            except (RuntimeError, OSError, ValueError) as error:
                 if NOT_YET in str(error) and time.monotonic() < deadline:
                     time.sleep(1.0)
                     continue
@@ -58,32 +65,57 @@ class JobServer:
                 ) from error
 
     def follow(self, job: str, show: Callable[[str], None]) -> int:
-        """Shows what the command says until it has ended; returns its exit status."""
-        said = shown = ""
+        """Shows what the command says until it has ended; returns its exit status.
 
-        def tell(text: str) -> None:
-            nonlocal said, shown
-            said += text
-            own = _of_the_command(said)
-            show(own[len(shown) :])
-            shown = own
+        Raises RaysweepError where the cluster is no longer within reach; the command goes on.
+        """
+        import aiohttp
 
+        try:
+            return self._follow(job, _Words(show))
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            raise RaysweepError(
+                f"the cluster at {self.address} no longer answers: {first_line(error)}\n"
+                f"  {job} goes on there; `raysweep status --address {self.address}` shows sweeps."
+            ) from error
+
+    def end(self, job: str) -> None:
+        """Ends a command that cannot be asked to end. Raises RaysweepError."""
+        try:
+            self._client.stop_job(job)
+        except (RuntimeError, OSError) as error:
+            raise RaysweepError(f"{job} at {self.address} cannot be ended: {first_line(error)}") from error
+
+    def _follow(self, job: str, words: _Words) -> int:
         async def tell_all() -> None:
             async for text in self._client.tail_job_logs(job):
-                tell(text)
+                words.add(text)
 
         asyncio.run(tell_all())
         details = self._client.get_job_info(job)
         everything = self._client.get_job_logs(job)  # what came after the last look
-        tell(everything[len(said) :])
+        words.add(everything[words.length :])
         if str(details.status) == "SUCCEEDED":
             return 0
-        if not shown:
-            show(f"{everything}{details.message or ''}\n")  # it did not come to the command
+        if not words.found:
+            words.show(f"{everything}{details.message or ''}\n")  # it did not come to the command
         return details.driver_exit_code or UNSURE
 
 
-def _of_the_command(log: str) -> str:
-    """Without what Ray says before it."""
-    _, found, rest = log.partition(BEFORE_THE_COMMAND)
-    return rest.partition("\n")[2] if found else ""
+class _Words:
+    """What a job says, without what Ray says before its command. length: characters so far, of both"""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self.show, self.length, self.found = show, 0, False
+        self._before = ""
+
+    def add(self, text: str) -> None:
+        self.length += len(text)
+        if self.found:
+            self.show(text)
+            return
+        self._before += text
+        _, begins, rest = self._before.partition(BEFORE_THE_COMMAND)
+        if begins and "\n" in rest:
+            self.found = True
+            self.show(rest.partition("\n")[2])

@@ -45,7 +45,7 @@ def see_storage(storage: str, marker: str) -> dict[str, Any]:
     folder = Path(storage)
     found: dict[str, Any] = {"seen": _seen(folder / marker), "problem": None, **_room(storage)}
     try:
-        mine = folder / f"{marker}-{socket.gethostname()}-{os.getpid()}"
+        mine = folder / _mark()
         with open(mine, "xb") as stream:
             stream.write(b"\0" * 4096)
             stream.flush()
@@ -81,7 +81,7 @@ def clock() -> float:
 @contextmanager
 def marked(folder: Path) -> Iterator[str]:
     """A file in the folder for a while, by which `see_storage` knows it. Yields its name."""
-    marker = f".seen-{secrets.token_hex(6)}"
+    marker = _mark()
     with suppress(OSError):  # which looking at the folder tells as well
         (folder / marker).touch()
     try:
@@ -89,6 +89,11 @@ def marked(folder: Path) -> Iterator[str]:
     finally:
         with suppress(OSError):
             (folder / marker).unlink(missing_ok=True)
+
+
+def _mark() -> str:
+    """A name as `raysweep.results.writer` gives temporary files, so that one of a killed process goes like them."""
+    return f".seen.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def taken_ports() -> list[int]:

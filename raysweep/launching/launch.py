@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from raysweep.results.folders import (
     there_for_now,
 )
 from raysweep.results.lock import launch_lock, refuse_where_held
-from raysweep.results.mirror import lags, push, pushing
+from raysweep.results.mirror import lags, pull_in_hand, push, pushing
 from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.remote import remote_of
 from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
@@ -72,29 +73,32 @@ def launch(
     progress = Tracing(progress or Silent()) if trace else progress or Silent()
     loaded = _loaded(space, name)
     folder = checked_folder(loaded, storage)
+    refuse_where_held(folder)
+    _check_scheduler(loaded, in_process)
+    prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     if in_process:
-        refuse_where_held(folder)
-        prepared = prepare_launch(loaded, folder, device_here(), in_process, retry_failed)
-        _check_fit(prepared)
+        prepared = prepare_here(device_here())
         with _in_hand(folder) as held:
             _run(_with_rows(prepared), InProcess(), held, progress, fail_fast)
     else:
-        _launch_on_ray(loaded, folder, address, progress, retry_failed, fail_fast)
+        _launch_on_ray(prepare_here, folder, address, progress, fail_fast)
     return load_results(folder)
 
 
-def prepare_launch(
-    space: SearchSpace, folder: Path, device: str, in_process: bool = False, retry_failed: bool = False
-) -> Launch:
+def prepare_launch(space: SearchSpace, folder: Path, device: str) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
-    _check_scheduler(space, in_process)
+    return _with_rows(_without_rows(space, folder, device))
+
+
+def _without_rows(space: SearchSpace, folder: Path, device: str, retry_failed: bool = False) -> Launch:
     with without_collecting():
         models = prepare(space, device)
-    return _with_rows(Launch(space, folder, models, {}, retry_failed))
+    return Launch(space, folder, models, {}, retry_failed)
 
 
 def _with_rows(prepared: Launch) -> Launch:
-    """With those that are there now: another launch may have brought some in the meantime."""
+    """With those that are there. A launch reads them once the sweep is in its hands: until then another one may bring
+    some."""
     return replace(prepared, rows=trial_rows(prepared.folder) if prepared.folder.exists() else {})
 
 
@@ -141,44 +145,41 @@ def _loaded(space: SearchSpace | str | Path, name: str | None) -> SearchSpace:
 
 
 def _launch_on_ray(
-    space: SearchSpace,
+    prepare_for: Callable[[str], Launch],
     folder: Path,
     address: str | None,
     progress: Progress,
-    retry_failed: bool,
     fail_fast: bool,
 ) -> None:
     """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked."""
     with without_collecting():
         from raysweep.cluster.connect import connected, running_address
 
-    refuse_where_held(folder)
     progress.stage("Checking model and data")
     joined = running_address(address)
-    prepared = prepare_launch(space, folder, device_here(), retry_failed=retry_failed)
-    if not prepared.to_run:
-        if lags(folder):
-            with launch_lock(folder):
-                push(folder)  # what the launch that ran them could not
-        _say_done(prepared, progress)
-        return
-    if joined is None:
-        _check_fit(prepared)
+    prepared = prepare_for(device_here())
     with _in_hand(folder) as held:
+        prepared = _with_rows(prepared)
+        if not prepared.to_run:
+            _say_done(prepared, progress)
+            return
+        if joined is None:
+            _check_fit(prepared)
         other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
         progress.stage(other if joined else "Starting Ray on this machine")
         importing = importing_tune()
         with connected(joined) as cluster:
             device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
             if device != device_here():
-                prepared = replace(prepared, models=prepare(space, device))
-            _run(_with_rows(prepared), OnRay(cluster, importing), held, progress, fail_fast)
+                prepared = replace(prepared, models=prepare(prepared.space, device))
+            _run(prepared, OnRay(cluster, importing), held, progress, fail_fast)
 
 
 @contextmanager
 def _in_hand(folder: Path) -> Iterator[Callable[[], None]]:
     """The sweep is this process's within the context, and can be asked to end. Yields what `launch_lock` does."""
     with there_for_now(folder), launch_lock(folder) as held, stoppable(folder):
+        pull_in_hand(folder)
         yield held
 
 
@@ -186,7 +187,6 @@ def _run(
     prepared: Launch, runner: Runner, held: Callable[[], None], progress: Progress, fail_fast: bool
 ) -> None:
     if not prepared.to_run:
-        push(prepared.folder)
         _say_done(prepared, progress)
         return
     nodes = runner.nodes()
@@ -213,6 +213,8 @@ def _run(
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:
+    if lags(prepared.folder):
+        push(prepared.folder)  # what the launch that ran them could not
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
     progress.end()
 

@@ -118,7 +118,7 @@ class ModelRun:
                 return
             except CapacityError as error:
                 if said != (said := first_line(error)):
-                    self.progress.stage(f"Waiting for another node: {said}")
+                    self.progress.stage(f"Waiting for other nodes: {said}")
                 time.sleep(LOOK_FOR_NODES_S)
 
     def _plan_for(self, nodes: Sequence[Node], retrained: bool) -> None:
@@ -131,7 +131,7 @@ class ModelRun:
             raise CapacityError("no node with a GPU is left")
         folder = self.prepared.folder
         if len(nodes) > 1 and is_shared(folder) and (strangers := self.runner.strangers(folder)):
-            raise CapacityError(f"nodes that do not share the storage: {'; '.join(strangers)}")
+            raise CapacityError(f"these do not share the storage: {'; '.join(strangers)}")
         used = nodes if on_gpus else [replace(node, gpus=0) for node in nodes]
         (self.plan,) = make_plans([self.model], self.prepared.space, used)
         if not retrained:

@@ -148,9 +148,11 @@ class OnRay:
             answers = ask_every_node(see_storage, str(folder), marker, timeout_s=ANSWER_S)
         wrong = {}
         for answer in answers:
-            if answer.silence is None and not answer.value["seen"]:
+            if answer.silence is not None:  # whoever hangs there would hang in the sweep as well
+                wrong[answer.about] = answer.silence
+            elif not answer.value["seen"]:
                 wrong[answer.about] = "another folder than here, or none"
-            elif answer.silence is None and answer.value["problem"]:
+            elif answer.value["problem"]:
                 wrong[answer.about] = answer.value["problem"]
         return [f"{about}: {why}" for about, why in wrong.items()]
 

@@ -52,10 +52,11 @@ def write_tensors(
 
 
 def _checksum(tensors: Mapping[str, Tensor], said: str) -> str:
-    """CRC-32 of what is said and of the tensors' bytes, by name."""
+    """CRC-32 of what is said, and of every tensor's name, type, shape and bytes."""
     checksum = zlib.crc32(said.encode())
-    for name in sorted(tensors):
-        stored = tensors[name].flatten().view(torch.uint8).numpy()
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        stored = tensor.flatten().view(torch.uint8).numpy()
         checksum = zlib.crc32(stored, checksum)  # type: ignore[arg-type]  # an array is a buffer
     return f"{checksum:08x}"
 

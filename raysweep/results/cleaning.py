@@ -27,7 +27,7 @@ def clean(folder: Path) -> Cleaned:
     All rows, space, state and trace stay. Trials that were interrupted then begin anew. Raises UsageError while the
     sweep runs.
     """
-    with launch_lock(folder):
+    with launch_lock(folder, "clean"):
         push(folder)
         before = _size(folder)
         remove_stale_temporaries(folder)

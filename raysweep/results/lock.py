@@ -25,6 +25,7 @@ from raysweep.results.folders import LOCK_FILE
 from raysweep.results.remote import Remote, remote_of
 from raysweep.results.writer import process_lives
 
+LAUNCH = "launch"
 BEAT_S, STALE_S = (
     10.0,
     60.0,
@@ -34,22 +35,25 @@ SETTLE_S = 1.0  # in which another process that takes a remote lock at the same 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that runs a sweep, as far as it is known."""
+    """The process that has a sweep in hand, as far as it is known; and what it does with it."""
 
     host: str = "another host"
     pid: int | None = None
+    task: str = LAUNCH
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" if self.pid else f"a process on {self.host}"
 
 
 @contextmanager
-def launch_lock(folder: Path) -> Iterator[Callable[[], None]]:
+def launch_lock(folder: Path, task: str = LAUNCH) -> Iterator[Callable[[], None]]:
     """Holds the sweep in `folder`, which is made, within the context. Raises UsageError where another process does.
+
+    task: what for
 
     Yields what raises StorageError once the lock of a remote sweep is lost to another machine.
     """
-    with _local_lock(folder):
+    with _local_lock(folder, task):
         remote = remote_of(folder)
         if remote is None:
             yield _nothing_lost
@@ -62,7 +66,7 @@ def launch_lock(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _local_lock(folder: Path) -> Iterator[None]:
+def _local_lock(folder: Path, task: str) -> Iterator[None]:
     """The kernel keeps it (flock, on network file systems too), so that one of a dead process does not exist. On file
     systems that cannot lock, nothing is held.
     """
@@ -70,7 +74,7 @@ def _local_lock(folder: Path) -> Iterator[None]:
     stream = _acquired(path)
     try:
         stream.truncate(0)
-        stream.write(json.dumps(asdict(Holder(socket.gethostname(), os.getpid()))))
+        stream.write(json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), task))))
         stream.flush()
         yield
     finally:

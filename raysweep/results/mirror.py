@@ -32,7 +32,13 @@ def pull(folder: Path) -> None:
     A process of this machine that runs the sweep keeps it so by itself. Raises UsageError where the storage cannot be
     reached, StorageError where it ceases to answer.
     """
-    if local_holder(folder) is not None or (remote := remote_of(folder)) is None:
+    if local_holder(folder) is None:
+        pull_in_hand(folder)
+
+
+def pull_in_hand(folder: Path) -> None:
+    """As `pull`, for who holds the sweep: until it was his, another machine may have brought rows."""
+    if (remote := remote_of(folder)) is None:
         return
     with open(folder.parent / f".{folder.name}.pull", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # two that pull at once would do everything twice

@@ -112,7 +112,8 @@ def make_plan(
             compiles=compiles and device == "cuda",
             shares_head=shared,
         )
-        return _with_store(plan, model, nodes, work, fewer=concurrent_trials is None, store=store)
+        fewer = concurrent_trials is None and not shared  # trials in flight are worth more than a second head
+        return _with_store(plan, model, nodes, work, fewer=fewer, store=store)
 
     try:
         return with_shards(most)

@@ -104,6 +104,38 @@ def test_an_import_is_not_interrupted_but_what_comes_after_it_is(slow_module):
     assert steps == [True]
 
 
+def test_an_import_that_does_not_end_is_ended_by_the_third_signal(tmp_path, monkeypatch, capsys):
+    text = "import os, signal, time\nfor _ in range(3):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.3)\n"
+    (tmp_path / "imported_for_ever.py").write_text(text + "raise AssertionError('it went on')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def launch() -> None:
+        with clean_interruptions():
+            importlib.import_module("imported_for_ever")
+
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert capsys.readouterr().err.count("ends when") == 1
+
+
+def test_two_signals_during_an_import_are_one_afterwards(tmp_path, monkeypatch, capsys):
+    text = "import os, signal, time\nfor _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.5)\n"
+    (tmp_path / "imported_impatiently.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def launch() -> None:
+        with clean_interruptions():
+            try:
+                importlib.import_module("imported_impatiently")
+                time.sleep(10)
+            finally:
+                time.sleep(0.5)  # cleans up
+
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert "still cleaning up" not in capsys.readouterr().err
+
+
 def test_a_signal_is_not_lost_where_python_swallows_what_is_raised():
     class Finalized:
         def __del__(self) -> None:

@@ -112,8 +112,15 @@ def test_a_sweep_outlives_who_submits_it(outside, make_space, tmp_path, monkeypa
     assert_same_numbers(tmp_path / "results" / "tiny", tmp_path / "here" / "tiny")
 
 
-def test_it_can_be_ended_from_there(outside, make_space):
+def test_rows_do_not_lie_in_a_folder_of_the_job(outside, make_space):
     (outside.folder / "space.yaml").write_text(make_space(sweep=SWEEP).resolved_yaml())
+    assert "full path" in outside.says("launch", "space.yaml", "--storage", "results", status=2)
+    assert "full path" in outside.says("status", "--storage", "results", status=2)
+
+
+def test_it_can_be_ended_from_there(outside, make_space):
+    endless = [SWEEP[0], SWEEP[1] | {"epochs": 10_000}]
+    (outside.folder / "space.yaml").write_text(make_space(sweep=endless).resolved_yaml())
     client = outside.start("launch", "space.yaml")
     wait_until_running(outside)
     assert "has ended" in outside.says("stop", "tiny")

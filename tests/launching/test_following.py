@@ -59,7 +59,7 @@ def test_nodes_that_are_too_small_are_told_once_and_another_one_is_waited_for(ru
     launched, said = run((SMALL,), (SMALL,), (SMALL,), (SMALL, NODE))
     launched._follow_nodes(retrained=False)
     assert len(said) == 1
-    assert said[0].startswith("Waiting for another node: the sweep needs")
+    assert said[0].startswith("Waiting for other nodes: the sweep needs")
 
 
 def test_a_gpu_that_comes_changes_no_sweep_on_cpus(run):
@@ -73,7 +73,7 @@ def test_nodes_that_do_not_share_the_storage_are_not_taken_in(run):
     launched, said = run((NODE, NODE, NODE), strangers=("c: another folder than here, or none",))
     launched._follow_nodes(retrained=False)
     assert said == [
-        "Waiting for another node: nodes that do not share the storage: c: another folder than here, or none"
+        "Waiting for other nodes: these do not share the storage: c: another folder than here, or none"
     ]
 
 

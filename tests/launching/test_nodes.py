@@ -118,7 +118,7 @@ def test_where_no_other_node_can_hold_the_model_a_sweep_waits_for_one(space, tmp
     ):
         wait_for(lambda: list(storage.glob("tiny/unfinished/*/*.safetensors")), process, storage)
         cluster.remove_node(nodes[1], allow_graceful=False)
-        wait_for(lambda: "Waiting for another node" in (storage / "launch.txt").read_text(), process, storage)
+        wait_for(lambda: "Waiting for other nodes" in (storage / "launch.txt").read_text(), process, storage)
         assert "of host memory, and there are 300.0 MiB" in (storage / "launch.txt").read_text()
         add_node(cluster, LARGE)
     check(whole, storage)

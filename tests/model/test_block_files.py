@@ -31,7 +31,7 @@ def test_tensors_come_back_as_they_were(tmp_path, survives_crashes):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-@pytest.mark.parametrize("place", ["length", "header", "about", "tensors", "end"])
+@pytest.mark.parametrize("place", ["length", "header", "name", "about", "tensors", "end"])
 def test_one_wrong_byte_is_seen(tmp_path, place):
     file = tmp_path / "unit.safetensors"
     write_tensors(file, TENSORS, {"row": "a word"})
@@ -40,6 +40,7 @@ def test_one_wrong_byte_is_seen(tmp_path, place):
     at = {
         "length": 1,
         "header": 12,
+        "name": content.index(next(iter(TENSORS)).encode()),
         "about": content.index(b"a word"),
         "tensors": header + 3,
         "end": len(content) - 1,
