@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -227,5 +227,10 @@ def _launching(really: bool) -> Iterator[None]:
     def begin(*_: Any) -> None:
         raise WouldRun
 
-    with patch("raysweep.cluster.connect.connected", begin), patch("raysweep.launching.launch._run", begin):
+    launch = "raysweep.launching.launch"
+    with (
+        patch(f"{launch}._in_hand", lambda folder: nullcontext(lambda: None)),  # which writes a lock
+        patch(f"{launch}._run", begin),
+        patch("raysweep.cluster.connect.connected", begin),
+    ):
         yield

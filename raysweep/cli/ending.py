@@ -145,14 +145,15 @@ class _Later:
 
     def takes(self, number: int) -> bool:
         """Whether a signal in the middle of an import can wait: not the third one, for an import may not end."""
-        if not self._again:  # somebody has pressed, and not this
+        if self._again:
+            self._again = False
+        else:  # somebody has pressed, and not this
             self._pressed += 1
-        self._again = False
+            if self._pressed == 1:
+                say("ends when what it loads is there")
         if self._pressed >= PATIENCE:
             return False
         if self._timer is None:
-            if self._pressed == 1:
-                say("ends when what it loads is there")
             self.send(number)
         return True
 
