@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -124,6 +125,7 @@ def _boot(folder: Path, address: str) -> str:
     """
     return f"""
         set -e
+        {_home_of_its_own(folder / "home")}
         ip link set lo up
         {wire if address != LOOPBACK else ""}
         mount -t tmpfs tmpfs /dev/shm
@@ -132,6 +134,17 @@ def _boot(folder: Path, address: str) -> str:
         mkdir /run/sshd
         exec {shutil.which("sshd", path=TOOLS_PATH)} -D -e -f {shlex.quote(str(folder / "sshd_config"))}
     """
+
+
+def _home_of_its_own(home: Path) -> str:
+    """Mounts a folder where ssh looks for whoever logs in, with what this Python needs of the real one."""
+    real = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    needed = [
+        path for path in map(Path, (sys.prefix, sys.base_prefix, ROOT, home)) if path.is_relative_to(real)
+    ]
+    keep = sorted({real / path.relative_to(real).parts[0] for path in needed})
+    back = [f"mkdir -p {home / path.name}; mount --bind {path} {home / path.name}" for path in keep]
+    return "\n".join([*back, f"mount --rbind {home} {real}"])
 
 
 def _sshd_config(folder: Path, key: Path, address: str) -> str:
@@ -144,7 +157,6 @@ def _sshd_config(folder: Path, key: Path, address: str) -> str:
         "UsePAM": "no",
         "StrictModes": "no",
         "PidFile": "none",
-        "SetEnv": f"HOME={folder / 'home'}",
     }
     return "".join(f"{name} {value}\n" for name, value in settings.items())
 

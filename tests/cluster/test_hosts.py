@@ -51,7 +51,7 @@ class Cluster:
 
     def nodes(self) -> int:
         said = self.exec("ray status").stdout
-        return len(re.findall(r"(?m)^ 1 (?:local\.cluster\.node|node_)", said))
+        return int(found[1]) if (found := re.search(r"Active:\s+(\d+) local", said)) else 0
 
     def space(self, name: str, epochs: int, model: Path, text: Path) -> SearchSpace:
         """Twenty trials over three shards, also in the laptop's and the head's homes."""
