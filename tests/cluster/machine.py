@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,6 +245,13 @@ def started(
     finally:
         power.kill()
         power.wait()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Ends what `Machine.start` has started: nsenter, and what that runs."""
+    for each in psutil.Process(process.pid).children(recursive=True):
+        each.kill()
+    process.communicate()
 
 
 def make_key(file: Path) -> None:

@@ -20,7 +20,7 @@ import yaml
 from raysweep.config.space import SearchSpace
 from raysweep.launching.launch import launch
 from raysweep.results.reader import load_results
-from tests.cluster.machine import ROOT, Ended, Machine, make_key, network, started
+from tests.cluster.machine import ROOT, Ended, Machine, kill, make_key, network, started
 from tests.frames import assert_same_numbers
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -42,10 +42,10 @@ class Cluster:
     def exec(self, command: str) -> Ended:
         return self.laptop.run("ray", "exec", self.file, command, timeout=400)
 
-    def up(self, others: list[str], *options: str) -> None:
+    def up(self, others: list[str]) -> None:
         """`ray up` from the laptop for these workers; returns when all have joined."""
         self.file.write_text(_filled_in(self.laptop, others, self.storage))
-        said = self.laptop.run("ray", "up", "-y", *options, self.file, timeout=400)
+        said = self.laptop.run("ray", "up", "-y", self.file, timeout=400)
         assert said.returncode == 0, said.stdout
         wait_until(lambda: self.nodes() == 1 + len(others), "all hosts are nodes", 300)
 
@@ -188,7 +188,7 @@ def test_a_host_that_loses_power_costs_no_trial(cluster, same_as_here, tiny_llam
 
 def test_a_host_that_is_added_is_used(cluster, power, same_as_here, tiny_llama, tiny_text):
     cluster.hosts[ADDED] = power(ADDED)
-    cluster.up([OTHERS[0], ADDED], "--no-restart")
+    cluster.up([OTHERS[0], ADDED])
     space = cluster.space("joined", 10, tiny_llama, tiny_text)
     launched = cluster.laptop.start("ray", "exec", cluster.file, "raysweep launch ~/joined.yaml")
     seen: set[str] = set()
@@ -219,11 +219,11 @@ def test_a_laptop_submits_watches_and_stops(cluster, same_as_here, tiny_llama, t
         return cluster.laptop.start(*command, RAY_AUTH_MODE="token")
 
     try:
-        space = cluster.space("sent", 10, tiny_llama, tiny_text)
+        wait_until(lambda: raysweep("status").returncode == 0, "the dashboard is within reach", 60)
+        space = cluster.space("sent", 150, tiny_llama, tiny_text)
         client = submit("sent")
         wait_until(lambda: state("sent") == "running", "the sweep runs", 200)
-        client.kill()
-        client.communicate()
+        kill(client)
         wait_until(lambda: state("sent") == "finished", "the sweep has finished without its client", 200)
         same_as_here(space)
         cluster.space("ended", 400, tiny_llama, tiny_text)
@@ -234,8 +234,7 @@ def test_a_laptop_submits_watches_and_stops(cluster, same_as_here, tiny_llama, t
         assert client.returncode != 0, said
         assert state("ended") == "interrupted"
     finally:
-        tunnel.terminate()
-        tunnel.communicate()
+        kill(tunnel)
 
 
 def test_down_leaves_nothing(cluster):
