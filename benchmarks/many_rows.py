@@ -69,7 +69,9 @@ def report(what: str, whole: SearchSpace, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=5000)
     with tempfile.TemporaryDirectory() as storage:
         whole, folder = fill(Path(storage), parser.parse_args().trials), Path(storage) / "many"
