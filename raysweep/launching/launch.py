@@ -15,7 +15,7 @@ from raysweep.cluster.nodes import this_node
 from raysweep.config.paths import typed_path
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
-from raysweep.errors import UsageError
+from raysweep.errors import CapacityError, UsageError
 from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
@@ -78,6 +78,7 @@ def launch(
     prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     if in_process:
         prepared = prepare_here(device_here())
+        _check_fit(prepared)
         with _in_hand(folder) as held:
             _run(_with_rows(prepared), InProcess(), held, progress, fail_fast)
     else:
@@ -103,7 +104,16 @@ def _with_rows(prepared: Launch) -> Launch:
 
 
 def _check_fit(prepared: Launch) -> None:
-    """Raises CapacityError where this machine cannot hold the sweep."""
+    """Raises CapacityError where this machine cannot hold what a sweep, yet without its rows, has to run."""
+    try:
+        _check_fit_of(prepared)
+    except CapacityError:
+        there = _with_rows(prepared)
+        if there.to_run:
+            _check_fit_of(there)
+
+
+def _check_fit_of(prepared: Launch) -> None:
     make_plans(prepared.models, prepared.space, [this_node()])
     for model in prepared.models:
         prepared.retrain_plan(model, [this_node()])
@@ -158,13 +168,13 @@ def _launch_on_ray(
     progress.stage("Checking model and data")
     joined = running_address(address)
     prepared = prepare_for(device_here())
+    if joined is None:
+        _check_fit(prepared)
     with _in_hand(folder) as held:
         prepared = _with_rows(prepared)
         if not prepared.to_run:
             _say_done(prepared, progress)
             return
-        if joined is None:
-            _check_fit(prepared)
         other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
         progress.stage(other if joined else "Starting Ray on this machine")
         importing = importing_tune()

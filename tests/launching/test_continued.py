@@ -187,7 +187,7 @@ def test_units_across_shards_are_taken_over_by_others(
     impatient["is"] = False
     parts = sorted((again / "tiny" / "unfinished").glob("*/*.block-*.safetensors"))
     assert len(parts) == 3
-    prepared = prepare_launch(space, again / "tiny", "cpu", in_process=True)
+    prepared = prepare_launch(space, again / "tiny", "cpu")
     kept = sum(path.stat().st_size for path in (again / "tiny" / "unfinished").rglob("*"))
     assert 0 < kept < prepared.storage_bytes(prepared.models[0], concurrent_trials=1)
     if damaged:
