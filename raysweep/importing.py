@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """Python's collector stands still within the context. For imports: libraries such as transformers make a million
-    objects that stay, and it would look through all that are there again and again, a fifth of the time that they take.
+    """Python's collector stands still within the context. For imports: libraries such as transformers make
+    objects that stay, and it would look through all of them again and again, for a fifth of the time that they take.
     """
     was_on = gc.isenabled()
     gc.disable()

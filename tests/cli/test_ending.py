@@ -119,7 +119,7 @@ def test_an_import_that_does_not_end_is_ended_by_the_third_signal(tmp_path, monk
 
 
 def test_two_signals_during_an_import_are_one_afterwards(tmp_path, monkeypatch, capsys):
-    text = "import os, signal, time\nfor _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.5)\n"
+    text = "import os, signal, time\nfor _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.2)\n"
     (tmp_path / "imported_impatiently.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
 

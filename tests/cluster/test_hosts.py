@@ -87,6 +87,17 @@ class Cluster:
     def rows(self, name: str) -> int:
         return len(list((self.storage / name / "trials").glob("*.parquet")))
 
+    def launch(self, name: str) -> tuple[str, set[str]]:
+        """Runs the sweep on the head; returns what that says, and the hosts on which shards were seen."""
+        launched = self.laptop.start("ray", "exec", self.file, f"raysweep launch ~/{name}.yaml")
+        seen: set[str] = set()
+        while launched.poll() is None:
+            seen |= self.with_shards()
+            time.sleep(0.2)
+        said, _ = launched.communicate()
+        assert launched.returncode == 0, said
+        return said, seen
+
     def with_shards(self) -> set[str]:
         """Hosts on which a shard runs."""
         return {
@@ -159,13 +170,7 @@ def same_as_here(cluster: Cluster, tmp_path: Path) -> Callable[[SearchSpace], No
 
 def test_a_sweep_runs_on_all_hosts(cluster, same_as_here, tiny_llama, tiny_text):
     space = cluster.space("first", 10, tiny_llama, tiny_text)
-    launched = cluster.laptop.start("ray", "exec", cluster.file, "raysweep launch ~/first.yaml")
-    seen: set[str] = set()
-    while launched.poll() is None:
-        seen |= cluster.with_shards()
-        time.sleep(0.2)
-    said, _ = launched.communicate()
-    assert launched.returncode == 0, said
+    said, seen = cluster.launch("first")
     assert "Joining the Ray cluster" in said
     assert seen == {HEAD, *OTHERS}
     status = cluster.exec("raysweep status first --json").stdout
@@ -190,13 +195,7 @@ def test_a_host_that_is_added_is_used(cluster, power, same_as_here, tiny_llama, 
     cluster.hosts[ADDED] = power(ADDED)
     cluster.up([OTHERS[0], ADDED])
     space = cluster.space("joined", 10, tiny_llama, tiny_text)
-    launched = cluster.laptop.start("ray", "exec", cluster.file, "raysweep launch ~/joined.yaml")
-    seen: set[str] = set()
-    while launched.poll() is None:
-        seen |= cluster.with_shards()
-        time.sleep(0.2)
-    said, _ = launched.communicate()
-    assert launched.returncode == 0, said
+    _, seen = cluster.launch("joined")
     assert seen == {HEAD, OTHERS[0], ADDED}
     same_as_here(space)
 
