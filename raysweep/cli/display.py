@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raysweep.cli.cells import best_cells
 from raysweep.cli.console import messages, terminal_height
 from raysweep.cli.numbers import clock, count, duration, fixed
 from raysweep.cli.tally import Row, Tally
@@ -205,51 +206,4 @@ class LiveDisplay:
         return Text.assemble(*words)
 
     def _cells(self) -> Table:
-        """Dense, then the best trial of every cell, the cells that improved last at the end."""
-        from rich.table import Table
-        from rich.text import Text
-
-        search = self.tally.search
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        for _ in range(2):
-            grid.add_column(overflow="ellipsis", no_wrap=True)
-        grid.add_column(justify="right")
-        grid.add_column(justify="right")
-        grid.add_row(
-            "",
-            Text("best so far", style="dim"),
-            Text(_short(search.metric), style="dim"),
-            Text("perplexity", style="dim"),
-        )
-        if self.tally.dense is not None:
-            grid.add_row(*self._cell("", "dense", self.tally.dense, "dim"))
-        room = max(3, terminal_height() - LINES_BESIDE_CELLS)
-        cells = list(self.tally.best.items())
-        for cell, row in cells[:room]:
-            title = " ".join(_word(part) for part in cell if part is not None)
-            grid.add_row(*self._cell(title, str(row.get("label", "")), row, "bold"))
-        if len(cells) > room:
-            grid.add_row("", Text(f"and {count(len(cells) - room, 'more cell')}", style="dim"))
-        return grid
-
-    def _cell(self, title: str, label: str, row: Row, style: str) -> list[Text]:
-        from rich.text import Text
-
-        values = [row.get(self.tally.search.metric), row.get("perplexity")]
-        numbers = [
-            "" if value is None else f"{value:.4g}" if value < 1 else fixed(value, 2) for value in values
-        ]
-        return [
-            Text(title, style="cyan"),
-            Text(label),
-            Text(numbers[0], style=style),
-            Text(numbers[1], style="dim"),
-        ]
-
-
-def _short(metric: str) -> str:
-    return {"validation_perplexity": "validation"}.get(metric, metric.replace("_", " "))
-
-
-def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return best_cells(self.tally, max(3, terminal_height() - LINES_BESIDE_CELLS))

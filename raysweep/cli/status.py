@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, replace
+from collections.abc import Container
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.cli.console import output, print_json, say
-from raysweep.cli.numbers import duration
+from raysweep.cli.cells import best_cells
+from raysweep.cli.console import output, print_json, say, terminal_height
+from raysweep.cli.numbers import duration, large
 from raysweep.cli.results import labeled_rows
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError
@@ -21,6 +23,11 @@ from raysweep.results.uris import mirrored_uri, place_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from raysweep.cli.tally import Tally
+
+LINES_BESIDE_CELLS = 16  # of what is said about a running sweep
 
 STYLES = {
     "starting": "cyan",
@@ -38,7 +45,11 @@ def run_status(name: str | None, storage: str | None, as_json: bool) -> None:
     if as_json:
         print_json(documents[0] if name else documents)
     elif documents:
-        _print_table(output(), documents)
+        console = output()
+        _print_table(console, documents)
+        for folder, one in zip(folders, documents, strict=True):
+            if one["state"] == "running":
+                _print_running(console, folder, one, in_full=name is not None)
     else:
         say(f"no sweep in {mirrored_uri(root) or root} yet: run `raysweep launch`, or name another --storage")
 
@@ -50,7 +61,7 @@ def sweep_status(folder: Path) -> dict[str, Any]:
     rows = Counter(trial_states(folder).values())
     state = SweepState.read(folder)
     if state is not None and state.state == "running" and remote_of(folder) and holder_of(folder) is None:
-        state = replace(state, state="interrupted", running=0)  # of another machine no process can be seen
+        state = state.interrupted()  # of another machine no process can be seen
     said = asdict(state) if state else dict.fromkeys(asdict(SweepState("")))
     holder = local_holder(folder)
     told = state is not None and holder is not None and (state.host, state.pid) == (holder.host, holder.pid)
@@ -84,16 +95,10 @@ def _seconds_left(folder: Path, state: SweepState) -> float | None:
 
 
 def _print_table(console: Console, documents: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
-    )
-    for title in ("sweep", "state", "finished", "failed", "shards", "started", "time left"):
-        right = title in ("finished", "failed", "shards", "time left")
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    titles = ("sweep", "state", "finished", "failed", "shards", "started", "time left")
+    table = _table(*titles, right=(2, 3, 4, 6))
     for one in documents:
         state = one["state"] or "unknown"
         table.add_row(
@@ -106,9 +111,62 @@ def _print_table(console: Console, documents: list[dict[str, Any]]) -> None:
             "" if one["seconds_left"] is None or state != "running" else duration(one["seconds_left"]),
         )
     console.print(table)
-    for one in documents:
-        if one["dashboard"] and one["state"] == "running":
-            console.print(Text(f"dashboard of {one['name']}: {one['dashboard']}"), soft_wrap=True)
+
+
+def _print_running(console: Console, folder: Path, one: dict[str, Any], in_full: bool) -> None:
+    """What the shards of a running sweep do; in full also the best trials so far, as the launch itself shows them."""
+    from rich.text import Text
+
+    if one["activity"]:
+        console.print()
+        console.print(_shard_table(one["activity"]))
+    if in_full and (tally := _tally(folder)) is not None and tally.best:
+        console.print()
+        console.print(best_cells(tally, room=max(3, terminal_height() - LINES_BESIDE_CELLS)))
+    if one["dashboard"]:
+        console.print(Text(f"\ndashboard of {one['name']}: {one['dashboard']}"), soft_wrap=True)
+
+
+def _shard_table(activity: list[dict[str, Any]]) -> Table:
+    from rich.text import Text
+
+    from raysweep.shards.plan import format_bytes
+
+    table = _table("shard", "busy", "units/min", "trained/s", "evaluated/s", "kept", right=range(6))
+    table.add_column("now", overflow="ellipsis", no_wrap=True)
+    for shard, one in enumerate(activity):
+        rates = [one[f"{name}_per_second"] for name in ("units", "trained_tokens", "evaluated_tokens")]
+        table.add_row(
+            str(shard),
+            "" if one["busy"] is None else f"{one['busy']:.0%}",
+            "" if rates[0] is None else f"{60 * rates[0]:.1f}",
+            *("" if rate is None else large(round(rate)) for rate in rates[1:]),
+            format_bytes(one["stored_bytes"]),
+            Text(one["doing"] or "waits", style="" if one["doing"] else "dim"),
+        )
+    return table
+
+
+def _tally(folder: Path) -> Tally | None:
+    from raysweep.cli.tally import Tally
+
+    try:
+        return Tally.of(SearchSpace.from_yaml(folder / SPACE_FILE), labeled_rows(folder))
+    except RaysweepError:
+        return None
+
+
+def _table(*titles: str, right: Container[int]) -> Table:
+    """right: columns of numbers"""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
+    )
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number in right else "left", overflow="fold")
+    return table
 
 
 def _since(moment: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress
 from raysweep.launching.runners import Runner
-from raysweep.results.state import SweepState
+from raysweep.results.state import ShardState, SweepState
 from raysweep.shards.plan import ShardPlan
 
 
@@ -24,10 +25,12 @@ class Recorder:
         self._folder, self.progress, self._check = prepared.folder, progress, check
         self.state = state.write(self._folder)
         self._begun, self._concurrent = False, 0
+        self._lock = threading.Lock()
 
     def begin(self, plan: ShardPlan) -> None:
         self._concurrent = plan.concurrent_trials
-        self.state = replace(self.state, shards=plan.shards)
+        with self._lock:
+            self.state = replace(self.state, shards=plan.shards)
         if not self._begun:
             self._begun = True
             state = self.state
@@ -37,14 +40,21 @@ class Recorder:
         failed = row.get("status") == "failed"
         finished, failures = self.state.finished + (not failed), self.state.failed + failed
         running = min(self._concurrent, self.state.planned - finished - failures)
-        counted = replace(self.state, finished=finished, failed=failures, running=running)
-        self.state = counted.write(self._folder)
+        self._write(finished=finished, failed=failures, running=running)
         self.progress.row(row)
         self._check()
 
+    def shards(self, activity: tuple[ShardState, ...]) -> None:
+        """What they do now; may be told from another thread."""
+        self._write(activity=activity)
+
     def end(self, state: str) -> None:
-        self.state = replace(self.state, state=state, running=0).write(self._folder)
+        self._write(state=state, running=0, activity=())
         self.progress.end()
+
+    def _write(self, **changes: Any) -> None:
+        with self._lock:
+            self.state = replace(self.state, **changes).write(self._folder)
 
 
 @contextmanager

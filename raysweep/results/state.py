@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from raysweep.errors import RaysweepError
 from raysweep.results.folders import STATE_FILE
@@ -21,12 +23,42 @@ def _now() -> str:
 
 
 @dataclass(frozen=True)
+class ShardState:
+    """What one shard has done since it was loaded, and in the last minute; rates are None until two looks are there.
+
+    busy: share of the time;  stored_bytes: of the dense activations that it keeps
+    doing: trial and call in hand, empty where it waits
+    """
+
+    units: int
+    stored_bytes: int
+    doing: str
+    busy: float | None = None
+    units_per_second: float | None = None
+    trained_tokens_per_second: float | None = None
+    evaluated_tokens_per_second: float | None = None
+
+    @classmethod
+    def of(cls, stored: Any) -> ShardState:
+        """Raises ValueError, TypeError or KeyError for what no launch has written."""
+        state = cls(**{each.name: stored[each.name] for each in fields(cls)})
+        rates = [getattr(state, each.name) for each in fields(cls)[3:]]
+        if any(type(count) is not int or count < 0 for count in (state.units, state.stored_bytes)):
+            raise ValueError("a count that is none")
+        if any(rate is not None and not math.isfinite(float(rate)) for rate in rates):
+            raise ValueError("a rate that is none")
+        if not isinstance(state.doing, str):
+            raise ValueError("a text that is none")
+        return state
+
+
+@dataclass(frozen=True)
 class SweepState:
     """The state of one sweep. Moments are ISO texts in UTC.
 
     planned: trials of the sweep; finished, failed: of them, earlier launches counted
     others: finished rows of trials that are not in the space of the last launch
-    running: trials in flight
+    running: trials in flight;  activity: of its shards while they run, by shard
     """
 
     name: str
@@ -42,6 +74,7 @@ class SweepState:
     running: int = 0
     shards: int | None = None
     dashboard: str | None = None
+    activity: tuple[ShardState, ...] = ()
 
     def write(self, folder: Path) -> SweepState:
         """Stores the state in the sweep's folder with a fresh `updated_at`; returns what was stored."""
@@ -57,9 +90,10 @@ class SweepState:
         try:
             stored = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             known = {name: stored[name] for name in (f.name for f in fields(cls)) if name in stored}
-            state = cls(**known)
+            activity = tuple(map(ShardState.of, known.pop("activity", ())))
+            state = cls(**known, activity=activity)
             state._check()
-        except (OSError, ValueError, TypeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
         return state.settled()
 
@@ -77,4 +111,8 @@ class SweepState:
     def settled(self) -> SweepState:
         """The same, or interrupted when its process can be seen to be gone."""
         gone = self.host == socket.gethostname() and not process_lives(self.pid)
-        return replace(self, state="interrupted", running=0) if self.state == "running" and gone else self
+        return self.interrupted() if self.state == "running" and gone else self
+
+    def interrupted(self) -> SweepState:
+        """The same of a launch that is gone."""
+        return replace(self, state="interrupted", running=0, activity=())

@@ -13,6 +13,7 @@ import ray
 
 from raysweep.errors import RaysweepError, ShardLostError, first_line
 from raysweep.importing import without_collecting
+from raysweep.shards.activity import Account, Activity
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.interruption import FINISHING, not_waiting_longer
 from raysweep.shards.meter import ShardMeter
@@ -41,7 +42,8 @@ class ShardActor:
     def __init__(self, spec: ShardSpec, sweep: str, shard: int) -> None:
         """sweep, shard: as its metrics are called"""
         self._queue = PriorityExecutor()
-        self._trace, self._meter = Trace(spec.traces), ShardMeter(sweep, shard)
+        self._trace, self._account = Trace(spec.traces), Account()
+        self._meter = ShardMeter(sweep, shard)
         self._worker = self._queue.submit(0, lambda: self._loaded(spec))
         self._shared = SharedResults()
 
@@ -53,20 +55,22 @@ class ShardActor:
         worker = self._worker.result()
 
         def call() -> Any:
-            begin = time.perf_counter()
+            said = label or method.replace("_", " ")
             try:
-                with self._trace.span(label or method.replace("_", " ")):
+                with self._trace.span(said), self._account.call(said):
                     return getattr(worker, method)(*arguments)
             finally:
-                self._meter.note(worker.counts, time.perf_counter() - begin)
-                if self._meter.wants_stored():
-                    self._meter.note_stored(worker.stored_bytes)
+                self._meter.note(self._account.read(worker.counts, worker.stored_bytes))
 
         return self._queue.submit(order, call).result()
 
     def spans(self) -> list[Span]:
         """Of what it has done, where it notes that."""
         return list(self._trace.spans)
+
+    def activity(self) -> Activity:
+        worker = self._worker.result()
+        return self._account.read(worker.counts, worker.stored_bytes)
 
     def claim(self, key: str, owner: str) -> Claim:
         return self._shared.claim(key, owner)
@@ -211,6 +215,9 @@ class RayGroup:
         """By shard, what it has done."""
         return [self.result(actor.spans.remote()) for actor in self.actors]
 
+    def activities(self) -> list[Activity]:
+        return [self.result(ref) for ref in [actor.activity.remote() for actor in list(self.actors)]]
+
     def close(self) -> None:
         """Ends the actors. Closing twice does no harm."""
         for actor in self.actors:
@@ -266,7 +273,7 @@ def _start_actor(group: str, shard: int, spec: ShardSpec, resources: Resources) 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
     """Marks the methods that do not queue behind the calls of trials. Here, so that the class itself knows nothing of
     actors' options."""
-    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans", "drain"):
+    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans", "activity", "drain"):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls
 

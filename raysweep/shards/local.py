@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raysweep.shards.activity import Account, Activity
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.interruption import finishing_first
 from raysweep.shards.shared import SharedResults, share
@@ -29,6 +30,7 @@ class LocalGroup:
 
     def __init__(self, specs: Sequence[ShardSpec]) -> None:
         self._traces = [Trace(spec.traces) for spec in specs]
+        self._accounts = [Account() for _ in specs]
         self.workers = [self._loaded(shard, spec) for shard, spec in enumerate(specs)]
         self.shared = SharedResults()
 
@@ -39,7 +41,8 @@ class LocalGroup:
     def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
         try:
             ready = [self.result(each) if isinstance(each, _Done) else each for each in arguments]
-            with finishing_first(), self._traces[shard].span(label or method.replace("_", " ")):
+            label = label or method.replace("_", " ")
+            with finishing_first(), self._traces[shard].span(label), self._accounts[shard].call(label):
                 return _Done(getattr(self.workers[shard], method)(*ready))
         except Exception as error:  # kept for `result`, as a call over Ray keeps it
             return _Done(None, error)
@@ -78,6 +81,10 @@ class LocalGroup:
     def spans(self) -> list[list[Span]]:
         """By shard, what it has done."""
         return [list(trace.spans) for trace in self._traces]
+
+    def activities(self) -> list[Activity]:
+        both = zip(self._accounts, self.workers, strict=False)  # closing takes the workers away
+        return [account.read(worker.counts, worker.stored_bytes) for account, worker in both]
 
     def close(self) -> None:
         for worker in self.workers:

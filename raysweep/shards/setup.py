@@ -12,6 +12,7 @@ import numpy.typing as npt
 from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
+from raysweep.shards.activity import Activity
 from raysweep.shards.group_info import GroupInfo, ShardGroup, ShardSpec, TextInfo
 from raysweep.shards.plan import ShardPlan
 from raysweep.shards.trace import Span
@@ -47,6 +48,10 @@ class OwnedGroup(ShardGroup, Protocol):
 
     def spans(self) -> list[list[Span]]:
         """By shard, what it has done, where the specs ask for it."""
+        ...
+
+    def activities(self) -> list[Activity]:
+        """By shard, what it has done and does now. Any thread may ask at any time. Raises ShardLostError."""
         ...
 
     def close(self) -> None: ...

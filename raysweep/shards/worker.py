@@ -438,7 +438,7 @@ class ShardWorker:
     @property
     def stored_bytes(self) -> int:
         """Of the dense activations that are kept here."""
-        return sum(entry.activations.nbytes for entry in self.blocks.texts.values())
+        return sum(entry.activations.nbytes for entry in list(self.blocks.texts.values()))  # others may ask
 
     # Within
 

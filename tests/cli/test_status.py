@@ -14,7 +14,7 @@ import pytest
 from raysweep.config.space import SearchSpace
 from raysweep.results.folders import SPACE_FILE
 from raysweep.results.lock import launch_lock
-from raysweep.results.state import SweepState
+from raysweep.results.state import ShardState, SweepState
 from tests.analysis.rows import failed, row, write_sweep
 
 
@@ -90,6 +90,44 @@ def test_the_time_left_follows_from_the_rows_of_the_running_launch(raysweep, her
     assert raysweep("status", "one", "--json").json["seconds_left"] == pytest.approx(60, rel=0.2)
     replace(state, state="finished").write(folder)
     assert raysweep("status", "one", "--json").json["seconds_left"] is None
+
+
+def test_a_running_sweep_shows_what_its_shards_do_and_the_best_so_far(raysweep, here):
+    rows = [row(0, "dense"), row(1, "none", sparsity=0.5, perplexity=9.5), row(2, "none", sparsity=0.6)]
+    folder = write_sweep(here / "raysweep-results" / "one", rows)
+    space = {
+        "name": "one",
+        "model": {"path": "builtin:pystdlib"},
+        "calibration": {"dataset": "builtin:pystdlib"},
+        "sweep": [{"recovery": "none", "criterion": "wanda", "sparsity": [0.5, 0.6, 0.7]}],
+    }
+    (folder / SPACE_FILE).write_text(json.dumps(SearchSpace.from_dict(space).to_dict()))
+    works = ShardState(7, 3 << 20, "wanda 0.7: recover 0.attention", 0.934, 0.25, 12_345.0, 800.0)
+    state = SweepState("one", planned=4, shards=2, activity=(works, ShardState(0, 0, "")))
+    state.write(folder)
+    shown = raysweep("status", "one").out
+    lines = [line.split() for line in shown.splitlines()]
+    assert [
+        "0",
+        "93%",
+        "15.0",
+        "12.3",
+        "K",
+        "800",
+        "3.0",
+        "MiB",
+        "wanda",
+        "0.7:",
+        "recover",
+        "0.attention",
+    ] in lines
+    assert ["1", "0", "B", "waits"] in lines
+    assert "best so far" in shown
+    assert "9.50" in shown
+    assert "best so far" not in raysweep("status").out
+    assert raysweep("status", "one", "--json").json["activity"][0]["busy"] == 0.934
+    replace(state, state="finished").write(folder)
+    assert "waits" not in raysweep("status", "one").out
 
 
 def test_rows_of_other_trials_are_no_part_of_the_progress(here, raysweep):

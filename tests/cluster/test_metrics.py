@@ -15,6 +15,7 @@ from raysweep.config.sections import SearchConfig
 from raysweep.launching.metering import Metered
 from raysweep.launching.progress import Silent
 from raysweep.shards import meter as shard_meter
+from raysweep.shards.activity import Activity
 from raysweep.shards.counts import Counts
 from raysweep.shards.meter import ShardMeter
 from tests.cluster.machine import ROOT
@@ -78,13 +79,8 @@ def test_a_launch_tells_its_trials_and_the_best_of_every_cell(told):
 
 def test_a_shard_tells_what_is_new(told):
     one = ShardMeter("s", 3)
-    counts = Counts(units=2, trained_tokens=100)
-    one.note(counts, 0.5)
-    counts.units, counts.evaluated_tokens = 3, 64
-    one.note(counts, 0.25)
-    assert one.wants_stored()
-    one.note_stored(1024)
-    assert not one.wants_stored()
+    one.note(Activity(Counts(units=2, trained_tokens=100), busy_seconds=0.5, stored_bytes=512))
+    one.note(Activity(Counts(3, 100, evaluated_tokens=64), busy_seconds=0.75, stored_bytes=1024))
     assert told == {
         ("raysweep_units", ("s", "3")): 3,
         ("raysweep_trained_tokens", ("s", "3")): 100,

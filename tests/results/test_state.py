@@ -5,12 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from raysweep.errors import RaysweepError
-from raysweep.results.state import SweepState
+from raysweep.results.state import ShardState, SweepState
 
 
 @pytest.fixture
@@ -21,9 +21,12 @@ def dead_pid():
 
 
 def test_a_state_comes_back_as_it_was_written(tmp_path):
-    written = SweepState(
-        "a", planned=8, finished=3, failed=1, running=2, shards=2, dashboard="127.0.0.1:8265"
+    activity = (
+        ShardState(3, 1 << 20, "wanda 0.5: recover 0.attention", 0.9, 0.1, 2e3, 1e3),
+        ShardState(0, 0, ""),
     )
+    counts = {"planned": 8, "finished": 3, "failed": 1, "running": 2, "shards": 2}
+    written = SweepState("a", **counts, dashboard="127.0.0.1:8265", activity=activity)
     written = written.write(tmp_path)
     assert SweepState.read(tmp_path) == written
     assert (written.pid, written.host, written.state) == (os.getpid(), socket.gethostname(), "running")
@@ -31,9 +34,9 @@ def test_a_state_comes_back_as_it_was_written(tmp_path):
 
 
 def test_a_running_sweep_whose_process_is_gone_is_interrupted(tmp_path, dead_pid):
-    SweepState("a", pid=dead_pid, running=2).write(tmp_path)
+    SweepState("a", pid=dead_pid, running=2, activity=(ShardState(0, 0, "load"),)).write(tmp_path)
     state = SweepState.read(tmp_path)
-    assert (state.state, state.running) == ("interrupted", 0)
+    assert (state.state, state.running, state.activity) == ("interrupted", 0, ())
 
 
 def test_processes_of_other_hosts_and_ended_sweeps_are_left_alone(tmp_path, dead_pid):
@@ -78,6 +81,14 @@ def test_an_unknown_state_is_refused(tmp_path):
         {"host": 5},
         {"dashboard": {}},
         {"state": ["running"]},
+        {"activity": 5},
+        {"activity": [5]},
+        {"activity": [{"units": 1}]},
+        {"activity": [asdict(ShardState(1, 2, "")) | {"units": -1}]},
+        {"activity": [asdict(ShardState(1, 2, "")) | {"stored_bytes": "2"}]},
+        {"activity": [asdict(ShardState(1, 2, "")) | {"doing": None}]},
+        {"activity": [asdict(ShardState(1, 2, "")) | {"busy": "much"}]},
+        {"activity": [asdict(ShardState(1, 2, "")) | {"busy": float("nan")}]},
     ],
     ids=str,
 )
