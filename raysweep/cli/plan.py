@@ -119,6 +119,7 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
         ],
         "calibration_sets": len(model.phases),
         "studies": [_study_document(prepared, study) for phase in model.phases for study in phase.studies],
+        "replicas": plan.replicas,
         "concurrent_trials": plan.concurrent_trials,
         "cpus_per_shard": plan.cpus,
         "gpus_per_shard": plan.gpus,
@@ -130,7 +131,7 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
             _shard_document(blocks, memory) for blocks, memory in zip(plan.ranges, plan.memory, strict=True)
         ],
         "host_bytes": host_bytes(plan),
-        "storage_bytes": prepared.storage_bytes(model, plan.concurrent_trials),
+        "storage_bytes": prepared.storage_bytes(model, plan.all_concurrent_trials),
         "retraining": None if retraining is None else asdict(retraining),
     }
 
@@ -204,7 +205,7 @@ def _print_model(
         console.print()
     console.print(_memory_table(plan))
     console.print()
-    on_storage = prepared.storage_bytes(model, plan.concurrent_trials)
+    on_storage = prepared.storage_bytes(model, plan.all_concurrent_trials)
     _print_facts(console, plan, node, prepared.retrain_plan(model, [node]), on_storage)
 
 
@@ -247,7 +248,7 @@ def _print_facts(
     if plan.device == "cuda":
         grid.add_row("memory of one GPU", at_most(max(m.device for m in plan.memory), node.gpu_bytes))
     grid.add_row("cores", _core_words(plan, node))
-    grid.add_row("in flight", count(plan.concurrent_trials, "trial"))
+    grid.add_row("in flight", count(plan.all_concurrent_trials, "trial"))
     if storage_bytes:
         grid.add_row(
             "storage", f"up to {format_bytes(storage_bytes)} beside the rows, until trials have theirs"
@@ -260,8 +261,9 @@ def _print_facts(
 
 def _core_words(plan: ShardPlan, node: Node) -> str:
     shared = "; the shards share cores" if plan.shares_cores else ""
-    gpus = f", {plan.shards} of {count(node.gpus, 'GPU')}" if plan.device == "cuda" else ""
-    each = f"{count(plan.shards, 'shard')} with {count(plan.threads, 'thread')} each"
+    gpus = f", {plan.all_shards} of {count(node.gpus, 'GPU')}" if plan.device == "cuda" else ""
+    replicas = f"{plan.replicas} replicas of " if plan.replicas > 1 else ""
+    each = f"{replicas}{count(plan.shards, 'shard')} with {count(plan.threads, 'thread')} each"
     return f"{each} on {count(int(node.cpus), 'core')}{gpus}{shared}"
 
 

@@ -196,7 +196,14 @@ class ExecutionConfig(BaseModel):
     model_config = FROZEN
 
     shards: AutoOrCount = setting(
-        "actors over which the blocks are spread", default="auto", values=f"auto, or {WHOLE_VALUES}"
+        "actors over which the blocks are spread; auto = as many as there are places for, divided by replicas",
+        default="auto",
+        values=f"auto, or {WHOLE_VALUES}",
+    )
+    replicas: Count = setting(
+        "groups of shards that each hold the whole model; trials are spread over them",
+        default=1,
+        values=WHOLE_VALUES,
     )
     threads_per_worker: Count = setting(
         "CPU threads of one shard; other numbers of threads may differ in the last bits",
@@ -204,7 +211,7 @@ class ExecutionConfig(BaseModel):
         values=WHOLE_VALUES,
     )
     concurrent_trials: AutoOrCount = setting(
-        "trials in flight at once", default="auto", values=f"auto, or {WHOLE_VALUES}"
+        "trials in flight at once, in each replica", default="auto", values=f"auto, or {WHOLE_VALUES}"
     )
     retrain_workers: AutoOrCount = setting(
         "processes of a retraining; auto = one a GPU, as many as batches can be cut for, and without GPUs one",

@@ -110,7 +110,7 @@ class _Doctor:
             self._error("plan", error)
             return []
         for plan in plans:
-            shards = f"{plan.shards} shard{'s' * (plan.shards != 1)} on {plan.device}"
+            shards = f"{plan.all_shards} shard{'s' * (plan.all_shards != 1)} on {plan.device}"
             self._fine(HERE, "plan", f"{shards}, {format_bytes(host_bytes(plan))} of host memory in all")
         return plans
 
@@ -296,4 +296,4 @@ def _on_gpus(plans: Sequence[ShardPlan]) -> bool:
 
 def _bytes_per_node(plan: ShardPlan, nodes: int) -> int:
     largest = max(memory.host if plan.device == "cuda" else memory.total for memory in plan.memory)
-    return largest * math.ceil(plan.shards / nodes)
+    return largest * math.ceil(plan.all_shards / nodes)

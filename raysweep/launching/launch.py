@@ -74,7 +74,8 @@ def launch(
     loaded = _loaded(space, name)
     folder = checked_folder(loaded, storage)
     refuse_where_held(folder)
-    _check_scheduler(loaded, in_process)
+    if in_process:
+        _check_in_process(loaded)
     prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     if in_process:
         prepared = prepare_here(device_here())
@@ -119,8 +120,13 @@ def _check_fit_of(prepared: Launch) -> None:
         prepared.retrain_plan(model, [this_node()])
 
 
-def _check_scheduler(space: SearchSpace, in_process: bool) -> None:
-    if in_process and space.search.scheduler != "none":
+def _check_in_process(space: SearchSpace) -> None:
+    if space.execution.replicas > 1:
+        raise UsageError(
+            f"execution.replicas is {space.execution.replicas}, and --in-process runs one trial at a time",
+            remedy="Leave one of them out.",
+        )
+    if space.search.scheduler != "none":
         raise UsageError(
             f"search.scheduler {space.search.scheduler!r} is one of Ray Tune's, and --in-process runs without Ray",
             remedy="Leave one of them out.",
@@ -211,7 +217,7 @@ def _run(
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
         tracing = progress if isinstance(progress, Tracing) else None
         shown = runner.watched(progress, prepared)
-        with recorded(prepared, runner, plans[0].shards, shown, check) as recorder:
+        with recorded(prepared, runner, plans[0].all_shards, shown, check) as recorder:
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
                 run = ModelRun(prepared, model, plan, retraining, runner, recorder, nodes, tracing, fail_fast)
                 run.run()

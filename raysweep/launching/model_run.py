@@ -142,9 +142,12 @@ class ModelRun:
 
     def _through_a_group(self, phases: Sequence[Phase], retrained: bool) -> None:
         """The phases, one after another on the same shards."""
-        shards = self.plan.shards
+        shards, replicas = self.plan.shards, self.plan.replicas
         specs = shard_specs(self.plan, self.model.source, traces=self.tracing is not None)
-        self.progress.stage(f"Loading {self.model.config.path} into {shards} shard{'s' * (shards > 1)}")
+        times = f"{replicas} times " if replicas > 1 else ""
+        self.progress.stage(
+            f"Loading {self.model.config.path} into {times}{shards} shard{'s' * (shards > 1)}"
+        )
         # A name is taken for a while after its group has ended, so that each has another.
         name = f"{self.prepared.tag}/{secrets.token_hex(2)}"
         with self.runner.group(name, specs, self.plan) as group:

@@ -28,9 +28,9 @@ class Recorder:
         self._lock = threading.Lock()
 
     def begin(self, plan: ShardPlan) -> None:
-        self._concurrent = plan.concurrent_trials
+        self._concurrent = plan.all_concurrent_trials
         with self._lock:
-            self.state = replace(self.state, shards=plan.shards)
+            self.state = replace(self.state, shards=plan.all_shards)
         if not self._begun:
             self._begun = True
             state = self.state

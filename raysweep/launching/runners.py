@@ -161,7 +161,7 @@ class OnRay:
         from raysweep.shards.group import RayGroup, Resources
 
         resources = Resources(plan.cpus, plan.gpus)
-        with RayGroup.start(name, specs, resources, START_TIMEOUT_S) as group:
+        with RayGroup.start(name, specs, resources, START_TIMEOUT_S, plan.replicas) as group:
             yield group
 
     def run(
@@ -176,10 +176,10 @@ class OnRay:
         from raysweep.sweep.tuning import PhaseContext, run_phase
 
         self._phases += 1
-        processes = min(plan.concurrent_trials, proposals.total)
-        context = PhaseContext(group.name, self._here, group.info, rows, search, processes)
-        folder, name = rows.folder / TUNE, f"phase-{self._phases}"
-        return run_phase(context, proposals, plan.concurrent_trials, folder, name, on_row, group.forget_trial)
+        processes = min(plan.all_concurrent_trials, proposals.total)
+        context = PhaseContext(group.name, self._here, group.info, rows, search, processes, plan.replicas)
+        folder, name, at_once = rows.folder / TUNE, f"phase-{self._phases}", plan.all_concurrent_trials
+        return run_phase(context, proposals, at_once, folder, name, on_row, group.forget_trial)
 
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_on_ray

@@ -108,18 +108,32 @@ class Resources:
 
 
 class RayGroup:
-    """Handles on the actors of a shard group: made by the driver with `start`, by a trial with `join`."""
+    """Handles on the actors of a shard group: made by the driver with `start`, by a trial with `join`.
+
+    What trials of all replicas share lies with the first shard of the first one.
+    """
 
     info: GroupInfo
 
-    def __init__(self, name: str, actors: Sequence[Any], info: GroupInfo | None = None) -> None:
-        self.name, self.actors = name, list(actors)
+    def __init__(
+        self,
+        name: str,
+        actors: Sequence[Any],
+        info: GroupInfo | None = None,
+        first: Any = None,
+        others: Sequence[RayGroup] = (),
+    ) -> None:
+        """first: the first shard of the first replica, where this is another one;  others: replicas that end with it"""
+        self.name, self.actors, self._others = name, list(actors), list(others)
+        self._first = first or self.actors[0]
         if info is not None:
             self.info = info
 
     @classmethod
-    def start(cls, name: str, specs: Sequence[ShardSpec], resources: Resources, timeout_s: float) -> RayGroup:
-        """Starts the actors and waits until all have loaded their blocks.
+    def start(
+        cls, name: str, specs: Sequence[ShardSpec], resources: Resources, timeout_s: float, replicas: int = 1
+    ) -> RayGroup:
+        """Starts the actors and waits until all have loaded their blocks; returns the first of the replicas.
 
         Raises ShardLostError when one ends, or a node of the cluster does, RaysweepError when they are not ready after
         `timeout_s`.
@@ -127,8 +141,10 @@ class RayGroup:
         actors: list[Any] = []
         nodes = _living_nodes()
         try:
-            actors += [_start_actor(name, k, spec, resources) for k, spec in enumerate(specs)]
-            group = cls(name, actors)
+            for number in range(replicas * len(specs)):
+                actors.append(_start_actor(name, number, specs[number % len(specs)], resources))
+            each = [actors[start : start + len(specs)] for start in range(0, len(actors), len(specs))]
+            group = cls(name, each[0], others=[cls(name, mine, first=actors[0]) for mine in each[1:]])
             group._wait_until_ready(timeout_s, nodes)
         except BaseException:
             for actor in actors:
@@ -137,15 +153,24 @@ class RayGroup:
         return group
 
     @classmethod
-    def join(cls, name: str, info: GroupInfo) -> RayGroup:
-        """The group of that name, from any process of the same Ray cluster."""
-        return cls(
-            name, [ray.get_actor(_actor_name(f"{name}/{k}"), NAMESPACE) for k in range(info.shards)], info
-        )
+    def join(cls, name: str, info: GroupInfo, replica: int = 0) -> RayGroup:
+        """One of the groups of that name, from any process of the same Ray cluster."""
+        numbers = range(replica * info.shards, (replica + 1) * info.shards)
+        first, *actors = (ray.get_actor(_actor_name(f"{name}/{k}"), NAMESPACE) for k in (0, *numbers))
+        return cls(name, actors, info, first)
 
     @property
     def shards(self) -> int:
         return len(self.actors)
+
+    @property
+    def replicas(self) -> list[RayGroup]:
+        return [self, *self._others]
+
+    @property
+    def _everything(self) -> list[Any]:
+        """The actors of all replicas; a shard's number is its place here."""
+        return [actor for replica in self.replicas for actor in replica.actors]
 
     def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
         run = self.actors[shard].run
@@ -172,17 +197,17 @@ class RayGroup:
         done, _ = ray.wait(refs, num_returns=1)
         return refs.index(done[0])
 
-    def share(self, key: str, owner: str, make: Callable[[], Any]) -> Any:
-        first = self.actors[0]
+    def share(self, key: str, owner: str, make: Callable[[], Any], everywhere: bool = True) -> Any:
+        table = self._first if everywhere else self.actors[0]
 
         def call(method: str) -> Callable[..., Any]:
-            return lambda *arguments: self.result(getattr(first, method).remote(*arguments))
+            return lambda *arguments: self.result(getattr(table, method).remote(*arguments))
 
         return share(key, owner, make, call("claim"), call("publish"), call("abandon"))
 
     def arrive(self, who: str) -> int:
         """Says that a process of trials is here; returns how many are."""
-        return int(self.result(self.actors[0].arrive.remote(who)))
+        return int(self.result(self._first.arrive.remote(who)))
 
     def wait_for_others(self, who: str, number: int, timeout_s: float) -> None:
         """Waits until so many processes have come here, each under a name of its own, or for `timeout_s`."""
@@ -191,13 +216,15 @@ class RayGroup:
             time.sleep(POLL_S)
 
     def forget_shared(self) -> None:
-        self.result(self.actors[0].forget_shared.remote())
+        for replica in self.replicas:
+            self.result(replica.actors[0].forget_shared.remote())
 
     def forget_trial(self, trial_id: str, order: int) -> None:
         """Asks only, and waits for nothing: a shard may be gone as well."""
-        self.actors[0].abandon.remote(trial_id)
-        for shard in range(self.shards):
-            self.submit(shard, order, "release", trial_id, label=f"{trial_id}: forget")
+        for replica in self.replicas:
+            replica.actors[0].abandon.remote(trial_id)
+            for shard in range(self.shards):
+                replica.submit(shard, order, "release", trial_id, label=f"{trial_id}: forget")
 
     def portable(self, own_criteria: Mapping[str, Any]) -> dict[str, Any]:
         """Functions are sent as code, not as names of modules that other nodes may not have."""
@@ -207,22 +234,21 @@ class RayGroup:
         return dict(own_criteria)
 
     def check(self) -> None:
-        """Raises ShardLostError when a shard is gone."""
-        for actor in self.actors:
+        for actor in self._everything:
             self.result(actor.ready.remote())
 
     def spans(self) -> list[list[Span]]:
-        """By shard, what it has done."""
-        return [self.result(actor.spans.remote()) for actor in self.actors]
+        return [self.result(actor.spans.remote()) for actor in self._everything]
 
     def activities(self) -> list[Activity]:
-        return [self.result(ref) for ref in [actor.activity.remote() for actor in list(self.actors)]]
+        return [self.result(ref) for ref in [actor.activity.remote() for actor in self._everything]]
 
     def close(self) -> None:
-        """Ends the actors. Closing twice does no harm."""
-        for actor in self.actors:
+        """Ends the actors of all replicas. Closing twice does no harm."""
+        for actor in self._everything:
             ray.kill(actor)
-        self.actors.clear()
+        for replica in self.replicas:
+            replica.actors.clear()
 
     def __enter__(self) -> RayGroup:
         return self
@@ -233,13 +259,14 @@ class RayGroup:
             if kind is not None and issubclass(kind, KeyboardInterrupt):
                 with not_waiting_longer():
                     log.warning(FINISHING)
-                    self.settle([actor.drain.remote() for actor in self.actors])
+                    self.settle([actor.drain.remote() for actor in self._everything])
         finally:
             self.close()
 
     def _wait_until_ready(self, timeout_s: float, nodes: set[str]) -> None:
         """nodes: of the cluster, on which the shards may lie"""
-        missing, deadline = [actor.ready.remote() for actor in self.actors], time.monotonic() + timeout_s
+        missing = [actor.ready.remote() for actor in self._everything]
+        shards, deadline = len(missing), time.monotonic() + timeout_s
         while missing and time.monotonic() < deadline:
             ready, missing = ray.wait(missing, num_returns=len(missing), timeout=LOOK_EVERY_S)
             for ref in ready:
@@ -249,8 +276,9 @@ class RayGroup:
         if missing:
             free = ray.available_resources()
             raise RaysweepError(
-                f"{len(missing)} of {self.shards} shards are not ready after {timeout_s:.0f} s; free: "
-                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. Lower execution.shards or free some."
+                f"{len(missing)} of {shards} shards are not ready after {timeout_s:.0f} s; free: "
+                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. Lower execution.shards or "
+                "execution.replicas, or free some."
             )
 
 

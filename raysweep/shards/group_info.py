@@ -120,6 +120,9 @@ class ShardGroup(Protocol):
         """Position in `refs` of a result that is there, waiting until one is."""
         ...
 
-    def share(self, key: str, owner: str, make: Callable[[], Any]) -> Any:
-        """The value of `key`, made by the first trial that asks, while the others wait for it."""
+    def share(self, key: str, owner: str, make: Callable[[], Any], everywhere: bool = True) -> Any:
+        """The value of `key`, made by the first trial that asks, while the others wait for it.
+
+        everywhere: for trials of all replicas; else for those of this group, whose shards keep what `make` leaves there
+        """
         ...

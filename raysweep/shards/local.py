@@ -38,6 +38,10 @@ class LocalGroup:
     def shards(self) -> int:
         return len(self.workers)
 
+    @property
+    def replicas(self) -> tuple[LocalGroup]:
+        return (self,)
+
     def submit(self, shard: int, order: int, method: str, *arguments: Any, label: str = "") -> Ref:
         try:
             ready = [self.result(each) if isinstance(each, _Done) else each for each in arguments]
@@ -61,7 +65,7 @@ class LocalGroup:
     def first_done(self, refs: list[Ref]) -> int:
         return 0
 
-    def share(self, key: str, owner: str, make: Callable[[], Any]) -> Any:
+    def share(self, key: str, owner: str, make: Callable[[], Any], everywhere: bool = True) -> Any:
         return share(key, owner, make, self.shared.claim, self.shared.publish, self.shared.abandon)
 
     def forget_shared(self) -> None:

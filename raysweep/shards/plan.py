@@ -25,6 +25,7 @@ STORE_SHARE = 0.7  # of a GPU's memory, within which all must fit for activation
 @dataclass(frozen=True)
 class ShardPlan:
     """ranges: blocks (start, stop) by shard;  device: cpu or cuda;  cpus, gpus: that one shard reserves
+    replicas: groups of such shards;  concurrent_trials: in flight in each of them
     memory: by shard, with what it may keep;  shares_cores: more shards than cores
     knowledge_bytes: limit of the masks and inputs of linears that one shard keeps
     stored_on_device: whether activations are kept on the device;  compiles: whether training is compiled there
@@ -45,10 +46,20 @@ class ShardPlan:
     stored_on_device: bool = False
     compiles: bool = False
     shares_head: bool = False
+    replicas: int = 1
 
     @property
     def shards(self) -> int:
+        """Of one replica."""
         return len(self.ranges)
+
+    @property
+    def all_shards(self) -> int:
+        return self.replicas * self.shards
+
+    @property
+    def all_concurrent_trials(self) -> int:
+        return self.replicas * self.concurrent_trials
 
     @property
     def heads(self) -> frozenset[int]:
@@ -75,20 +86,24 @@ def make_plan(
     concurrent_trials: int | None = None,
     store: str = "auto",
     compiles: bool = False,
+    replicas: int = 1,
 ) -> ShardPlan:
     """The plan for a model on these nodes. None leaves a choice to the plan: as many shards as there are places, or as
     many fewer as fit (each is a process with libraries of its own), and three trials in flight, or fewer.
 
+    shards, concurrent_trials: in each of the replicas
     store: where activations are kept: device, host, or auto;  compiles: training on a device
     Raises CapacityError.
     """
     device = "cuda" if any(node.gpus for node in nodes) else "cpu"
     wanted = 1.0 if device == "cuda" else float(threads)
     places = sum(node.gpus for node in nodes) if device == "cuda" else _places(nodes, wanted, device)
-    most = _shard_count(model, shards, max(1, places))
-    if device == "cuda" and most > places:
+    most = _shard_count(model, shards, max(1, places // replicas))
+    if device == "cuda" and most * replicas > places:
         raise CapacityError(
-            f"{most} shards need {most} GPUs, and there are {places}", remedy="Lower execution.shards."
+            (f"{replicas} replicas of " if replicas > 1 else "")
+            + f"{most} shard{'s' * (most > 1)} need {most * replicas} GPUs, and there are {places}",
+            remedy="Lower execution.shards" + (" or execution.replicas." if replicas > 1 else "."),
         )
 
     def with_shards(count: int) -> ShardPlan:
@@ -102,15 +117,16 @@ def make_plan(
             ranges=even_ranges(len(model.blocks), count),
             device=device,
             dtype=dtype,
-            cpus=_reserved_cpus(nodes, count, wanted, device),
+            cpus=_reserved_cpus(nodes, count * replicas, wanted, device),
             gpus=1.0 if device == "cuda" else 0.0,
             threads=threads,
             concurrent_trials=concurrent_trials or TRIALS_IN_FLIGHT,
             memory=(),
             knowledge_bytes=0,
-            shares_cores=device == "cpu" and count > places,
+            shares_cores=device == "cpu" and count * replicas > places,
             compiles=compiles and device == "cuda",
             shares_head=shared,
+            replicas=replicas,
         )
         fewer = concurrent_trials is None and not shared  # trials in flight are worth more than a second head
         return _with_store(plan, model, nodes, work, fewer=fewer, store=store)
@@ -200,7 +216,7 @@ def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], w
         spare = _least_gpu(nodes) - max(memory.device for memory in plan.memory)
     else:
         there = sum(node.memory_bytes for node in nodes)
-        spare = max(0, there - host_bytes(plan)) // plan.shards if there else everything
+        spare = max(0, there - host_bytes(plan)) // plan.all_shards if there else everything
     kept = min(everything, least + int(SPARE_SHARE * spare))
     return replace(
         plan,
@@ -211,7 +227,7 @@ def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], w
 
 def host_bytes(plan: ShardPlan) -> int:
     """Host memory of all shards: on a CPU also what a device would hold."""
-    return sum(_host_bytes(plan, memory) for memory in plan.memory)
+    return plan.replicas * sum(_host_bytes(plan, memory) for memory in plan.memory)
 
 
 def _host_bytes(plan: ShardPlan, memory: ShardMemory) -> int:
@@ -236,7 +252,8 @@ def _least_gpu(nodes: Sequence[Node]) -> int:
 
 def _check_bytes(kind: str, needed: int, there: int) -> None:
     if there and needed > there:
-        more = "Use more or larger nodes, fewer shards" if kind == "of host memory" else "Use more shards"
+        fewer = "fewer shards or replicas"
+        more = f"Use more or larger nodes, {fewer}" if kind == "of host memory" else "Use more shards"
         raise CapacityError(
             f"the sweep needs {format_bytes(needed)} {kind}, and there are {format_bytes(there)}",
             remedy=f"{more}, lower execution.concurrent_trials or calibration.num_samples, or choose a smaller dtype.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,10 +31,15 @@ class OwnedGroup(ShardGroup, Protocol):
     @property
     def shards(self) -> int: ...
 
+    @property
+    def replicas(self) -> Sequence[OwnedGroup]:
+        """Groups with the same model that trials are spread over, this one first."""
+        ...
+
     def forget_shared(self) -> None: ...
 
     def forget_trial(self, trial_id: str, order: int) -> None:
-        """Cleans up after a trial whose process is gone: its claims and its weights.
+        """Cleans up after a trial whose process is gone: its claims and its weights, in whichever replica.
 
         order: the trial's own, so that this comes behind the calls of it that still wait
         """
@@ -43,15 +50,15 @@ class OwnedGroup(ShardGroup, Protocol):
         ...
 
     def check(self) -> None:
-        """Raises ShardLostError when a shard is gone."""
+        """Raises ShardLostError when a shard of any replica is gone."""
         ...
 
     def spans(self) -> list[list[Span]]:
-        """By shard, what it has done, where the specs ask for it."""
+        """By shard of all replicas, what it has done, where the specs ask for it."""
         ...
 
     def activities(self) -> list[Activity]:
-        """By shard, what it has done and does now. Any thread may ask at any time. Raises ShardLostError."""
+        """By shard of all replicas, what it has done and does now. Any thread may ask. Raises ShardLostError."""
         ...
 
     def close(self) -> None: ...
@@ -87,22 +94,44 @@ def set_up(
     model: ModelShape,
     own_criteria: Mapping[str, Any] | None = None,
 ) -> GroupInfo:
-    """Passes the kept texts through the dense model and tells the group what its trials need to know.
+    """Passes the kept texts through the dense model and tells the group what its trials need to know; in all replicas
+    at once.
 
     texts: token ids (samples, tokens) by name: calibration, perhaps validation, and those of evaluation
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
     May be called again with another calibration set; weights are not read again.
     """
+    own_criteria = group.portable(own_criteria or {})
+    group.forget_shared()
+    set_up_one = partial(
+        _set_up_one,
+        ranges=ranges,
+        texts=texts,
+        granularities=granularities,
+        model=model,
+        own_criteria=own_criteria,
+    )
+    with ThreadPoolExecutor(len(group.replicas)) as pool:
+        group.info, *_ = pool.map(set_up_one, group.replicas)
+    return group.info
+
+
+def _set_up_one(
+    group: OwnedGroup,
+    ranges: Sequence[tuple[int, int]],
+    texts: Mapping[str, Ids],
+    granularities: Sequence[str],
+    model: ModelShape,
+    own_criteria: Mapping[str, Any],
+) -> GroupInfo:
     keep_halves = "subblock" in granularities
     _all(group, "forget_texts", keep_halves)
-    _all(group, "set_own_criteria", group.portable(own_criteria or {}))
-    group.forget_shared()
+    _all(group, "set_own_criteria", own_criteria)
     infos = {name: _set_text(group, name, ids_ST) for name, ids_ST in texts.items()}
     for name in (CALIBRATION, VALIDATION):
         if name in infos:
             _dense_pass(group, infos[name])
-    group.info = _describe(group, ranges, infos, granularities, model)
-    return group.info
+    return _describe(group, ranges, infos, granularities, model)
 
 
 def _all(group: ShardGroup, method: str, *arguments: Any) -> list[Any]:

@@ -272,7 +272,7 @@ class _Run:
             finally:
                 self.calls.release(name)
 
-        finished = self.group.share(f"{pruned_key(trial)}/masks", self.name, make)
+        finished = self.group.share(f"{pruned_key(trial)}/masks", self.name, make, everywhere=False)
         costs = [shard | {"dense_seconds": 0.0} for shard in finished]
         return costs if made_here else as_shared(costs)
 

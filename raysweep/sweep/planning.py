@@ -31,6 +31,7 @@ def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Seque
             threads=execution.threads_per_worker,
             concurrent_trials=None if execution.concurrent_trials == "auto" else execution.concurrent_trials,
             store=execution.activation_store,
+            replicas=execution.replicas,
             compiles=execution.compile == "always"
             or (execution.compile == "auto" and training_flops(model, space) >= COMPILE_FROM_FLOPS),
         )

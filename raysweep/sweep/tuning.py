@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import pickle
@@ -26,6 +27,7 @@ from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.proposals import Proposals
 from raysweep.sweep.rows import RowContext, plain, run_in_steps
 
+REPLICA = "replica"
 START_LIMIT_S = 60.0  # for the processes of trials; then trials end without the others
 
 
@@ -33,7 +35,7 @@ START_LIMIT_S = 60.0  # for the processes of trials; then trials end without the
 class PhaseContext:
     """What the processes of a phase's trials share; sent to each once.
 
-    here: the resource that pins them to a node;  processes: how many there will be
+    here: the resource that pins them to a node;  processes: how many there will be, over how many replicas
     """
 
     group_name: str
@@ -42,6 +44,7 @@ class PhaseContext:
     rows: RowContext
     search: SearchConfig
     processes: int
+    replicas: int = 1
 
 
 class SweepTrainable(tune.Trainable):
@@ -50,7 +53,7 @@ class SweepTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any], context: PhaseContext) -> None:  # type: ignore[override]
         self._context = context
         self._trial: SweepTrial = config[TRIAL]
-        self._group = RayGroup.join(context.group_name, context.info)
+        self._group = RayGroup.join(context.group_name, context.info, config[REPLICA])
         self._is_new = True
         self._steps: Iterator[Rung | dict[str, Any]] | None = None
 
@@ -86,11 +89,15 @@ class SweepTrainable(tune.Trainable):
 
 
 class _Suggestions(Searcher):
-    """Hands Tune the trials that are proposed, and the proposals what came of them."""
+    """Hands Tune the trials that are proposed, and the proposals what came of them.
 
-    def __init__(self, proposals: Proposals, search: SearchConfig) -> None:
+    A process stays with the replica of its first trial; with one after another each replica has as many processes.
+    """
+
+    def __init__(self, proposals: Proposals, search: SearchConfig, replicas: int) -> None:
         super().__init__(metric=search.metric, mode=search.mode)
         self._proposals = proposals
+        self._replicas = itertools.cycle(range(replicas))
         self._open: dict[str, SweepTrial] = {}
 
     def suggest(self, trial_id: str) -> Any:
@@ -98,7 +105,7 @@ class _Suggestions(Searcher):
         if trial is None:
             return Searcher.FINISHED
         self._open[trial_id] = trial
-        return {TRIAL: trial}
+        return {TRIAL: trial, REPLICA: next(self._replicas)}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -149,7 +156,7 @@ def run_phase(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_Suggestions(proposals, context.search),
+            search_alg=_Suggestions(proposals, context.search, context.replicas),
             scheduler=CellHalving(context.search, proposals.rows)
             if context.search.scheduler == "asha"
             else None,

@@ -11,7 +11,7 @@ from raysweep.errors import CapacityError
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.shards.group_info import TRIAL_CPUS
 from raysweep.shards.memory import Workload, shard_memory
-from raysweep.shards.plan import KNOWLEDGE_MARGIN, even_ranges, make_plan
+from raysweep.shards.plan import KNOWLEDGE_MARGIN, even_ranges, host_bytes, make_plan
 
 GIB = 1 << 30
 WORK = Workload(
@@ -75,11 +75,33 @@ def test_automatic_shards_fill_the_cores_or_the_gpus_but_never_split_a_block():
     assert (gpus.shards, gpus.device, gpus.gpus) == (4, "cuda", 1.0)
 
 
+def test_replicas_divide_the_places_and_each_needs_its_memory():
+    node = Node(4, 0, 64 * GIB)
+    alone, twice = (make_plan(model(), [node], WORK, "float32", shards=2, replicas=count) for count in (1, 2))
+    assert host_bytes(twice) == 2 * host_bytes(alone)
+    assert twice.memory == alone.memory
+    assert (twice.shards, twice.all_shards, twice.cpus) == (2, 4, 0.97)
+    assert twice.all_concurrent_trials == 2 * twice.concurrent_trials
+    automatic = make_plan(model(), [node], WORK, "float32", replicas=2)
+    assert (automatic.shards, automatic.replicas, automatic.shares_cores) == (2, 2, False)
+    assert make_plan(model(), [node], WORK, "float32", replicas=3, shards=2).shares_cores
+    gpus = make_plan(model(), [Node(16, 5, 64 * GIB, 80 * GIB)], WORK, "bfloat16", replicas=2)
+    assert (gpus.shards, gpus.all_shards) == (2, 4)
+    little = Node(4, 0, host_bytes(alone) - 1)
+    with pytest.raises(CapacityError, match="of host memory"):
+        make_plan(model(), [little], WORK, "float32", shards=2, replicas=2, concurrent_trials=3)
+
+
 @pytest.mark.parametrize(
     ("nodes", "options", "message"),
     [
         ([Node(2, 0, 64 * GIB)], {"shards": 7}, "the model has 6 blocks"),
         ([Node(8, 1, 64 * GIB, 80 * GIB)], {"shards": 2}, "2 shards need 2 GPUs"),
+        (
+            [Node(8, 3, 64 * GIB, 80 * GIB)],
+            {"shards": 2, "replicas": 2},
+            "2 replicas of 2 shards need 4 GPUs",
+        ),
         ([Node(2, 0, GIB // 2)], {}, "of host memory"),
         ([Node(8, 1, 64 * GIB, 1 << 20)], {}, "of device memory"),
     ],

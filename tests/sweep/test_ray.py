@@ -56,6 +56,38 @@ def test_ray_and_the_twin_in_process_give_the_same_numbers(
     assert not ray.is_initialized()
 
 
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_replicas_take_trials_and_no_number_differs(make_space, tmp_path, tiny_llama, cluster, shards):
+    """Masks behind pruned blocks lie in the shards of one replica; the perplexity of the pruned model serves all."""
+    recovered = {
+        "recovery": "reconstruct",
+        "criterion": ["wanda", "magnitude"],
+        "sparsity": 0.5,
+        "granularity": "subblock",
+        "statistics_stream": ["dense", "pruned"],
+        "learning_rate": [1e-3, 3e-3, 1e-2],
+    }
+    space = {"sweep": [recovered]}
+    launch(make_space(**space), storage=tmp_path / "twin", in_process=True)
+    execution = {"shards": shards, "replicas": 2, "concurrent_trials": 2}
+    rows = launch(make_space(**space, execution=execution), storage=tmp_path, address=cluster, trace=True)
+    assert (rows.status == "finished").all()
+    assert (rows.shards == shards).all()
+    assert_same_numbers(tmp_path / "twin" / "tiny", tmp_path / "tiny")
+    events = json.loads((tmp_path / "tiny" / "trace.json").read_text())["traceEvents"]
+    lines = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    trials_of: dict[str, set[str]] = {}
+    for event in events:
+        if event["ph"] == "X" and event["name"].startswith("recover "):
+            trials_of.setdefault(lines[event["pid"]], set()).add(event["args"]["trial"])
+    assert set(trials_of) == {f"shard {number}" for number in range(2 * shards)}
+    first, second = trials_of["shard 0"], trials_of[f"shard {shards}"]
+    assert not first & second
+    assert min(len(first), len(second)) >= 3
+    dense = [event for event in events if event.get("name", "").startswith("dense ")]
+    assert len({lines[event["pid"]] for event in dense}) == 2 * shards
+
+
 def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_path, twin, tiny_llama, cluster):
     """One is killed while it loads, one of the next group before its dense pass, one when two trials have rows."""
     if not (twin / "tiny").exists():

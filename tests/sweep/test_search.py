@@ -187,6 +187,12 @@ def test_a_scheduler_without_ray_is_refused(make_space, tmp_path):
     assert not (tmp_path / "tiny").exists()
 
 
+def test_replicas_without_ray_are_refused(make_space, tmp_path):
+    with pytest.raises(UsageError, match="--in-process runs one trial at a time"):
+        launch(make_space(execution={"replicas": 2}), storage=tmp_path, in_process=True)
+    assert not (tmp_path / "tiny").exists()
+
+
 @pytest.mark.parametrize(
     ("search", "said"),
     [
