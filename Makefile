@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed-$(TORCH)
 CODE := raysweep tests $(wildcard benchmarks analysis)
 
 .DEFAULT_GOAL := environment
-.PHONY: environment sweep test test-long lint check format docs wheel clean help
+.PHONY: environment sweep test test-long test-hosts lint check format docs wheel clean help
 MAKEFLAGS += --no-print-directory
 
 environment: $(STAMP)  ## build .venv (default)
@@ -30,6 +30,9 @@ test: $(STAMP)  ## run the tests, without the long ones, a process a core (4 at 
 
 test-long: $(STAMP)  ## run the long tests: many processes, killed nodes
 	@$(BIN)/python -m pytest -q -m long
+
+test-hosts: $(STAMP)  ## run those with hosts of their own, from `ray up` to `ray down` (root, sshd, rsync; else skipped)
+	@$(BIN)/python -m pytest -q -rs -m long tests/cluster/test_hosts.py
 
 lint: $(STAMP)  ## check format, style and types
 	@$(BIN)/ruff format --quiet --check --output-format concise $(CODE) || \

@@ -268,7 +268,10 @@ def network() -> Iterator[int]:
             if os.readlink(f"/proc/{holder.pid}/ns/net") != os.readlink("/proc/self/ns/net"):
                 break
             time.sleep(0.1)
-        _in_network(holder.pid, "ip", "link", "add", "bridge", "type", "bridge")
+        try:
+            _in_network(holder.pid, "ip", "link", "add", "bridge", "type", "bridge")
+        except subprocess.CalledProcessError:
+            pytest.skip("no bridge between networks can be made here")
         _in_network(holder.pid, "ip", "link", "set", "bridge", "up")
         yield holder.pid
     finally:
