@@ -1,0 +1,124 @@
+"""All that a sweep answers, put together once: what the page, notebooks and scripts show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from raysweep.analysis import questions
+from raysweep.analysis.depth import error_by_depth
+from raysweep.analysis.ladder import best_learning_rates, learning_rate_curves, tuned
+from raysweep.analysis.paired import Margin, judged
+from raysweep.analysis.pareto import pareto
+from raysweep.analysis.recipe import recipe_yaml, recommended
+from raysweep.analysis.settings import finished, setting_labels, stratum_words, with_settings
+from raysweep.analysis.table import failures, records, trial_label
+from raysweep.config.sections import SearchConfig
+from raysweep.config.space import SearchSpace
+from raysweep.results.schema import planned_columns
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answers of one sweep, or of several whose rows were put together.
+
+    rows: as `load_results` gave them;  margin: within which differences count as nothing
+    labels, strata: words for the keys `setting` and `stratum` of all frames
+    comparisons: judged ones (`paired.judged`) of all questions, corrected together
+    settings: `pareto` over the tuned settings;  costs, ratios: `questions.costs` and `questions.cost_ratios`
+    curves, learning_rates: `ladder.learning_rate_curves` and `ladder.best_learning_rates`
+    depth: `error_by_depth`;  recipes: `recommended`, with `yaml`, null where there is no space to make it from
+    failed: label and reason;  missing: labels of planned trials without a row
+    """
+
+    name: str
+    rows: pd.DataFrame
+    margin: Margin
+    labels: dict[str, str]
+    strata: dict[str, str]
+    comparisons: pd.DataFrame
+    settings: pd.DataFrame
+    costs: pd.DataFrame
+    ratios: pd.DataFrame
+    curves: pd.DataFrame
+    learning_rates: pd.DataFrame
+    depth: pd.DataFrame
+    recipes: pd.DataFrame
+    failed: list[tuple[str, str]]
+    missing: list[str]
+
+    def of(self, question: str) -> pd.DataFrame:
+        """The comparisons of one question."""
+        return self.comparisons[self.comparisons["question"] == question]
+
+
+def make_report(
+    name: str,
+    rows: pd.DataFrame,
+    units: pd.DataFrame,
+    space: SearchSpace | None = None,
+    margin: Margin | None = None,
+) -> Report:
+    """Answers everything that the rows can answer; of what they cannot, frames are empty.
+
+    rows, units: of `load_results` and `load_units`, also of a sweep that is not finished, or of several put together
+    space: that of the sweep, for recipes and for what is missing
+    """
+    margin, search = margin or Margin(), space.search if space else SearchConfig()
+    frame = with_settings(rows)
+    usable = tuned(frame, search.metric, search.mode)
+    asked = [
+        questions.granularity(usable, margin),
+        questions.criteria(usable, margin),
+        questions.retraining(usable, margin),
+        questions.effects(usable, margin),
+    ]
+    return Report(
+        name=name,
+        rows=rows,
+        margin=margin,
+        labels=setting_labels(frame),
+        strata=stratum_words(finished(frame)),
+        comparisons=judged(questions.joined(asked)),
+        settings=pareto(usable),
+        costs=questions.costs(usable),
+        ratios=questions.cost_ratios(usable),
+        curves=learning_rate_curves(frame, search.metric, search.mode),
+        learning_rates=best_learning_rates(frame, search.metric, search.mode),
+        depth=error_by_depth(usable, units),
+        recipes=_with_yaml(recommended(usable, margin, search.metric, search.mode), rows, space),
+        failed=failures(rows),
+        missing=_missing(rows, space) if space else [],
+    )
+
+
+def report_of(
+    path_or_name: str | Path, storage: str | Path | None = None, margin: Margin | None = None
+) -> Report:
+    """The report of a sweep by its name in the storage, or the path or URI of its folder. Raises UsageError."""
+    from raysweep.errors import RaysweepError
+    from raysweep.results.folders import SPACE_FILE, sweep_folder
+    from raysweep.results.reader import load_results, load_units
+
+    folder = sweep_folder(path_or_name, storage)
+    try:
+        space = SearchSpace.from_yaml(folder / SPACE_FILE)
+    except RaysweepError:  # rows that were brought here without it
+        space = None
+    return make_report(folder.resolve().name, load_results(folder), load_units(folder), space, margin)
+
+
+def _with_yaml(recipes: pd.DataFrame, rows: pd.DataFrame, space: SearchSpace | None) -> pd.DataFrame:
+    by_id: dict[Any, dict[str, Any]] = {row["trial_id"]: row for row in records(rows)} if space else {}
+    texts = [recipe_yaml(space, by_id[trial]) if space else None for trial in recipes["trial_id"]]
+    return recipes.assign(yaml=pd.Series(texts, dtype=object, index=recipes.index))
+
+
+def _missing(rows: pd.DataFrame, space: SearchSpace) -> list[str]:
+    """By label and calibration seed, in the order of the space; those of an Optuna search are not known beforehand."""
+    there = {(row["model"], trial_label(row)) for row in records(rows)}
+    planned = [planned_columns(one) for one in space.expand()]
+    return [label for row in planned if (row["model"], label := trial_label(row)) not in there]

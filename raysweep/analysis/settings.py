@@ -1,0 +1,119 @@
+"""Which rows belong together: a setting is what seeds repeat and learning rates are tuned in; a stratum holds the
+settings that answer the same demand, a model at a sparsity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from raysweep.analysis.table import records, trial_label
+from raysweep.config.calibration import CALIBRATION_COLUMNS
+from raysweep.config.spellings import UNSTRUCTURED
+from raysweep.config.trial import Trial
+
+SEEDS = ("calibration_seed", "seed")
+TUNED = "learning_rate"
+MODEL_COLUMNS = ("model", "model_hash", "dtype", "evaluation_protocol")
+SETTING_COLUMNS = (
+    *MODEL_COLUMNS,
+    *(name for name in CALIBRATION_COLUMNS if name not in SEEDS),
+    "sparsity_by_name",
+    *(name for name in Trial.model_fields if name not in (*SEEDS, TUNED)),
+)
+"""Columns that are equal among the trials of a setting."""
+
+STRATUM_COLUMNS = (*MODEL_COLUMNS, "sparsity", "sparsity_by_name", "pattern")
+"""Columns that are equal among trials that could stand for one another."""
+
+METRIC = "validation_perplexity"  # what is chosen by
+QUALITY = "perplexity"  # what is reported: measured on the test set, never chosen by
+RETRAINING, PRUNED_ONLY = "retraining", "pruned only"  # methods beside granularities
+LABEL_WORDS_OF_ONE_TRIAL = ("lr=", "seed=", "calibration.seed=")
+
+
+def with_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `load_results` that finished or failed, with columns more, all text:
+
+    setting, stratum: equal for rows that belong together;  repeat: the seeds, equal for rows that are to be paired
+    method: how weights were recovered (`subblock`, `matrix exact`, `retraining`, `pruned only`, `dense`)
+    mask: criterion with its comparison group (`wanda/row`)
+    Rows that the scheduler stopped are left out: their models are partly dense.
+    """
+    frame = rows[rows["status"].isin(("finished", "failed"))].copy()
+    frame["setting"] = keys_of(frame, SETTING_COLUMNS)
+    frame["stratum"] = keys_of(frame, STRATUM_COLUMNS)
+    rows_of = records(frame)
+    frame["repeat"] = [_repeat(row) for row in rows_of]
+    frame["method"] = [method_of(row) for row in rows_of]
+    frame["mask"] = [_mask(row) for row in rows_of]
+    return frame
+
+
+def _repeat(row: Mapping[str, Any]) -> str:
+    """The seed of the calibration set, which many trials have alone, and the other one where it is another."""
+    calibration, own = row.get("calibration_seed"), row.get("seed")
+    return f"{calibration}" if own in (None, calibration) else f"{calibration}/{own}"
+
+
+def method_of(row: Mapping[str, Any]) -> str:
+    recovery, granularity = row["recovery"], row.get("granularity")
+    if recovery == "reconstruct":
+        return f"{granularity} exact" if row.get("optimizer") == "exact" else str(granularity)
+    if recovery == "retrain":
+        return RETRAINING if row.get("start_from") is None else f"{RETRAINING} after reconstruction"
+    return PRUNED_ONLY if recovery == "none" else str(recovery)
+
+
+def _mask(row: Mapping[str, Any]) -> str:
+    group = row.get("comparison_group")
+    return f"{row.get('criterion')}/{group}" if group else f"{row.get('criterion')}"
+
+
+def keys_of(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """For every row a text of its values in these columns, as far as it has such columns; nulls say nothing."""
+    present = [name for name in columns if name in rows]
+    return [
+        json.dumps({name: value for name, value in row.items() if value is not None})
+        for row in records(rows[present])
+    ]
+
+
+def finished(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of what `with_settings` gave, the rows with numbers of a pruned model."""
+    return frame[(frame["status"] == "finished") & (frame["recovery"] != "dense")]
+
+
+def setting_labels(frame: pd.DataFrame) -> dict[str, str]:
+    """By setting, how its trials are called, without learning rate and seeds."""
+    first = frame.drop_duplicates("setting")
+    labels = {row["setting"]: trial_label(row) for row in records(first)}
+    return {
+        setting: " ".join(word for word in label.split() if not word.startswith(LABEL_WORDS_OF_ONE_TRIAL))
+        for setting, label in labels.items()
+    }
+
+
+def stratum_words(frame: pd.DataFrame) -> dict[str, str]:
+    """By stratum, what tells it apart in this frame: `sparsity 0.6`, `2:4`, and the model where there are several."""
+    first = frame.drop_duplicates("stratum")
+    varies = [name for name in MODEL_COLUMNS if name in first and first[name].nunique() > 1]
+    named = {
+        row["stratum"]: [str(row[name]) for name in varies if row[name] is not None] for row in records(first)
+    }
+    return {row["stratum"]: ", ".join([*named[row["stratum"]], mask_words(row)]) for row in records(first)}
+
+
+def mask_words(row: Mapping[str, Any]) -> str:
+    """sparsity 0.6, or 2:4"""
+    pattern = row.get("pattern")
+    if pattern not in (None, UNSTRUCTURED):
+        return str(pattern)
+    sparsity = row.get("sparsity")
+    return (
+        f"sparsity {sparsity:g}"
+        if isinstance(sparsity, int | float)
+        else f"sparsity {row.get('sparsity_by_name')}"
+    )
