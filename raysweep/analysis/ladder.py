@@ -95,7 +95,7 @@ def tuned(frame: pd.DataFrame, metric: str = METRIC, mode: str = "min") -> pd.Da
         pd.isna(rate) or (setting, rate) in chosen
         for setting, rate in zip(rows["setting"], rows[TUNED], strict=True)
     ]
-    return rows[keep]
+    return rows[np.array(keep, dtype=bool)]  # an empty list would choose no columns
 
 
 def edges(best: pd.DataFrame) -> Iterable[dict[str, Any]]:

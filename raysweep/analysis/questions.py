@@ -196,7 +196,8 @@ def _best_of_each_context(rows: pd.DataFrame, columns: Sequence[str]) -> pd.Data
     frame = rows.assign(context=keys_of(rows, columns))
     means = frame.groupby(["context", "setting"], sort=False)[METRIC].mean().fillna(np.inf)
     best = set(means.groupby(level="context").idxmin()) if len(means) else set()
-    return frame[[key in best for key in zip(frame["context"], frame["setting"], strict=True)]]
+    mine = [key in best for key in zip(frame["context"], frame["setting"], strict=True)]
+    return frame[np.array(mine, dtype=bool)]  # an empty list would choose no columns
 
 
 def _pairs(values: pd.DataFrame, references: pd.DataFrame, measure: str = QUALITY) -> pd.DataFrame:
@@ -221,7 +222,7 @@ def _alike_in(cost: str, ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.D
     ratios = means / ours.groupby("context")[cost].mean().reindex(means.index, level="context")
     alike = set(ratios[(ratios <= ALIKE) & (ratios >= 1 / ALIKE)].index)
     kept = [key in alike for key in zip(theirs["context"], theirs["setting"], strict=True)]
-    return ours, _best_of_each_context(theirs[kept], columns)
+    return ours, _best_of_each_context(theirs[np.array(kept, dtype=bool)], columns)
 
 
 def _of_pairs(question: str, stratum: str, pairs: pd.DataFrame, margin: Margin) -> dict[str, Any]:
