@@ -32,6 +32,7 @@ class Report:
     curves, learning_rates: `ladder.learning_rate_curves` and `ladder.best_learning_rates`
     depth: `error_by_depth`;  recipes: `recommended`, with `yaml`, null where there is no space to make it from
     failed: label and reason;  missing: labels of planned trials without a row
+    space: that of the sweep, where it is there
     """
 
     name: str
@@ -49,6 +50,12 @@ class Report:
     recipes: pd.DataFrame
     failed: list[tuple[str, str]]
     missing: list[str]
+    space: SearchSpace | None = None
+
+    @property
+    def search(self) -> SearchConfig:
+        """What best means in the sweep."""
+        return self.space.search if self.space else SearchConfig()
 
     def of(self, question: str) -> pd.DataFrame:
         """The comparisons of one question."""
@@ -92,6 +99,7 @@ def make_report(
         recipes=_with_yaml(recommended(usable, margin, search.metric, search.mode), rows, space),
         failed=failures(rows),
         missing=_missing(rows, space) if space else [],
+        space=space,
     )
 
 
