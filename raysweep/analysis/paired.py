@@ -107,24 +107,26 @@ def _bootstrapped(values: np.ndarray[Any, Any], mean: float) -> tuple[float, flo
 
 
 def judged(comparisons: pd.DataFrame, lower_is_better: bool = True) -> pd.DataFrame:
-    """The comparisons of a report with three columns more: verdict (of the value against its reference), decisive (the
-    corrected p that it rests on; of an undecided one the smaller one) and more_seeds (how many more would decide an
-    undecided one, differences and spread staying as they are; NaN where more than `MOST_SEEDS` would be needed).
-    """
+    """The comparisons of a report with two columns more: verdict (of the value against its reference), and decisive
+    (the corrected p that it rests on; of an undecided one the smaller one, NaN where nothing could be tested)."""
     frame = comparisons.reset_index(drop=True)
     differs, equals = (_corrected(frame[f"p_{kind}"]) for kind in ("difference", "equivalence"))
-    verdicts, decisive, more = [], [], []
-    for place, row in enumerate(frame.to_dict("records")):
-        p_difference, p_equivalence = float(differs[place]), float(equals[place])
-        verdict = UNDECIDED
-        if p_equivalence <= ALPHA:
-            verdict = EQUIVALENT
-        elif p_difference <= ALPHA:
-            verdict = BETTER if (row["difference"] < 0) == lower_is_better else WORSE
-        verdicts.append(verdict)
-        decisive.append(_decisive(verdict, p_difference, p_equivalence))
-        more.append(_more_seeds(row, len(frame)) if verdict == UNDECIDED else 0.0)
-    return frame.assign(verdict=verdicts, decisive=decisive, more_seeds=more)
+    is_better = (frame["difference"] < 0) == lower_is_better
+    verdicts = np.select(
+        [equals <= ALPHA, (differs <= ALPHA) & is_better, differs <= ALPHA],
+        [EQUIVALENT, BETTER, WORSE],
+        UNDECIDED,
+    )
+    decisive = np.select([equals <= ALPHA, differs <= ALPHA], [equals, differs], np.fmin(differs, equals))
+    return frame.assign(verdict=verdicts, decisive=decisive)
+
+
+def advised(judged_ones: pd.DataFrame) -> pd.DataFrame:
+    """What `judged` gave with a column more_seeds: how many more would decide an undecided comparison, difference and
+    spread staying as they are; 0 for the others, NaN where more than `MOST_SEEDS` would be needed."""
+    rows = judged_ones.to_dict("records")
+    more = [_more_seeds(row, len(rows)) if row["verdict"] == UNDECIDED else 0.0 for row in rows]
+    return judged_ones.assign(more_seeds=pd.Series(more, dtype=float))
 
 
 def _corrected(p_values: pd.Series) -> np.ndarray[Any, Any]:
@@ -135,14 +137,6 @@ def _corrected(p_values: pd.Series) -> np.ndarray[Any, Any]:
 
     corrected = multipletests(p_values.fillna(1.0), alpha=ALPHA, method="holm")[1]
     return np.where(p_values.isna(), np.nan, corrected)
-
-
-def _decisive(verdict: str, p_difference: float, p_equivalence: float) -> float:
-    if verdict == EQUIVALENT:
-        return p_equivalence
-    if verdict in (BETTER, WORSE):
-        return p_difference
-    return min(p_difference, p_equivalence)
 
 
 def _more_seeds(row: Mapping[Any, Any], comparisons: int) -> float:
@@ -189,4 +183,4 @@ def in_words(row: Mapping[Any, Any], measure: str = "perplexity") -> str:
 def seeds_in_words(more: float) -> str:
     if math.isnan(more):
         return f"more than {MOST_SEEDS} more seeds would be needed to decide"
-    return f"about {more:.0f} more seed{'s' * (more != 1)} would decide"
+    return f"about {more:.0f} more seed{'' if more == 1 else 's'} would decide"

@@ -11,7 +11,7 @@ import pandas as pd
 from raysweep.analysis import questions
 from raysweep.analysis.depth import error_by_depth
 from raysweep.analysis.ladder import best_learning_rates, learning_rate_curves, tuned
-from raysweep.analysis.paired import Margin, judged
+from raysweep.analysis.paired import Margin, advised, judged
 from raysweep.analysis.pareto import pareto
 from raysweep.analysis.recipe import recipe_yaml, recommended
 from raysweep.analysis.settings import finished, setting_labels, stratum_words, with_settings
@@ -27,7 +27,7 @@ class Report:
 
     rows: as `load_results` gave them;  margin: within which differences count as nothing
     labels, strata: words for the keys `setting` and `stratum` of all frames
-    comparisons: judged ones (`paired.judged`) of all questions, corrected together
+    comparisons: `paired.judged` and `advised`, of all questions together
     settings: `pareto` over the tuned settings;  costs, ratios: `questions.costs` and `questions.cost_ratios`
     curves, learning_rates: `ladder.learning_rate_curves` and `ladder.best_learning_rates`
     depth: `error_by_depth`;  recipes: `recommended`, with `yaml`, null where there is no space to make it from
@@ -89,7 +89,7 @@ def make_report(
         margin=margin,
         labels=setting_labels(frame),
         strata=stratum_words(finished(frame)),
-        comparisons=judged(questions.joined(asked)),
+        comparisons=advised(judged(questions.joined(asked))),
         settings=pareto(usable),
         costs=questions.costs(usable),
         ratios=questions.cost_ratios(usable),

@@ -1,0 +1,86 @@
+"""What is recommended is the cheapest setting that is as good as the best one, and its space runs that trial."""
+
+from __future__ import annotations
+
+import pytest
+
+from raysweep.analysis.ladder import tuned
+from raysweep.analysis.paired import Margin
+from raysweep.analysis.recipe import recipe_yaml, recommended
+from raysweep.analysis.settings import with_settings
+from raysweep.analysis.table import records
+from raysweep.config.space import SearchSpace
+from raysweep.config.trial import Trial
+from tests.analysis.rows import row
+from tests.analysis.synthetic import sweep_of
+
+
+def measured(number, quality, seconds, **fields):
+    return row(number, validation_perplexity=quality, device_seconds_standalone=seconds, **fields)
+
+
+def recommendation(rows, tmp_path, margin=Margin(0.1, 0.0)):  # noqa: B008
+    return records(recommended(tuned(with_settings(sweep_of([row(0, "dense"), *rows], tmp_path))), margin))
+
+
+def test_a_cheaper_one_within_the_margin_is_preferred(tmp_path):
+    rows = [
+        measured(1, 8.00, 30.0, granularity="model"),
+        measured(2, 8.05, 10.0, granularity="subblock"),
+        measured(3, 8.08, 20.0, granularity="block"),
+        measured(4, 8.20, 1.0, granularity="matrix"),
+    ]
+    (found,) = recommendation(rows, tmp_path)
+    assert (found["method"], found["best"]) == ("subblock", "wanda/row 0.6 model")
+    assert found["behind"] == pytest.approx(0.05)
+    assert found["trial_id"] == f"{2:016x}"
+
+
+def test_every_sparsity_has_one_and_the_trial_is_the_best_of_its_seeds(tmp_path):
+    rows = [
+        measured(1 + seed + 10 * place, 8.0 - seed, 5.0, sparsity=sparsity, calibration_seed=seed, seed=seed)
+        for place, sparsity in enumerate((0.5, 0.6))
+        for seed in (0, 1)
+    ]
+    found = recommendation(rows, tmp_path)
+    assert [one["label"] for one in found] == ["wanda/row 0.5 subblock", "wanda/row 0.6 subblock"]
+    assert [one["trial_id"] for one in found] == [f"{2:016x}", f"{12:016x}"]
+    assert all(one["learning_rate"] == 1e-3 for one in found)
+
+
+def test_without_validation_there_is_none(tmp_path):
+    assert recommendation([row(1, validation_perplexity=None)], tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"granularity": "block", "learning_rate": 3e-3, "epochs": 3},
+        {"granularity": "matrix", "optimizer": "exact", "learning_rate": None},
+        {"statistics_stream": "recovered"},
+        {"criterion": "sparsegpt", "sparsity": None, "pattern": "2:4"},
+        {"sparsity": {"*.mlp.*": 0.5, "*": 0.6}},
+        {"targets": ["re:.*mlp.*"]},
+    ],
+    ids=str,
+)
+def test_the_space_of_a_recipe_runs_that_trial(tmp_path, fields):
+    space = SearchSpace.from_dict(
+        {
+            "name": "a",
+            "model": {"path": ["builtin:pystdlib", "other"], "dtype": "float32"},
+            "calibration": {"dataset": "builtin:pystdlib", "num_samples": 8, "seed": [3, 4]},
+            "sweep": [{"recovery": "none", "criterion": "wanda", "sparsity": 0.5}],
+            "execution": {"shards": 2},
+        }
+    )
+    own = {"calibration_seed": 4, "calibration_num_samples": 8}
+    (wanted,) = records(sweep_of([row(1, **fields, **own)], tmp_path))
+    made = SearchSpace.from_text(recipe_yaml(space, wanted))
+    planned = [one for one in made.expand() if one.trial.recovery == "reconstruct"]
+    assert [one.trial for one in planned] == [Trial.from_columns(wanted | {"seed": planned[0].trial.seed})]
+    assert (planned[0].model.path, planned[0].calibration.seed) == ("builtin:pystdlib", 4)
+    assert planned[0].calibration.num_samples == 8
+    assert made.name == "a-recipe"
+    behind = {one.trial.recovery for one in made.expand()}
+    assert behind == {"dense", "reconstruct"} | (set() if "statistics_stream" in fields else {"none"})
