@@ -1,0 +1,98 @@
+"""Quality against cost: every setting, and the front that no other one beats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from raysweep.analysis.figures import style
+from raysweep.analysis.figures.style import Drawn, handles, looks, new_figure
+from raysweep.analysis.pareto import pareto_front
+from raysweep.analysis.report import Report
+from raysweep.analysis.settings import QUALITY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MIB = 1 << 20
+NEAR = 4.0  # pixels within which a point hides another of the same look
+MOST_POINTS = 1200  # of one look; a page with more becomes slow on a phone
+
+
+def seconds(report: Report, stratum: str, words: str, dense: float | None) -> Drawn | None:
+    return _quality_against(report, stratum, words, dense, "device_seconds_standalone", "device seconds", 1)
+
+
+def memory(report: Report, stratum: str, words: str, dense: float | None) -> Drawn | None:
+    return _quality_against(
+        report, stratum, words, dense, "peak_recovery_bytes", "memory of recovery, MiB", MIB
+    )
+
+
+def _quality_against(
+    report: Report, stratum: str, words: str, dense: float | None, cost: str, title: str, unit: int
+) -> Drawn | None:
+    settings = report.settings
+    if cost not in settings:
+        return None
+    points = settings[(settings["stratum"] == stratum) & settings[cost].notna() & settings[QUALITY].notna()]
+    if points.empty:
+        return None
+    points = points.assign(
+        cost=points[cost].astype(float) / unit, on_front=pareto_front(points[QUALITY], points[cost])
+    )
+    shown = looks(points["method"])
+    figure, axes = new_figure(words, below=style.legend_room(len(shown)))
+    style.set_scale(axes, "x", list(points["cost"]))
+    style.set_scale(axes, "y", [*points[QUALITY], *([dense] if dense is not None else [])])
+    axes.set(xlabel=title, ylabel="perplexity")
+    _dense_line(axes, dense)
+    front = points[points["on_front"]].sort_values("cost")
+    axes.step(front["cost"], front[QUALITY], where="post", color=style.MUTED, linewidth=1.1, zorder=2)
+    tips, hidden = {}, 0
+    for place, (method, look) in enumerate(shown.items()):
+        mine = points[points["method"] == method].sort_values("on_front", kind="stable")
+        apart = mine[_apart(axes, mine)]
+        hidden += len(mine) - len(apart)
+        sizes = np.where(apart["on_front"], 62, 26)
+        style.mark(axes, apart["cost"], apart[QUALITY], look, sizes, f"tips-{place}")
+        tips[f"tips-{place}"] = [_tip(row, title) for row in apart.to_dict("records")]
+    style.legend_below(figure, handles(shown))
+    note = f"{hidden:,} of {len(points):,} settings lie behind others of the same method" if hidden else ""
+    return figure, tips, note
+
+
+def _apart(axes: Axes, points: pd.DataFrame) -> np.ndarray[Any, Any]:
+    """Which of the points to draw: all on the front, of others one within `NEAR` pixels, at most `MOST_POINTS`."""
+    places = axes.transData.transform(points[["cost", QUALITY]].to_numpy(float))
+    on_front, near = points["on_front"].to_numpy(bool), NEAR
+    while True:
+        _, first = np.unique((places / near).round(), axis=0, return_index=True)
+        kept = on_front.copy()
+        kept[first] = True
+        if kept.sum() <= max(MOST_POINTS, on_front.sum()):
+            return kept
+        near *= 1.5
+
+
+def _tip(row: Mapping[Any, Any], title: str) -> str:
+    return f"{row['label']}\nperplexity {row[QUALITY]:.2f}, {title} {row['cost']:.3g}"
+
+
+def _dense_line(axes: Axes, dense: float | None) -> None:
+    if dense is None:
+        return
+    axes.axhline(dense, color=style.INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        f"dense {dense:.2f}",
+        (1.0, dense),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=style.SMALL,
+    )
