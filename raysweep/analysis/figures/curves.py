@@ -23,7 +23,7 @@ def rates(report: Report, stratum: str, words: str, dense: float | None) -> Draw
     if not chosen:
         return None
     shown = looks(about.loc[chosen, "method"])
-    figure, axes = new_figure(words, below=style.legend_room(len(shown)))
+    figure, axes = new_figure(words, below=style.legend_room(shown))
     drawn = finite[finite["setting"].isin(chosen)]
     style.set_scale(axes, "y", list(drawn["mean"]))
     style.set_scale(axes, "x", list(drawn[TUNED]))
@@ -45,7 +45,7 @@ def depth(report: Report, stratum: str, words: str, dense: float | None) -> Draw
     if mine.empty:
         return None
     shown = looks(mine["method"])
-    figure, axes = new_figure(words, below=style.legend_room(len(shown)))
+    figure, axes = new_figure(words, below=style.legend_room(shown))
     style.set_scale(axes, "y", list(mine["error"]))
     axes.set(
         xlabel="block", ylabel="squared error / squared target", xlim=(-0.4, float(mine["block"].max()) + 0.4)

@@ -45,7 +45,7 @@ def _quality_against(
         cost=points[cost].astype(float) / unit, on_front=pareto_front(points[QUALITY], points[cost])
     )
     shown = looks(points["method"])
-    figure, axes = new_figure(words, below=style.legend_room(len(shown)))
+    figure, axes = new_figure(words, below=style.legend_room(shown))
     style.set_scale(axes, "x", list(points["cost"]))
     style.set_scale(axes, "y", [*points[QUALITY], *([dense] if dense is not None else [])])
     axes.set(xlabel=title, ylabel="perplexity")

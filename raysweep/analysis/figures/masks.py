@@ -16,7 +16,7 @@ from raysweep.analysis.settings import METRIC, PRUNED_ONLY, QUALITY
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CELL_WIDTH, CELL_HEIGHT = 56, 34
+CELL_WIDTH, CELL_HEIGHT = 60, 38
 MOST_ROWS, MOST_COLUMNS = 40, 12
 
 
@@ -87,7 +87,13 @@ def _cell(axes: Axes, across: int, down: int, numbers: tuple[float, float], step
     )
     if told:
         axes.text(
-            across + 0.5, down + 0.76, f"± {spread:.2g}", ha="center", va="center", color=ink, fontsize=7.5
+            across + 0.5,
+            down + 0.76,
+            f"± {spread:.3f}" if spread < 1 else f"± {spread:.2f}",
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=8.5,
         )
 
 
@@ -110,7 +116,7 @@ def before_and_after(report: Report, stratum: str, words: str, dense: float | No
     shown = looks(table.columns)
     left = room_for(table.index)
     height = style.TOP + style.BOTTOM + max(60, 26 * len(table))
-    figure, axes = new_figure(words, left=left, height=height, below=style.legend_room(len(shown)))
+    figure, axes = new_figure(words, left=left, height=height, below=style.legend_room(shown))
     values = [
         *table.to_numpy(float)[~np.isnan(table.to_numpy(float))],
         *([dense] if dense is not None else []),

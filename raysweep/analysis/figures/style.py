@@ -27,10 +27,11 @@ Drawn: TypeAlias = "tuple[Figure, dict[str, list[str]], str]"
 
 POINTS_PER_INCH = 72
 WIDTH, HEIGHT = 380, 284  # of a figure, without its legend
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 38  # around its axes
-LEGEND_LINE = 17
-TEXT, SMALL = 11.0, 9.5
-LETTER = 5.9  # mean width of a letter of that size
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 36, 42  # around its axes
+LEGEND_LINE = 18
+LONG_LABEL = 15  # letters, from which a legend has two columns
+TEXT, SMALL = 12.0, 10.5
+LETTER = 6.4  # mean width of a letter of that size
 LOGARITHMIC_FROM = 4  # largest over smallest value from which an axis is logarithmic; assumption
 
 INK, MUTED, LINE, SURFACE = "#1b1f24", "#5a626c", "#e3e6ea", "#fefefe"
@@ -179,19 +180,25 @@ def room_for(words: Iterable[Any]) -> float:
     return min(150.0, 12 + LETTER * max((len(readable(word)) for word in words), default=0))
 
 
-def legend_room(entries: int, columns: int = 3) -> float:
-    return LEGEND_LINE * math.ceil(entries / columns) + 4 if entries else 0
+def legend_room(labels: Iterable[str]) -> float:
+    """Under the axes, for a legend of these."""
+    known = list(labels)
+    return LEGEND_LINE * math.ceil(len(known) / _columns(known)) + 6 if known else 0
 
 
-def legend_below(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> None:
-    if handles:
+def _columns(labels: Iterable[str]) -> int:
+    return 2 if any(len(label) > LONG_LABEL for label in labels) else 3
+
+
+def legend_below(figure: Figure, entries: Sequence[Line2D]) -> None:
+    if entries:
         figure.legend(
-            handles=list(handles),
+            handles=list(entries),
             loc="lower left",
             bbox_to_anchor=(0.0, 0.0),
-            ncols=columns,
+            ncols=_columns(str(entry.get_label()) for entry in entries),
             handletextpad=0.3,
-            columnspacing=1.1,
+            columnspacing=1.0,
             labelspacing=0.45,
             borderaxespad=0.2,
             labelcolor=INK,

@@ -1,0 +1,220 @@
+"""The tables of the page: what they show, and by what they are sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from raysweep.analysis.figures.style import in_order
+from raysweep.analysis.page import words
+from raysweep.analysis.questions import COSTS
+from raysweep.analysis.report import Report
+from raysweep.analysis.settings import METRIC, QUALITY
+from raysweep.analysis.table import LABELS, records, trial_label
+
+SECONDS, FLOPS, TOKENS, MEMORY = COSTS
+COST_WORDS = {
+    SECONDS: "device seconds",
+    FLOPS: "training operations",
+    TOKENS: "distinct tokens",
+    MEMORY: "memory of recovery",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """title: what it is, with the unit;  number: aligned to the right, sorted by size"""
+
+    title: str
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text: what is shown;  value: by what it is sorted, none comes last"""
+
+    text: str
+    value: float | str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """name: for those who hear the page, and for its filter"""
+
+    name: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+
+def _number(value: Any, how: Callable[[Any], str]) -> Cell:
+    missing = pd.isna(value)
+    return Cell(words.NOTHING, None) if missing else Cell(how(float(value)), float(value))
+
+
+def _text(value: Any) -> Cell:
+    return Cell(str(value), str(value))
+
+
+def front_table(report: Report) -> Table | None:
+    """Settings that no other one of their stratum beats in quality without taking more device time."""
+    front = (
+        report.settings[report.settings["front"].astype(bool)] if len(report.settings) else report.settings
+    )
+    if front.empty:
+        return None
+    rows = [
+        [
+            _text(report.strata[row["stratum"]]),
+            _text(row["label"]),
+            _number(row[QUALITY], words.perplexity),
+            _number(row["spread"], words.spread),
+            _number(row["seeds"], words.whole),
+            _number(row.get(SECONDS), words.seconds),
+            _number(row.get(MEMORY), words.mebibytes),
+        ]
+        for row in front.sort_values(["stratum", SECONDS], kind="stable").to_dict("records")
+    ]
+    columns = [
+        Column("stratum", False),
+        Column("setting", False),
+        Column("perplexity"),
+        Column("spread"),
+        Column("seeds"),
+        Column("device s"),
+        Column("recovery MiB"),
+    ]
+    return Table("Settings on the front of perplexity against device seconds", columns, rows)
+
+
+def cost_table(report: Report) -> Table | None:
+    """Of every method the means over masks and seeds."""
+    if report.costs.empty:
+        return None
+    rows = [
+        [
+            _text(report.strata[row["stratum"]]),
+            _text(row["method"]),
+            _number(row["trials"], words.whole),
+            _number(row.get(QUALITY), words.perplexity),
+            _number(row.get("output_error_calibration"), words.short),
+            _number(row.get(SECONDS), words.seconds),
+            _number(row.get(MEMORY), words.mebibytes),
+            _number(row.get(TOKENS), words.whole),
+            _number(row.get(FLOPS), words.operations),
+        ]
+        for row in _by_method(report)
+    ]
+    columns = [
+        Column("stratum", False),
+        Column("method", False),
+        Column("trials"),
+        Column("perplexity"),
+        Column("output error"),
+        Column("device s"),
+        Column("recovery MiB"),
+        Column("tokens"),
+        Column("operations"),
+    ]
+    return Table("What each method gives and takes", columns, rows)
+
+
+def _by_method(report: Report) -> list[dict[Any, Any]]:
+    """Stratum by stratum, methods in the order of all figures."""
+    strata, methods = list(report.strata), in_order(report.costs["method"])
+    return sorted(
+        report.costs.to_dict("records"),
+        key=lambda row: (strata.index(row["stratum"]), methods.index(row["method"])),
+    )
+
+
+def ratio_table(report: Report) -> Table | None:
+    """How many times the cost of reconstruction retraining takes, a column for each cost."""
+    if report.ratios.empty:
+        return None
+    shown = [cost for cost in COSTS if (report.ratios["cost"] == cost).any()]
+    rows = []
+    for (stratum, method), mine in report.ratios.groupby(["stratum", "method"], sort=False):
+        by_cost = {row["cost"]: row for row in mine.to_dict("records")}
+        ratios = [_ratio(by_cost.get(cost)) for cost in shown]
+        pairs = _number(mine["pairs"].max(), words.whole)
+        rows.append([_text(report.strata[str(stratum)]), _text(f"retraining / {method}"), *ratios, pairs])
+    measured = [Column(COST_WORDS[cost]) for cost in shown]
+    columns = [Column("stratum", False), Column("of", False), *measured, Column("pairs")]
+    return Table("How many times the cost of reconstruction retraining takes", columns, rows)
+
+
+def _ratio(row: Mapping[Any, Any] | None) -> Cell:
+    """8.19 (7.93 to 8.47)"""
+    if row is None:
+        return Cell(words.NOTHING, None)
+    low, high = words.times(row["low"]), words.times(row["high"])
+    interval = "" if words.is_missing(row["low"]) or low == high else f" ({low} to {high})"
+    return Cell(f"{words.times(row['ratio'])}{interval}", float(row["ratio"]))
+
+
+def rate_table(report: Report) -> Table | None:
+    """The best learning rate of every setting."""
+    if report.learning_rates.empty:
+        return None
+    rows = [
+        [
+            _text(report.labels.get(row["setting"], "")),
+            _number(row["learning_rate"], words.short),
+            _number(row["mean"], words.perplexity if report.search.metric == METRIC else words.short),
+            _number(row["tried"], words.whole),
+            _number(row["seeds"], words.whole),
+            _text(row["place"]),
+        ]
+        for row in report.learning_rates.to_dict("records")
+    ]
+    columns = [
+        Column("setting", False),
+        Column("best rate"),
+        Column(report.search.metric.replace("_", " ")),
+        Column("tried"),
+        Column("seeds"),
+        Column("where it lies", False),
+    ]
+    return Table("The best learning rate of every setting", columns, rows)
+
+
+TRIAL_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("label", "trial", "text"),
+    ("stratum", "stratum", "choice"),
+    ("method", "method", "choice"),
+    ("status", "status", "choice"),
+    (QUALITY, "perplexity", "perplexity"),
+    (METRIC, "validation", "perplexity"),
+    ("output_error_calibration", "output error", "short"),
+    (SECONDS, "device s", "seconds"),
+    (MEMORY, "recovery MiB", "mebibytes"),
+)
+"""Of the table of all trials: column of the rows, title, and how its values are shown (page.js)."""
+
+
+def trial_data(report: Report, rows: pd.DataFrame) -> dict[str, Any]:
+    """All trials, for a script that shows them in portions.
+
+    rows: those of the report, with the columns of `with_settings` as far as they have such
+    """
+    names = [name for name, _, _ in TRIAL_COLUMNS if name in rows or name == "label"]
+    kept = rows[[name for name in dict.fromkeys([*_label_columns(rows), *names]) if name in rows]]
+    table = [[_plain(report, row, name) for name in names] for row in records(kept)]
+    shown = [column for column in TRIAL_COLUMNS if column[0] in names]
+    return {"columns": [{"title": title, "kind": kind} for _, title, kind in shown], "rows": table}
+
+
+def _label_columns(rows: pd.DataFrame) -> list[str]:
+    return ["trial_id", "recovery", *LABELS, "seed"]
+
+
+def _plain(report: Report, row: Mapping[str, Any], name: str) -> Any:
+    if name == "label":
+        return trial_label(row)
+    value = row.get(name)
+    if name == "stratum":
+        return report.strata.get(str(value), "")
+    return float(f"{value:.6g}") if isinstance(value, float) else value
