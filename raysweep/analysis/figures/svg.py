@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -90,5 +91,7 @@ def _without_what_says_nothing(body: str) -> str:
 
 
 def _fewer_digits(text: str) -> str:
-    """Hundredths of a pixel: half the size."""
-    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), text)
+    """Hundredths of a pixel, which halves the size. What is written in the figure stays as it is."""
+    numbers = re.compile(r"-?\d+\.\d{3,}")
+    shorter = partial(numbers.sub, lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."))
+    return re.sub(r"<[^>]*>", lambda tag: shorter(tag[0]), text)

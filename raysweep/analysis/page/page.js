@@ -1,7 +1,7 @@
 "use strict";
 // Tables that sort and filter, and buttons that copy. Without it the page shows all but the table of trials.
 (() => {
-  const PORTION = 100; // rows of the table of trials that are there at once: thousands take a phone seconds
+  const PORTION = 50; // rows of the table of trials that are there at once: thousands take a phone seconds
   const MOST_CHOICES = 30;
   const NOTHING = "\u2013";
 
@@ -41,7 +41,7 @@
     perplexity: (value) => (value < 1000 ? hundredths(value) : value < 1e6 ? whole(value) : value.toExponential(2)),
     seconds: (value) => (value < 1000 ? tenths(value) : whole(value)),
     mebibytes: (value) => { const size = value / 1048576; return size < 1000 ? tenths(size) : whole(size); },
-    short: (value) => String(Number(value.toPrecision(3))),
+    error: (value) => (value === 0 ? "0" : value.toPrecision(3)),
   };
   const element = (name, text, kind) => {
     const made = document.createElement(name);
@@ -60,7 +60,7 @@
   const cell = (value, { kind }) => {
     const how = SHOWN[kind];
     const text = value === null || value === "" ? (how ? NOTHING : "") : how ? how(value) : value;
-    return element("td", text, how ? "number" : value === "failed" ? "failed" : "");
+    return element("td", text, how ? "number" : value === "failed" ? "failed" : kind);
   };
   const add = () => {
     const made = shown.slice(there, there + PORTION).map((place) => {

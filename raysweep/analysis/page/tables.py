@@ -24,12 +24,15 @@ COST_WORDS = {
 }
 
 
+WORD, LABEL = "word", "label"
+
+
 @dataclass(frozen=True)
 class Column:
-    """title: what it is, with the unit;  number: aligned to the right, sorted by size"""
+    """title: what it is, with the unit;  kind: number (aligned to the right), word, or label, which may wrap"""
 
     title: str
-    number: bool = True
+    kind: str = "number"
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ def front_table(report: Report) -> Table | None:
         for row in front.sort_values(["stratum", SECONDS], kind="stable").to_dict("records")
     ]
     columns = [
-        Column("stratum", False),
-        Column("setting", False),
+        Column("stratum", WORD),
+        Column("setting", LABEL),
         Column("perplexity"),
         Column("spread"),
         Column("seeds"),
@@ -99,7 +102,7 @@ def cost_table(report: Report) -> Table | None:
             _text(row["method"]),
             _number(row["trials"], words.whole),
             _number(row.get(QUALITY), words.perplexity),
-            _number(row.get("output_error_calibration"), words.short),
+            _number(row.get("output_error_calibration"), words.error),
             _number(row.get(SECONDS), words.seconds),
             _number(row.get(MEMORY), words.mebibytes),
             _number(row.get(TOKENS), words.whole),
@@ -108,8 +111,8 @@ def cost_table(report: Report) -> Table | None:
         for row in _by_method(report)
     ]
     columns = [
-        Column("stratum", False),
-        Column("method", False),
+        Column("stratum", WORD),
+        Column("method", WORD),
         Column("trials"),
         Column("perplexity"),
         Column("output error"),
@@ -142,7 +145,7 @@ def ratio_table(report: Report) -> Table | None:
         pairs = _number(mine["pairs"].max(), words.whole)
         rows.append([_text(report.strata[str(stratum)]), _text(f"retraining / {method}"), *ratios, pairs])
     measured = [Column(COST_WORDS[cost]) for cost in shown]
-    columns = [Column("stratum", False), Column("of", False), *measured, Column("pairs")]
+    columns = [Column("stratum", WORD), Column("of", WORD), *measured, Column("pairs")]
     return Table("How many times the cost of reconstruction retraining takes", columns, rows)
 
 
@@ -171,24 +174,24 @@ def rate_table(report: Report) -> Table | None:
         for row in report.learning_rates.to_dict("records")
     ]
     columns = [
-        Column("setting", False),
+        Column("setting", LABEL),
         Column("best rate"),
         Column(report.search.metric.replace("_", " ")),
         Column("tried"),
         Column("seeds"),
-        Column("where it lies", False),
+        Column("where it lies", WORD),
     ]
     return Table("The best learning rate of every setting", columns, rows)
 
 
 TRIAL_COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("label", "trial", "text"),
+    ("label", "trial", LABEL),
     ("stratum", "stratum", "choice"),
     ("method", "method", "choice"),
     ("status", "status", "choice"),
     (QUALITY, "perplexity", "perplexity"),
     (METRIC, "validation", "perplexity"),
-    ("output_error_calibration", "output error", "short"),
+    ("output_error_calibration", "output error", "error"),
     (SECONDS, "device s", "seconds"),
     (MEMORY, "recovery MiB", "mebibytes"),
 )

@@ -40,8 +40,13 @@ def whole(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """Three digits at most: errors and rates."""
+    """Three digits at most."""
     return NOTHING if is_missing(value) else f"{value:.3g}".replace("e+", "e").replace("e-0", "e-")
+
+
+def error(value: Any) -> str:
+    """Three digits, zeros at the end too."""
+    return NOTHING if is_missing(value) else f"{value:#.3g}".rstrip(".")
 
 
 def operations(value: Any) -> str:
