@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from raysweep.analysis.ladder import tuned
 from raysweep.analysis.questions import COSTS
-from raysweep.analysis.settings import METRIC, QUALITY, finished, setting_labels
+from raysweep.analysis.settings import METRIC, QUALITY, finished, setting_labels, with_settings
 
 
 def pareto_front(quality: pd.Series, cost: pd.Series) -> pd.Series:
@@ -62,3 +63,14 @@ def pareto(
     means = setting_means(rows)
     fronts = [pareto_front(mine[quality], mine[cost]) for _, mine in means.groupby("stratum", sort=False)]
     return means.assign(front=pd.concat(fronts) if fronts else pd.Series(dtype=bool))
+
+
+def front_rows(rows: pd.DataFrame, metric: str = METRIC, mode: str = "min") -> pd.DataFrame:
+    """Of the rows of `load_results` the trials of settings on the front of their stratum, at the best learning rate of
+    each by `metric`, and the dense models beside them."""
+    frame = with_settings(rows)
+    usable = tuned(frame, metric, mode)
+    means = pareto(usable)
+    on_front = set(means.loc[means["front"].astype(bool), "setting"])
+    dense = frame[(frame["recovery"] == "dense") & (frame["status"] == "finished")]
+    return rows[rows.index.isin(usable.index[usable["setting"].isin(on_front)].union(dense.index))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -68,6 +69,16 @@ def say_error(text: str) -> None:
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_csv(rows: pd.DataFrame) -> None:
+    """Rows as CSV on stdout: empty where a column does not apply, moments as ISO text."""
+    from raysweep.analysis.table import records
+
+    writer = csv.DictWriter(sys.stdout, [str(name) for name in rows], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _json_value(value) for name, value in row.items()} for row in records(rows))
     sys.stdout.flush()
 
 

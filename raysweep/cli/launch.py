@@ -10,7 +10,7 @@ from raysweep.cli.console import quiet_libraries, say
 from raysweep.cli.display import shown
 from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status, show_traceback
 from raysweep.cli.numbers import count
-from raysweep.cli.results import labeled_rows, show_rows
+from raysweep.cli.results import Choice, labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
@@ -44,7 +44,7 @@ def run_launch(
         show_traceback()
         _say_kept(folder)
         return interruption_status(interruption)
-    show_rows(folder, rows, as_json=as_json)
+    show_rows(folder, rows, Choice(as_json=as_json))
     return _say_ending(folder, len(rows), tally, bool(options["fail_fast"]))
 
 

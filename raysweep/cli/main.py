@@ -15,13 +15,18 @@ from raysweep.cli.options import (
     DEFAULT_SPACE,
     Address,
     Cluster,
+    Csv,
     Dashboard,
     FailFast,
     InProcess,
     Json,
+    Margin,
+    MarginPercent,
     MaybeSweep,
     Name,
     OnlySweep,
+    Output,
+    ParetoFront,
     RetryFailed,
     Settings,
     Sort,
@@ -29,6 +34,7 @@ from raysweep.cli.options import (
     Storage,
     Sweep,
     Trace,
+    Where,
 )
 
 
@@ -197,16 +203,39 @@ def clean(name: Sweep, storage: Storage = None) -> None:
 def results(
     name: OnlySweep = None,
     sort: Sort = None,
+    where: Where = None,
+    pareto: ParetoFront = False,
     storage: Storage = None,
     address: Dashboard = None,
     as_json: Json = False,
+    as_csv: Csv = False,
 ) -> int:
-    """Print the table of a sweep's trials."""
+    """Print the table of a sweep's trials, all of them or a choice."""
+    from raysweep.cli.results import Choice, run_results
+
+    choice = Choice(sort, where, pareto, as_json, as_csv)
     if address is not None:
         from raysweep.cli.remote import run_there
 
-        return run_there(address, "results", name, storage=storage, as_json=as_json, sort=sort)
-    from raysweep.cli.results import run_results
-
-    run_results(name, sort, storage, as_json)
+        choice.check()
+        return run_there(
+            address, "results", name, storage=storage, as_json=as_json, as_csv=as_csv, more=choice.words()
+        )
+    run_results(name, choice, storage)
     return 0
+
+
+@app.command()
+@guarded
+def report(
+    name: OnlySweep = None,
+    output: Output = None,
+    margin: Margin = 0.1,
+    margin_percent: MarginPercent = 1.0,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Write what a sweep found as a page: verdicts, a recipe, figures, tables; also while it is running."""
+    from raysweep.cli.report import run_report
+
+    run_report(name, output, margin, margin_percent, storage, as_json)

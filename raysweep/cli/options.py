@@ -12,13 +12,18 @@ __all__ = [
     "DEFAULT_SPACE",
     "Address",
     "Cluster",
+    "Csv",
     "Dashboard",
     "FailFast",
     "InProcess",
     "Json",
+    "Margin",
+    "MarginPercent",
     "MaybeSweep",
     "Name",
     "OnlySweep",
+    "Output",
+    "ParetoFront",
     "RetryFailed",
     "Settings",
     "Sort",
@@ -26,6 +31,7 @@ __all__ = [
     "Storage",
     "Sweep",
     "Trace",
+    "Where",
 ]
 
 Space = Annotated[
@@ -145,5 +151,41 @@ Sort = Annotated[
         metavar="COLUMN",
         help="Order by a column of the results, lowest first; with -COLUMN highest first. "
         "Default: mask by mask.",
+    ),
+]
+ParetoFront = Annotated[
+    bool,
+    typer.Option(
+        "--pareto",
+        metavar="",
+        help="Only trials of settings on the Pareto front: at each model and sparsity no other one has less perplexity "
+        "and takes no more device seconds by itself. Each at its best learning rate; with --where, of what that "
+        "leaves.",
+    ),
+]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="EXPR",
+        help="Only trials for which this is true: columns, numbers and 'texts' with == != < <= > >= in, and or not, "
+        "+ - * /. \"sparsity == 0.6 and criterion == 'wanda'\"; null is what does not apply.",
+    ),
+]
+Csv = Annotated[bool, typer.Option("--csv", metavar="", help="Print all columns as CSV on stdout.")]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", metavar="DIR", help="Folder of the report. Default: ./NAME-report."),
+]
+Margin = Annotated[
+    float,
+    typer.Option("--margin", metavar="NUMBER", help="Differences in perplexity up to this count as nothing."),
+]
+MarginPercent = Annotated[
+    float,
+    typer.Option(
+        "--margin-percent",
+        metavar="NUMBER",
+        help="The same in percent of the perplexity that is compared with; the larger of both counts.",
     ),
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from raysweep.cli.console import say
 from raysweep.cli.ending import INTERRUPTED
+from raysweep.cli.results import CSV_BEGINS
 from raysweep.cli.spaces import load_space
 from raysweep.config.criterion import function_parts
 from raysweep.config.space import SearchSpace
@@ -35,9 +36,10 @@ def run_there(
     name: str | None,
     storage: str | None = None,
     as_json: bool = False,
-    sort: str | None = None,
+    as_csv: bool = False,
+    more: Sequence[str] = (),
 ) -> int:
-    """Runs a command on the cluster's head, and returns its exit status."""
+    """Runs a command on the cluster's head, and returns its exit status. more: of its options, as they are written"""
     if not is_elsewhere(address):
         raise UsageError(
             f"--address {address} is no dashboard's", allowed="http://HOST:PORT", where=f"raysweep {command}"
@@ -45,16 +47,16 @@ def run_there(
     from raysweep.cluster.jobs import JobServer
 
     _check_storage(storage)
-    options = {"--storage": storage, "--sort": sort}
-    line = ["raysweep", command, *filter(None, [name])]
-    line += [word for option, value in options.items() if value for word in (option, value)]
+    line = ["raysweep", command, *filter(None, [name]), *more]
+    line += ["--storage", storage] if storage else []
     server = JobServer(address)
-    if not as_json:
+    if not (as_json or as_csv):
         return server.follow(server.submit(line), _show)
     said: list[str] = []
-    status = server.follow(server.submit([*line, "--json"]), said.append)
+    status = server.follow(server.submit([*line, "--json" if as_json else "--csv"]), said.append)
     lines = "".join(said).splitlines(keepends=True)
-    begin = next((place for place, text in enumerate(lines) if text[:1] in ("{", "[")), len(lines))
+    begins = ("{", "[") if as_json else (CSV_BEGINS,)
+    begin = next((place for place, text in enumerate(lines) if text.startswith(begins)), len(lines))
     sys.stderr.write("".join(lines[:begin]))  # a job's two streams come as one
     _show("".join(lines[begin:]))
     return status

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.cli.console import json_rows, output, print_json
+from raysweep.cli.console import json_rows, output, print_csv, print_json, say
+from raysweep.cli.numbers import count
 from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, UsageError
@@ -16,11 +18,37 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def run_results(name: str | None, sort: str | None, storage: str | None, as_json: bool) -> None:
+CSV_BEGINS = "trial_id,"  # the first column of all rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows of a sweep are shown, in which order, as what: the options of `raysweep results`."""
+
+    sort: str | None = None
+    where: str | None = None
+    pareto: bool = False
+    as_json: bool = False
+    as_csv: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for options that exclude one another."""
+        if self.as_json and self.as_csv:
+            raise UsageError("--json and --csv exclude one another", remedy="Leave one out.")
+
+    def words(self) -> list[str]:
+        """As on a command line, without the form of the output."""
+        given = {"--sort": self.sort, "--where": self.where}
+        valued = [word for option, value in given.items() if value is not None for word in (option, value)]
+        return [*valued, *(["--pareto"] if self.pareto else [])]
+
+
+def run_results(name: str | None, choice: Choice, storage: str | None) -> None:
     from raysweep.results.reader import load_results
 
+    choice.check()
     folder = sweep_folder(name or only_sweep(storage), storage)
-    show_rows(folder, load_results(folder), sort, as_json)
+    show_rows(folder, load_results(folder), choice)
 
 
 def only_sweep(storage: str | None) -> str:
@@ -36,18 +64,36 @@ def only_sweep(storage: str | None) -> str:
     )
 
 
-def show_rows(folder: Path, rows: pd.DataFrame, sort: str | None = None, as_json: bool = False) -> None:
-    """Rows on stdout: as a table, or as one JSON document."""
+def show_rows(folder: Path, rows: pd.DataFrame, choice: Choice | None = None) -> None:
+    """Rows on stdout: as a table, as one JSON document, or as CSV."""
     from raysweep.analysis.table import best_rows, sorted_rows
     from raysweep.cli.table import print_summary
 
-    if as_json:
-        ordered = sorted_rows(rows, sort)
+    choice, search = choice or Choice(), search_of(folder)
+    chosen = _chosen(rows, choice, search)
+    if choice.as_json:
+        ordered = sorted_rows(chosen, choice.sort)
         print_json({"sweep": folder.resolve().name, "folder": place_of(folder), "rows": json_rows(ordered)})
-        return
-    search = search_of(folder)
-    best = best_rows(rows, search.metric, search.mode, search.compare_within)
-    print_summary(output(), rows, sort, best)
+    elif choice.as_csv:
+        print_csv(sorted_rows(chosen, choice.sort))
+    elif len(chosen):
+        best = best_rows(rows, search.metric, search.mode, search.compare_within)
+        print_summary(output(), chosen, choice.sort, best)
+    else:
+        sorted_rows(rows, choice.sort)  # a wrong column is refused in any case
+        say(f"none of {count(len(rows), 'trial')} is chosen")
+
+
+def _chosen(rows: pd.DataFrame, choice: Choice, search: SearchConfig) -> pd.DataFrame:
+    if choice.where is not None:
+        from raysweep.analysis.where import rows_where
+
+        rows = rows_where(rows, choice.where)
+    if choice.pareto:
+        from raysweep.analysis.pareto import front_rows
+
+        rows = front_rows(rows, search.metric, search.mode)
+    return rows
 
 
 def labeled_rows(folder: Path) -> list[dict[str, Any]]:
