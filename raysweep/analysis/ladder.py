@@ -27,27 +27,24 @@ def learning_rate_curves(frame: pd.DataFrame, metric: str = METRIC, mode: str = 
     diverged = trained[(trained["status"] == "failed") & (trained["error_kind"] == NUMERICAL)]
     worst = np.inf if mode == "min" else -np.inf
     values = pd.concat([usable.assign(value=usable[metric]), diverged.assign(value=worst)])
-    curves = [
-        {"setting": setting} | point
-        for setting, mine in values.groupby("setting", sort=False)
-        for point in _curve(mine)
-    ]
-    return pd.DataFrame(curves, columns=["setting", TUNED, "mean", "seeds", "diverged"])
+    firsts = values.drop_duplicates(["setting", "repeat", TUNED])
+    seeds = _of_all_rates(firsts)
+    compared = firsts[seeds | ~seeds.groupby(firsts["setting"]).transform("any")]
+    compared = compared.assign(infinite=np.isinf(compared["value"].astype(float)))
+    points = compared.groupby(["setting", TUNED], sort=False)
+    table = points.agg(
+        mean=("value", "mean"), seeds=("value", "count"), diverged=("infinite", "sum")
+    ).reset_index()
+    order = {setting: place for place, setting in enumerate(values["setting"].unique())}
+    table = table.assign(order=table["setting"].map(order)).sort_values(["order", TUNED], ignore_index=True)
+    return table[["setting", TUNED, "mean", "seeds", "diverged"]]
 
 
-def _curve(mine: pd.DataFrame) -> list[dict[str, Any]]:
-    by_seed = mine.pivot_table(index="repeat", columns=TUNED, values="value", aggfunc="first", sort=True)
-    shared = by_seed.dropna()
-    compared = shared if len(shared) else by_seed
-    return [
-        {
-            TUNED: rate,
-            "mean": float(column.mean()),
-            "seeds": int(column.count()),
-            "diverged": int(np.isinf(column).sum()),
-        }
-        for rate, column in compared.items()
-    ]
+def _of_all_rates(values: pd.DataFrame) -> pd.Series:
+    """By row whether all learning rates of its setting were tried on its seeds."""
+    tried = values.groupby("setting")[TUNED].transform("nunique")
+    there = values.groupby(["setting", "repeat"])[TUNED].transform("size")
+    return there == tried
 
 
 def best_learning_rates(frame: pd.DataFrame, metric: str = METRIC, mode: str = "min") -> pd.DataFrame:
