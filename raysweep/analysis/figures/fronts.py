@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIB = 1 << 20
-NEAR = 4.0  # pixels within which a point hides another of the same look
-MOST_POINTS = 1200  # of one look; a page with more becomes slow on a phone
+NEAR = 4.0  # pixels within which a point hides another of the same look, where there are many
+MANY_POINTS, MOST_POINTS = (
+    200,
+    1200,
+)  # of one look: from which those hidden are left out, and how many are drawn
 
 
 def seconds(report: Report, stratum: str, words: str, dense: float | None) -> Drawn | None:
@@ -66,7 +69,10 @@ def _quality_against(
 
 
 def _apart(axes: Axes, points: pd.DataFrame) -> np.ndarray[Any, Any]:
-    """Which of the points to draw: all on the front, of others one within `NEAR` pixels, at most `MOST_POINTS`."""
+    """Which of the points to draw: all where they are few, and all on the front; of others one within `NEAR` pixels,
+    farther apart where that leaves more than `MOST_POINTS`."""
+    if len(points) <= MANY_POINTS:
+        return np.ones(len(points), dtype=bool)
     places = axes.transData.transform(points[["cost", QUALITY]].to_numpy(float))
     on_front, near = points["on_front"].to_numpy(bool), NEAR
     while True:

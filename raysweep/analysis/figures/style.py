@@ -290,6 +290,6 @@ def round_numbers(low: float, high: float) -> list[float]:
 def tick_words(value: float) -> str:
     """1e-4 where zeros would be many; 20,000"""
     if value and abs(value) < 0.0099:
-        mantissa, _, power = f"{value:.2g}".partition("e")
-        return f"{mantissa}e{int(power)}" if power else f"{value:.0e}".replace("e-0", "e-")
+        mantissa, _, power = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(power)}"
     return f"{value:,.10g}" if abs(value) < 1e6 else f"{value:.0e}".replace("e+0", "e")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DPI = 200  # of PNG files: more than twice the pixels of the page
 LEAST, MOST = 0.85, 1.3  # of its size, within which a figure follows the width of the page
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # the same rows, the same file
+_MARKER = re.compile(r"<(use|path) (?!id=)([^>]*?)/>")  # a path of its own where there are few
 _VARIABLE_OF = re.compile("|".join(map(re.escape, VARIABLES)), re.IGNORECASE)
 
 
@@ -69,15 +70,13 @@ def _with_tips(body: str, gid: str, words: Sequence[str]) -> str:
     if start < 0:
         return body
     end = body.find('<g id="', start + 1)
-    markers = list(re.finditer(r"<use ([^>]*?)/>", body[start:end]))
+    markers = list(_MARKER.finditer(body[start:end]))
     if len(markers) != len(words):
         return body
     parts, place = [body[:start]], start
     for marker, said in zip(markers, words, strict=True):
-        parts += [
-            body[place : start + marker.start()],
-            f"<use {marker[1]}><title>{escape(said)}</title></use>",
-        ]
+        told = f"<{marker[1]} {marker[2]}><title>{escape(said)}</title></{marker[1]}>"
+        parts += [body[place : start + marker.start()], told]
         place = start + marker.end()
     return "".join([*parts, body[place:]])
 
