@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_MOVED = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)  # it reads from 3 and writes to 4, wherever the pipes lie here
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE_S = 90.0  # for one answer, on a machine that does something else
 
 
@@ -60,7 +68,9 @@ class Browser:
 
     def eval(self, expression: str) -> Any:
         """The value of an expression of JavaScript."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, userGesture=True)
+        found = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, userGesture=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
@@ -103,16 +113,24 @@ class Browser:
         return message
 
 
+def _pipe() -> tuple[int, int]:
+    """Both ends away from the numbers that the browser will have them under."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]
+
+
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
     """A browser within the context. profile: an empty folder for what it keeps"""
     assert EXECUTABLE is not None
-    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    (theirs_in, ours_out), (ours_in, theirs_out) = _pipe(), _pipe()
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
     flags += ["--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"]
     command = [EXECUTABLE, *flags, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-    # It reads from 3 and writes to 4, wherever the pipes lie here.
-    moved = ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command]
+    moved = [sys.executable, "-c", _MOVED, str(theirs_in), str(theirs_out), *command]
     process = subprocess.Popen(moved, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
     os.close(theirs_in)
     os.close(theirs_out)

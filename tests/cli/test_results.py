@@ -171,6 +171,105 @@ def test_json_is_ordered_by_sort(raysweep, here):
     assert values == sorted(values, reverse=True)
 
 
+def test_where_chooses_rows(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", [*quickstart_rows(), failed(99, "lost")])
+    chosen = ("--where", "criterion == 'wanda' and granularity != null")
+    told = raysweep("results", *chosen).out
+    assert {"20.00", "19.00", "18.00"} <= numbers_of(told)
+    assert not {"12.00", "13.00", "14.00", "15.00"} & numbers_of(told)
+    rows = raysweep("results", *chosen, "--sort", "perplexity", "--json").json["rows"]
+    assert [one["perplexity"] for one in rows if one["status"] == "finished"] == [18.0, 19.0, 20.0]
+    none = raysweep("results", "--where", "sparsity > 0.9")
+    assert (none.status, none.out) == (0, "")
+    assert "none of 10 trials" in none.err
+    assert raysweep("results", "--where", "sparsity > 0.9", "--json").json["rows"] == []
+
+
+def test_a_where_that_is_no_expression_is_refused(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", quickstart_rows())
+    for expression in ("sparsity =", "criterion.str.len() > 1", "@x", "__import__('os')", "sparcity > 1"):
+        ran = raysweep("results", "--where", expression)
+        assert ran.status == 2
+        assert "--where" in ran.err
+        assert "Traceback" not in ran.err
+        assert ran.out == ""
+
+
+def test_pareto_leaves_what_nothing_beats(raysweep, here):
+    """Of each sparsity by itself, every seed of a setting, at the learning rate that validation chose."""
+    made = [row(0, "dense", device_seconds_standalone=1.0)]
+
+    def add(perplexity, seconds, **fields):
+        for seed in (0, 1):
+            number, value = len(made), perplexity + seed / 10
+            cost = {"device_seconds_standalone": seconds, "validation_perplexity": value}
+            made.append(row(number, calibration_seed=seed, seed=seed, perplexity=value, **cost, **fields))
+
+    add(11.0, 8.0, granularity="subblock")
+    add(30.0, 2.0, granularity="subblock", learning_rate=0.1)  # cheap, and not its best learning rate
+    add(12.0, 5.0, granularity="matrix")
+    add(11.5, 9.0, granularity="block")
+    add(40.0, 9.5, granularity="block", sparsity=0.9)
+    write_sweep(here / "raysweep-results" / "a", made)
+    rows = raysweep("results", "--pareto", "--json").json["rows"]
+    found = sorted((one["perplexity"], one["granularity"]) for one in rows if one["granularity"])
+    assert found == [
+        (11.0, "subblock"),
+        (11.1, "subblock"),
+        (12.0, "matrix"),
+        (12.1, "matrix"),
+        (40.0, "block"),
+        (40.1, "block"),
+    ]
+    assert [one["recovery"] for one in rows].count("dense") == 1
+    assert not {"30.00", "11.50"} & numbers_of(raysweep("results", "--pareto").out)
+    left = raysweep("results", "--pareto", "--where", "granularity != 'subblock'", "--json").json["rows"]
+    assert {one["perplexity"] for one in left if one["sparsity"] == 0.6} == {11.5, 11.6, 12.0, 12.1}
+
+
+def test_csv_has_every_column_of_every_row(raysweep, here):
+    import io
+
+    import pandas as pd
+
+    odd = failed(99, 'a "reason", with\na line more')
+    folder = write_sweep(here / "raysweep-results" / "a", [*quickstart_rows(), odd])
+    ran = raysweep("results", "--csv", "--sort", "perplexity")
+    read, rows = pd.read_csv(io.StringIO(ran.out), dtype={"trial_id": str}), load_results(folder)
+    assert list(read) == list(rows)
+    assert ran.out.startswith("trial_id,")
+    assert read["perplexity"].dropna().tolist() == sorted(rows["perplexity"].dropna())
+    assert read.set_index("trial_id")["error"].dropna().tolist() == [odd["error"]]
+    assert "2026-11-24T12:00:08+00:00" in ran.out
+    both = raysweep("results", "--csv", "--json")
+    assert both.status == 2
+    assert "exclude one another" in both.err
+
+
+def test_what_is_chosen_is_passed_on_to_another_cluster(raysweep, monkeypatch):
+    """As the command line that runs there; of what comes back the CSV goes to stdout, all before it to stderr."""
+    from raysweep.cluster.jobs import JobServer
+
+    asked = []
+    monkeypatch.setattr(JobServer, "__init__", lambda self, address: None)
+    monkeypatch.setattr(JobServer, "submit", lambda self, line: asked.append(line) or "job")
+
+    def follow(self, job, show):
+        show("a warning\ntrial_id,recovery_id\n1,2\n")
+        return 0
+
+    monkeypatch.setattr(JobServer, "follow", follow)
+    there = ("--address", "http://head:8265")
+    ran = raysweep(
+        "results", "a", "--where", "a == 'b c'", "--pareto", "--sort", "-perplexity", "--csv", *there
+    )
+    assert asked == [
+        ["raysweep", "results", "a", "--sort", "-perplexity", "--where", "a == 'b c'", "--pareto", "--csv"]
+    ]
+    assert ran.out == "trial_id,recovery_id\n1,2\n"
+    assert ran.err == "a warning\n"
+
+
 def test_an_unknown_column_is_refused_with_the_nearest(raysweep, here):
     write_sweep(here / "raysweep-results" / "a", quickstart_rows())
     ran = raysweep("results", "--sort", "perplexty")
