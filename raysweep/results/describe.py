@@ -61,6 +61,32 @@ has a finished row is never run again.
 
 **The numbers of a trial** are all columns but those marked *varies*: cost, provenance and the shard. They
 do not depend on the number of shards or of concurrent trials.
+
+## The report
+
+`raysweep report NAME` writes what a sweep found into a folder, `./NAME-report` or `--output`, also while it runs:
+
+| file | holds |
+| --- | --- |
+| `index.html` | the page, which needs no other file and no network |
+| `figures/*.svg`, `figures/*.png` | its figures, one for each model and sparsity |
+| `recipe.yaml` | a search space that runs what the page recommends; several for several models or sparsities |
+
+The page begins with what is missing (planned trials without a row, one seed, learning rates at an end of their
+ladder), then come verdicts, the recommended setting, quality against cost, criteria, learning rates, errors by depth,
+all trials, and where the numbers come from. Written again it replaces its own files; the page of somebody else is not
+overwritten.
+
+A verdict compares values of equal seeds, each setting at the learning rate that validation has chosen. *Better* and
+*worse* are a difference that a paired t test finds, *equivalent* is one that two one-sided tests find smaller than the
+margin: the larger of `--margin` (0.1 perplexity) and `--margin-percent` (1 % of what is compared with). Everything
+else is *undecided*, as all is with one seed. Both kinds of p values are corrected by Holm's method over all
+comparisons of the page.
+
+`raysweep results` chooses from the same rows. `--where "sparsity == 0.6 and criterion in ['wanda', 'ria']"` shows the
+trials for which that is true: columns (in backticks where they are no plain names), numbers, quoted texts and `null`,
+with `== != < <= > >= in`, `and or not`, `+ - * /` and parentheses. `--pareto` shows the trials of settings that no other
+one of their model and sparsity beats in perplexity and device seconds; `--csv` and `--json` print all columns.
 """
 
 _GROUPS = {
