@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 200  # of PNG files: more than twice the pixels of the page
-LEAST, MOST = 0.85, 1.3  # of its size, within which a figure follows the width of the page
+LEAST, MOST = 0.85, 1.15  # of its size, within which a figure follows the width of the page
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # the same rows, the same file
 _MARKER = re.compile(r"<(use|path) (?!id=)([^>]*?)/>")  # a path of its own where there are few
 _VARIABLE_OF = re.compile("|".join(map(re.escape, VARIABLES)), re.IGNORECASE)

@@ -18,7 +18,7 @@ from raysweep.analysis.page.findings import findings, method_in_words
 from raysweep.analysis.page.gaps import gaps
 from raysweep.analysis.page.origins import origins
 from raysweep.analysis.report import Report
-from raysweep.analysis.settings import QUALITY, with_settings
+from raysweep.analysis.settings import QUALITY
 
 PAGE, FIGURES = "index.html", "figures"
 GENERATOR = "raysweep report"  # by which a page of ours is known
@@ -81,7 +81,7 @@ def _page(report: Report, drawn: dict[str, list[Shown]], recipes: list[dict[str,
         costs=tables.cost_table(report),
         ratios=tables.ratio_table(report),
         rates=tables.rate_table(report),
-        trials=Markup(_data(tables.trial_data(report, _all_rows(report)))),
+        trials=Markup(_data(tables.trial_data(report))),
         trial_count=len(report.rows),
         failed=report.failed,
         missing=report.missing,
@@ -101,12 +101,6 @@ def _data(document: dict[str, Any]) -> str:
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return text
-
-
-def _all_rows(report: Report) -> Any:
-    """All rows, those that finished or failed with setting and method."""
-    known = with_settings(report.rows)
-    return report.rows.assign(stratum=known["stratum"], method=known["method"])
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

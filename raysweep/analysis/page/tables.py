@@ -12,8 +12,10 @@ from raysweep.analysis.figures.style import in_order
 from raysweep.analysis.page import words
 from raysweep.analysis.questions import COSTS
 from raysweep.analysis.report import Report
-from raysweep.analysis.settings import METRIC, QUALITY
-from raysweep.analysis.table import LABELS, records, trial_label
+from raysweep.analysis.settings import METRIC, QUALITY, STRATUM_COLUMNS, keys_of, method_of
+from raysweep.analysis.table import records, trial_label
+from raysweep.config.calibration import CALIBRATION_COLUMNS
+from raysweep.config.trial import Trial
 
 SECONDS, FLOPS, TOKENS, MEMORY = COSTS
 COST_WORDS = {
@@ -68,6 +70,7 @@ def front_table(report: Report) -> Table | None:
     )
     if front.empty:
         return None
+    strata = list(report.strata)
     rows = [
         [
             _text(report.strata[row["stratum"]]),
@@ -78,7 +81,9 @@ def front_table(report: Report) -> Table | None:
             _number(row.get(SECONDS), words.seconds),
             _number(row.get(MEMORY), words.mebibytes),
         ]
-        for row in front.sort_values(["stratum", SECONDS], kind="stable").to_dict("records")
+        for row in sorted(
+            front.to_dict("records"), key=lambda row: (strata.index(row["stratum"]), row[SECONDS])
+        )
     ]
     columns = [
         Column("stratum", WORD),
@@ -197,27 +202,29 @@ TRIAL_COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 """Of the table of all trials: column of the rows, title, and how its values are shown (page.js)."""
 
+MADE = ("label", "stratum", "method")  # which are no columns of the rows
+NEEDED = ("trial_id", "sparsity_by_name", *Trial.model_fields, *CALIBRATION_COLUMNS)  # for them
 
-def trial_data(report: Report, rows: pd.DataFrame) -> dict[str, Any]:
-    """All trials, for a script that shows them in portions.
 
-    rows: those of the report, with the columns of `with_settings` as far as they have such
-    """
-    names = [name for name, _, _ in TRIAL_COLUMNS if name in rows or name == "label"]
-    kept = rows[[name for name in dict.fromkeys([*_label_columns(rows), *names]) if name in rows]]
-    table = [[_plain(report, row, name) for name in names] for row in records(kept)]
-    shown = [column for column in TRIAL_COLUMNS if column[0] in names]
+def trial_data(report: Report) -> dict[str, Any]:
+    """All trials, for a script that shows them in portions."""
+    rows = report.rows
+    shown = [column for column in TRIAL_COLUMNS if column[0] in rows or column[0] in MADE]
+    told = rows[[name for name in dict.fromkeys([*NEEDED, *(name for name, _, _ in shown)]) if name in rows]]
+    strata = keys_of(rows, STRATUM_COLUMNS)
+    table = [
+        [_plain(report, row, name, stratum) for name, _, _ in shown]
+        for row, stratum in zip(records(told), strata, strict=True)
+    ]
     return {"columns": [{"title": title, "kind": kind} for _, title, kind in shown], "rows": table}
 
 
-def _label_columns(rows: pd.DataFrame) -> list[str]:
-    return ["trial_id", "recovery", *LABELS, "seed"]
-
-
-def _plain(report: Report, row: Mapping[str, Any], name: str) -> Any:
+def _plain(report: Report, row: Mapping[str, Any], name: str, stratum: str) -> Any:
     if name == "label":
         return trial_label(row)
-    value = row.get(name)
+    if name == "method":
+        return method_of(row)
     if name == "stratum":
-        return report.strata.get(str(value), "")
+        return report.strata.get(stratum, "")
+    value = row.get(name)
     return float(f"{value:.6g}") if isinstance(value, float) else value
