@@ -139,12 +139,18 @@ def test_thousands_of_settings_stay_light_and_keep_the_front(tmp_path, monkeypat
         for number in range(500)
         for cost in [{"device_seconds_standalone": 5.0 + (number * 91 % 499)}]
     ]
+    near = {"perplexity": 9.9001, "device_seconds_standalone": 4.0001}
+    best = {
+        "perplexity": 9.9,
+        "device_seconds_standalone": 4.0,
+    }  # alone on the front, and on top of the other
+    made += [row(500, batch_size=501) | near, row(501, batch_size=502) | best]
     report = report_of(write_sweep(tmp_path / "a", made))
     panel = next(panel for panel in panels(report) if panel.kind == SECONDS)
     told = [one.split("\n")[0] for words in panel.tips.values() for one in words]
     assert len(told) <= 60
     assert {*report.settings.loc[report.settings["front"], "label"]} <= {*told}
-    assert f"{500 - len(told)} of 500 settings" in panel.note
+    assert f"{502 - len(told)} of 502 settings" in panel.note
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import yaml
 
 from raysweep.analysis.page import render, words
-from raysweep.analysis.page.findings import Interval
+from raysweep.analysis.page.findings import Interval, findings
 from raysweep.analysis.page.folder import write_report
 from raysweep.analysis.page.gaps import gaps
 from raysweep.analysis.page.render import PAGE, report_files
@@ -98,6 +99,14 @@ def test_every_verdict_stands_in_words_with_its_mark(report, page):
     assert {"better", "worse", "equivalent", "undecided"} == {*report.comparisons["verdict"]}
 
 
+def test_a_difference_within_the_margin_is_said_to_be_one(report):
+    """Where it could not be shown to be equivalent together with all others."""
+    first = report.comparisons.iloc[:2].assign(verdict="worse", difference=0.05, margin=0.1, low=[0.02, 0.02])
+    other = replace(report, comparisons=first.assign(high=[0.08, 0.12]))
+    told = [one.about for question in findings(other) for group in question.groups.values() for one in group]
+    assert ["smaller than the margin" in about for about in told] == [True, False]
+
+
 def test_the_tallies_of_the_questions_add_up(report, page):
     told = re.findall(
         r"(\d+) (better|worse|equivalent|undecided)", " ".join(page.texts("p", **{"class": "tally"}))
@@ -114,7 +123,7 @@ def test_costs_and_ratios_are_those_of_the_frames(report, page):
         expected = [one["method"], f"{one['trials']}", f"{one['perplexity']:.2f}"]
         starts = [place for place, cell in enumerate(cells) if cells[place : place + 3] == expected]
         assert starts, expected
-        assert f"{one['device_seconds_standalone']:.1f}" in cells[starts[0] : starts[0] + 8]
+        assert words.seconds(one["device_seconds_standalone"]) in cells[starts[0] : starts[0] + 8]
     for one in report.ratios.to_dict("records"):
         assert any(cell.split(" (")[0] == words.times(one["ratio"]) for cell in cells)
 

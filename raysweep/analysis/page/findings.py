@@ -100,6 +100,8 @@ def _finding(row: Mapping[Any, Any]) -> Finding:
         about += f"; {missing} pair{'s' * (missing != 1)} left out, of which one side is not there"
     if not math.isnan(row["decisive"]):
         about += f"; corrected p {row['decisive']:.2g}"
+    if row["verdict"] in (BETTER, WORSE) and max(-row["low"], row["high"]) < row["margin"]:
+        about += "; a difference, but one smaller than the margin"
     return Finding(row["verdict"], MARKS[row["verdict"]], in_words(row), Interval.of(row), about)
 
 

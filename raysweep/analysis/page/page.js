@@ -39,7 +39,7 @@
   const hundredths = fixed(2), tenths = fixed(1), whole = fixed(0);
   const SHOWN = {
     perplexity: (value) => (value < 1000 ? hundredths(value) : value < 1e6 ? whole(value) : value.toExponential(2)),
-    seconds: (value) => (value < 1000 ? tenths(value) : whole(value)),
+    seconds: (value) => (value < 10 ? hundredths(value) : value < 1000 ? tenths(value) : whole(value)),
     mebibytes: (value) => { const size = value / 1048576; return size < 1000 ? tenths(size) : whole(size); },
     error: (value) => (value === 0 ? "0" : value.toPrecision(3)),
   };

@@ -24,7 +24,9 @@ def spread(value: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-    return NOTHING if is_missing(value) else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+    if is_missing(value):
+        return NOTHING
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def mebibytes(value: Any) -> str:
