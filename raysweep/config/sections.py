@@ -14,6 +14,7 @@ from raysweep.errors import UsageError, nearest_name
 BUILTIN_PREFIX = "builtin:"
 VALIDATION_METRICS = ("validation_perplexity", "output_error_validation")
 METRICS = (*VALIDATION_METRICS, "output_error_calibration")
+TRACKERS = ("tensorboard", "mlflow", "wandb")
 CELL_COLUMNS = (
     "model",
     *CALIBRATION_COLUMNS,
@@ -190,6 +191,20 @@ class SearchConfig(BaseModel):
 AutoOrCount = Literal["auto"] | Count
 
 
+def _known_trackers(value: object) -> object:
+    """Their names, each once; what is no list is left to who takes it."""
+    if not isinstance(value, list | tuple):
+        return value
+    for name in value:
+        if name not in TRACKERS:
+            raise UsageError(
+                f"unknown tracker {name!r}",
+                allowed=" | ".join(TRACKERS),
+                nearest=nearest_name(str(name), list(TRACKERS)),
+            )
+    return tuple(dict.fromkeys(value))
+
+
 class ExecutionConfig(BaseModel):
     """Where and how it runs. Changes no number of a trial beyond rounding, and no identity."""
 
@@ -234,4 +249,9 @@ class ExecutionConfig(BaseModel):
         "folder or URI of the results; `--storage` and RAYSWEEP_STORAGE come first; null = ./raysweep-results",
         default=None,
         values="a folder, a URI such as s3://BUCKET/PREFIX, or null",
+    )
+    trackers: Annotated[tuple[str, ...], BeforeValidator(_known_trackers)] = setting(
+        "experiment trackers that are told of every trial, by Ray Tune's own callbacks; each needs its package",
+        default=(),
+        values=f"a list of {', '.join(TRACKERS)}",
     )

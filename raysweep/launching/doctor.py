@@ -96,7 +96,18 @@ class _Doctor:
             self._error("search space", error)
             return None
         self._fine(HERE, "search space", self.space.name)
+        self._trackers()
         return models
+
+    def _trackers(self) -> None:
+        if self.space.execution.trackers:
+            from raysweep.sweep.trackers import check_trackers
+
+            try:
+                check_trackers(self.space.execution.trackers)
+                self._fine(HERE, "trackers", ", ".join(self.space.execution.trackers))
+            except UsageError as error:
+                self._error("trackers", error)
 
     def _plans(self, launch: Launch | None, nodes: Sequence[Node]) -> list[ShardPlan]:
         if launch is None:

@@ -76,6 +76,8 @@ def launch(
     refuse_where_held(folder)
     if in_process:
         _check_in_process(loaded)
+    elif loaded.execution.trackers:
+        _check_trackers(loaded)
     prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     if in_process:
         prepared = prepare_here(device_here())
@@ -126,11 +128,26 @@ def _check_in_process(space: SearchSpace) -> None:
             f"execution.replicas is {space.execution.replicas}, and --in-process runs one trial at a time",
             remedy="Leave one of them out.",
         )
+    if space.execution.trackers:
+        raise UsageError(
+            f"execution.trackers names {', '.join(space.execution.trackers)}, which Ray Tune would tell of trials, and "
+            "--in-process runs without Ray",
+            remedy="Leave one of them out.",
+        )
     if space.search.scheduler != "none":
         raise UsageError(
             f"search.scheduler {space.search.scheduler!r} is one of Ray Tune's, and --in-process runs without Ray",
             remedy="Leave one of them out.",
         )
+
+
+def _check_trackers(space: SearchSpace) -> None:
+    from raysweep.sweep.trackers import check_trackers
+
+    try:
+        check_trackers(space.execution.trackers)
+    except UsageError as error:
+        raise space.placed(error, ("execution", "trackers")) from None
 
 
 def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Path:
@@ -217,7 +234,8 @@ def _run(
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
         tracing = progress if isinstance(progress, Tracing) else None
         shown = runner.watched(progress, prepared)
-        with recorded(prepared, runner, plans[0].all_shards, shown, check) as recorder:
+        recording = recorded(prepared, runner, plans[0].all_shards, shown, check)
+        with recording as recorder, runner.tracked(shown, prepared):
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
                 run = ModelRun(prepared, model, plan, retraining, runner, recorder, nodes, tracing, fail_fast)
                 run.run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,6 +51,10 @@ class Runner(Protocol):
         """The display, with what it hears told to whatever watches the runner."""
         ...
 
+    def tracked(self, progress: Progress, prepared: Launch) -> AbstractContextManager[None]:
+        """A context within which the sweep's experiment trackers are told of its trials."""
+        ...
+
     def strangers(self, folder: Path) -> list[str]:
         """Nodes on which the folder is not the one that it is here, or cannot be written, and why."""
         ...
@@ -88,6 +92,9 @@ class InProcess:
 
     def watched(self, progress: Progress, prepared: Launch) -> Progress:
         return progress
+
+    def tracked(self, progress: Progress, prepared: Launch) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def strangers(self, folder: Path) -> list[str]:
         return []
@@ -129,6 +136,7 @@ class OnRay:
         self.dashboard = cluster.dashboard
         self._here = cluster.here
         self._phases, self._importing = 0, importing
+        self._trackers: Sequence[Any] = ()
 
     def nodes(self) -> Sequence[Node]:
         from raysweep.cluster.connect import nodes
@@ -140,6 +148,18 @@ class OnRay:
 
         search = prepared.space.search
         return Metered(progress, SweepMeter(prepared.tag, search.metric), search, prepared.done_rows.values())
+
+    @contextmanager
+    def tracked(self, progress: Progress, prepared: Launch) -> Iterator[None]:
+        names = prepared.space.execution.trackers
+        if not names:
+            yield
+            return
+        self._importing.join()
+        from raysweep.sweep.trackers import tracking
+
+        with tracking(names, prepared.folder, prepared.space.name, progress.stage) as self._trackers:
+            yield
 
     def strangers(self, folder: Path) -> list[str]:
         from raysweep.cluster.everywhere import ask_every_node
@@ -179,7 +199,9 @@ class OnRay:
         processes = min(plan.all_concurrent_trials, proposals.total)
         context = PhaseContext(group.name, self._here, group.info, rows, search, processes, plan.replicas)
         folder, name, at_once = rows.folder / TUNE, f"phase-{self._phases}", plan.all_concurrent_trials
-        return run_phase(context, proposals, at_once, folder, name, on_row, group.forget_trial)
+        return run_phase(
+            context, proposals, at_once, folder, name, on_row, group.forget_trial, self._trackers
+        )
 
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_on_ray

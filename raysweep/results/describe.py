@@ -23,8 +23,9 @@ else `./raysweep-results`: a folder, or a URI (below).
 | `trials/*.parquet` | one file, one row for each trial; many in that of `raysweep clean`, `0-compacted.parquet` |
 | `units/*.parquet` | one file for each trial, with a row for each of its units, linears and blocks; likewise |
 | `status.json` | what the launching process last said about its progress |
+| `tensorboard/`, `mlflow/`, `wandb/` | what experiment trackers were told, where the space names any (below) |
 
-Both folders are ordinary Parquet data sets. The easiest way to read them, without torch or Ray:
+`trials` and `units` are ordinary Parquet data sets. The easiest way to read them, without torch or Ray:
 
 ```python
 import raysweep
@@ -53,6 +54,29 @@ a heartbeat: best effort, since such storages cannot lock; a machine that is gon
 removed in the storage is removed from mirrors. Recovered units, checkpoints and Tune's state stay in the mirror, so a
 launch on another machine begins interrupted trials anew, and retraining on several nodes needs a `RAYSWEEP_CACHE` that
 they share.
+
+**Experiment trackers.** `execution: {trackers: [tensorboard, mlflow, wandb]}` in the space, or one of them by
+`--set 'execution.trackers=[mlflow]'`, tells them of every trial that runs, by Ray Tune's own callbacks: a run with
+the trial's label as its name, its fields as parameters, and the numbers of quality and cost as metrics. Experiment
+(MLflow), project and group (Weights and Biases) are called like the sweep. A package or login that is missing is
+refused before anything starts.
+
+| tracker | needs | its runs are in |
+| --- | --- | --- |
+| `tensorboard` | nothing more | `tensorboard/` |
+| `mlflow` | `pip install mlflow-skinny` | MLFLOW_TRACKING_URI, or `mlflow/mlflow.db` |
+| `wandb` | `pip install wandb`, `wandb login` | your account and `wandb/`; with WANDB_MODE=offline there alone |
+
+`tensorboard --logdir STORAGE/NAME/tensorboard`, `mlflow ui --backend-store-uri sqlite:///STORAGE/NAME/mlflow/mlflow.db`
+and `wandb sync` show what lies there; the first two are in the packages `tensorboard` and `mlflow`. What else you set
+for them in the environment of the launch counts: MLFLOW_EXPERIMENT_NAME, WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_DIR.
+
+Rows stay the record. A tracker that fails says so once, and the sweep goes on without it; after the last trial it is
+given up when it does not answer for a minute and a half. Trials that have their rows already are not told again, and
+one that runs again is another run. Values at the rungs of a scheduler are called `rung_...`, because they are of a
+model that is partly dense. Retrained trials are there once they are measured. A run of Weights and Biases takes two
+processes of the launching machine, one of them 200 MB. `raysweep clean` leaves the three folders; of a storage that a
+URI names they are in its mirror alone. `--in-process` has no Tune, and refuses trackers.
 
 **Identities.** `recovery_id` is made of all that determines a trial's weights: its fields, the contents of
 model and calibration set, the number format, and the version of our arithmetic. `trial_id` adds how it was

@@ -10,6 +10,8 @@ from raysweep.config.labels import label_of
 from raysweep.config.trial import Trial
 from raysweep.shards.retrained import RetrainingFolders
 
+LABEL_LENGTH = 120  # in names: of files 255 bytes, of runs in trackers 128 characters are allowed
+
 
 @dataclass(frozen=True)
 class SweepTrial:
@@ -57,3 +59,9 @@ class SweepTrial:
             f" calibration.seed={calibration.seed}" if calibration is not None and calibration.seed else ""
         )
         return label_of(self.trial) + varied
+
+    @property
+    def file_name(self) -> str:
+        """The label as a name of files and of Tune's trials; no two trials have the same."""
+        words = "".join(letter if letter.isalnum() or letter in "._=+-" else "_" for letter in self.label)
+        return f"{words[:LABEL_LENGTH]}_{self.trial_id[:6]}"

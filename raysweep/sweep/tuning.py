@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,14 @@ def run_phase(
     name: str,
     on_row: Callable[[dict[str, Any]], None],
     on_lost: Callable[[str, int], None],
+    trackers: Sequence[tune.Callback] = (),
 ) -> list[SweepTrial]:
     """Runs what is proposed to the end, oldest first; `on_row` hears of every trial that is done, `on_lost` of the id
     and the number of one that ended without a word: its process, or one of its shards, is gone. Then nothing new
     begins. Returns those trials. Raises StorageError when rows cannot be written.
 
     storage, name: Tune keeps its own state in storage/name.
+    trackers: that are told of trials as well
     """
     if not proposals.total:
         return []
@@ -163,13 +165,13 @@ def run_phase(
             num_samples=proposals.total,
             max_concurrent_trials=concurrent_trials,
             reuse_actors=True,
-            trial_name_creator=_trial_name,
+            trial_name_creator=lambda trial: trial.config[TRIAL].file_name,
             trial_dirname_creator=lambda trial: trial.config[TRIAL].trial_id,
         ),
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(storage),
-            callbacks=[_Listener(on_row, note_loss)],
+            callbacks=[_Listener(on_row, note_loss), *trackers],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
@@ -179,12 +181,6 @@ def run_phase(
         if isinstance(cause, StorageError):
             raise cause
     return lost
-
-
-def _trial_name(trial: Any) -> str:
-    planned: SweepTrial = trial.config[TRIAL]
-    words = "".join(letter if letter.isalnum() or letter in "._=+-" else "_" for letter in planned.label)
-    return f"{words}_{planned.trial_id[:6]}"
 
 
 class _Listener(tune.Callback):
