@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from raysweep.analysis import questions
 from raysweep.analysis.ladder import tuned
 from raysweep.analysis.paired import ALPHA, BETTER, EQUIVALENT, WORSE, Margin, judged
 from raysweep.analysis.report import make_report, report_of
-from raysweep.analysis.settings import with_settings
+from raysweep.analysis.settings import METRIC, QUALITY, SETTING_COLUMNS, with_settings
 from raysweep.config.space import SearchSpace
 from raysweep.results.folders import SPACE_FILE
 from raysweep.results.reader import load_results, load_units
@@ -35,6 +36,18 @@ SPACE = {
             "learning_rate": 1e-3,
         },
     ],
+}
+
+NEEDED = {
+    *SETTING_COLUMNS,
+    *questions.COSTS,
+    QUALITY,
+    METRIC,
+    "setting",
+    "stratum",
+    "repeat",
+    "method",
+    "mask",
 }
 
 
@@ -132,16 +145,20 @@ def test_analysis_is_light():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("true", "wrong"), [(0.0, {BETTER, WORSE}), (0.1, {EQUIVALENT})])
 def test_a_thousand_whole_sweeps_are_wrong_no_more_often_than_one_in_twenty(tmp_path, true, wrong):
     """Planted: criteria before recovery, granularities and retraining differ by `true`, each seed and trial by
     chance."""
     frame = with_settings(sweep_of(trials(flat, seeds=range(4), retraining=True), tmp_path))
-    usable, rng, margin, reports = tuned(frame), np.random.default_rng(1), Margin(0.1, 0.0), 1000
+    usable = tuned(frame).dropna(axis="columns", how="all")
+    usable = usable[[name for name in usable if name in NEEDED]]
+    rng, margin, reports = np.random.default_rng(1), Margin(0.1, 0.0), 1000
     shifted = ~usable.method.isin(("subblock",)) & ~(
         (usable.recovery == "none") & (usable.criterion == "sparsegpt")
     )
     false = 0
+    gc.freeze()  # statsmodels collects garbage whenever it corrects
     for _ in range(reports):
         seeds = dict(zip(usable.repeat.unique(), rng.normal(0, 0.5, 4), strict=True))
         quality = 10.0 + usable.repeat.map(seeds) + true * shifted + rng.normal(0, 0.05, len(usable))
@@ -149,4 +166,5 @@ def test_a_thousand_whole_sweeps_are_wrong_no_more_often_than_one_in_twenty(tmp_
         before = questions.criteria(rows[rows.recovery == "none"], margin)
         asked = [questions.granularity(rows, margin), before, questions.retraining(rows, margin)]
         false += bool(set(judged(questions.joined(asked)).verdict) & wrong)
+    gc.unfreeze()
     assert false / reports <= ALPHA + 2 * math.sqrt(ALPHA * (1 - ALPHA) / reports)
