@@ -14,12 +14,12 @@ from typing import Any
 
 from raysweep.analysis.ladder import best_learning_rates, edges
 from raysweep.analysis.settings import setting_labels, with_settings
+from raysweep.analysis.table import records
 from raysweep.config.dialect import dump_yaml
 from raysweep.config.space import SearchSpace
+from raysweep.config.trial import Trial
 from raysweep.results.folders import SPACE_FILE, sweep_folder
 from raysweep.results.reader import load_results
-
-FIELDS = ("recovery", "criterion", "sparsity", "granularity")
 
 
 def study(ladder: Path, seeds: int) -> dict[str, Any]:
@@ -32,12 +32,8 @@ def study(ladder: Path, seeds: int) -> dict[str, Any]:
         best[["setting", "learning_rate"]], on="setting", suffixes=("_", "")
     )
     groups = [
-        {
-            name: row[name]
-            for name in (*FIELDS, "learning_rate")
-            if isinstance(row[name], str) or row[name] == row[name]
-        }
-        for row in settings.to_dict("records")
+        {name: value for name, value in Trial.from_columns(row).identity().items() if name != "seed"}
+        for row in records(settings)
     ]
     masks = {name: sorted(frame[name].dropna().unique().tolist()) for name in ("criterion", "sparsity")}
     exact = {"recovery": "reconstruct", "granularity": "matrix", "optimizer": "exact"}

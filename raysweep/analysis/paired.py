@@ -61,16 +61,11 @@ def _tested(pairs: np.ndarray[Any, Any], margin: float) -> dict[str, float]:
     if len(differences) < 2:
         return dict.fromkeys(("spread", "low", "high", "p_difference", "p_equivalence"), math.nan)
     spread, mean = float(differences.std(ddof=1)), float(differences.mean())
-    if (
-        spread <= 4 * np.finfo(float).eps * np.abs(pairs).max()
-    ):  # the same on every seed: nothing was left to chance
-        ends = {"low": mean, "high": mean}
-        return {
-            "spread": 0.0,
-            **ends,
-            "p_difference": float(mean == 0),
-            "p_equivalence": float(abs(mean) >= margin),
-        }
+    rounding = 4 * np.finfo(float).eps * float(np.abs(pairs).max())
+    if spread <= rounding:  # the same on every seed: nothing was left to chance
+        mean = 0.0 if abs(mean) <= rounding else mean
+        tests = {"p_difference": float(mean == 0), "p_equivalence": float(abs(mean) >= margin)}
+        return {"spread": 0.0, "low": mean, "high": mean} | tests
     from statsmodels.stats.weightstats import DescrStatsW
 
     statistics = DescrStatsW(differences)
@@ -171,6 +166,9 @@ def in_words(row: Mapping[Any, Any], measure: str = "perplexity") -> str:
     name, other, verdict = row["value"], row["reference"], row["verdict"]
     if not row["seeds"]:
         return f"{name} and {other} have no seed in common"
+    if row["seeds"] == 1:
+        seen = f"{row['difference']:+.3g} {measure}"
+        return f"{name} against {other} is undecided: {seen}; one seed says nothing of chance"
     interval = "" if math.isnan(row["low"]) else f" ({row['low']:+.3g} to {row['high']:+.3g})"
     numbers = f"{row['difference']:+.3g} {measure}{interval}, margin {row['margin']:.3g}"
     if verdict == EQUIVALENT:

@@ -7,7 +7,8 @@ import pandas as pd
 
 from raysweep.analysis.ladder import tuned
 from raysweep.analysis.questions import COSTS
-from raysweep.analysis.settings import METRIC, QUALITY, finished, setting_labels, with_settings
+from raysweep.analysis.settings import CHOICE, METRIC, QUALITY, finished, setting_labels, with_settings
+from raysweep.config.sections import METRICS
 
 
 def pareto_front(quality: pd.Series, cost: pd.Series) -> pd.Series:
@@ -34,8 +35,8 @@ def setting_means(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a setting: means over its seeds of quality and cost.
 
     rows: finished ones of `with_settings`, such as `ladder.tuned` chose. Columns: setting, label, stratum, method,
-    mask, recovery, seeds, perplexity, spread (standard deviation of it over seeds), validation_perplexity,
-    output_error_calibration, and those of `COSTS`
+    mask, recovery, seeds, perplexity, spread (standard deviation of it over seeds), choice, and those of `METRICS` and
+    `COSTS`
     """
     rows = finished(rows)
     means = rows.groupby("setting", sort=False).agg(
@@ -45,11 +46,7 @@ def setting_means(rows: pd.DataFrame) -> pd.DataFrame:
         recovery=("recovery", "first"),
         seeds=("repeat", "nunique"),
         spread=(QUALITY, "std"),
-        **{
-            name: (name, "mean")
-            for name in (QUALITY, METRIC, "output_error_calibration", *COSTS)
-            if name in rows
-        },
+        **{name: (name, "mean") for name in (QUALITY, CHOICE, *METRICS, *COSTS) if name in rows},
     )
     means.insert(0, "label", pd.Series(setting_labels(rows)))
     return means.reset_index()
@@ -68,7 +65,7 @@ def pareto(
 def front_rows(rows: pd.DataFrame, metric: str = METRIC, mode: str = "min") -> pd.DataFrame:
     """Of the rows of `load_results` the trials of settings on the front of their stratum, at the best learning rate of
     each by `metric`, and the dense models beside them."""
-    frame = with_settings(rows)
+    frame = with_settings(rows, metric, mode)
     usable = tuned(frame, metric, mode)
     means = pareto(usable)
     on_front = set(means.loc[means["front"].astype(bool), "setting"])

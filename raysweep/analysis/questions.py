@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.analysis.paired import Margin, difference, ratio
-from raysweep.analysis.settings import METRIC, QUALITY, RETRAINING, SETTING_COLUMNS, keys_of
+from raysweep.analysis.settings import CHOICE, METRIC, QUALITY, RETRAINING, SETTING_COLUMNS, keys_of
 from raysweep.config.field_groups import RECOVERY_FIELDS, RETRAIN_FIELDS
 
 COLUMNS = (
@@ -66,6 +66,13 @@ NOT_OF_MASKS = {*RECOVERY_FIELDS, *RETRAIN_FIELDS, "recovery"}
 COSTS = ("device_seconds_standalone", "training_flops", "tokens_unique", "peak_recovery_bytes")
 RECONSTRUCTION = "reconstruction"
 ALIKE = 1.25  # ratio of costs up to which they count as equal; assumption
+
+
+def all_questions(rows: pd.DataFrame, margin: Margin) -> pd.DataFrame:
+    """The comparisons of a report."""
+    return joined(
+        [granularity(rows, margin), criteria(rows, margin), retraining(rows, margin), effects(rows, margin)]
+    )
 
 
 def granularity(rows: pd.DataFrame, margin: Margin, reference: str | None = None) -> pd.DataFrame:
@@ -167,7 +174,7 @@ def _compared(question: str, rows: pd.DataFrame, column: str, margin: Margin, re
 
 
 def _reference(rows: pd.DataFrame, column: str, wanted: Any) -> Any:
-    values = rows.groupby(column)[METRIC].mean() if METRIC in rows else pd.Series(dtype=float)
+    values = rows.groupby(column)[CHOICE].mean()
     if (rows[column] == wanted).any() or values.isna().all():
         return wanted
     return values.idxmin()
@@ -194,7 +201,7 @@ def _paired(values: pd.DataFrame, references: pd.DataFrame, asked: Iterable[str]
 def _best_of_each_context(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """With `context`; of several settings in one the best mean of what is chosen by."""
     frame = rows.assign(context=keys_of(rows, columns))
-    means = frame.groupby(["context", "setting"], sort=False)[METRIC].mean().fillna(np.inf)
+    means = frame.groupby(["context", "setting"], sort=False)[CHOICE].mean().fillna(np.inf)
     best = set(means.groupby(level="context").idxmin()) if len(means) else set()
     mine = [key in best for key in zip(frame["context"], frame["setting"], strict=True)]
     return frame[np.array(mine, dtype=bool)]  # an empty list would choose no columns

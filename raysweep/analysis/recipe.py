@@ -8,38 +8,60 @@ from typing import Any
 
 import pandas as pd
 
-from raysweep.analysis.paired import Margin
+from raysweep.analysis.paired import Margin, difference
 from raysweep.analysis.pareto import setting_means
-from raysweep.analysis.settings import METRIC, TUNED
+from raysweep.analysis.settings import CHOICE, METRIC, TUNED
 from raysweep.config.dialect import dump_yaml
 from raysweep.config.field_groups import MASK_FIELDS
 from raysweep.config.space import SearchSpace
 from raysweep.config.trial import Trial
 
 COST = "device_seconds_standalone"
+LEAST_SEEDS = 3  # in common with the best setting, from which on another one can be said to be as good
 
 
-def recommended(rows: pd.DataFrame, margin: Margin, metric: str = METRIC, mode: str = "min") -> pd.DataFrame:
-    """By stratum the setting to use: of those whose mean of `metric` lies within the margin of the best one, the one
-    that takes the least device time by itself.
+def recommended(rows: pd.DataFrame, margin: Margin, metric: str = METRIC) -> pd.DataFrame:
+    """By stratum the setting to use: of those that are as good as the best one by `metric`, the one that takes the
+    least device time by itself.
 
-    rows: of `ladder.tuned`
-    Columns: those of `setting_means`, best (the label of the best setting), behind (how far its metric lies behind that
-    one's), learning_rate, and trial_id of the setting's best trial
+    As good is what lies behind the best one by less than the margin with the whole 95 % interval of the paired
+    difference over seeds; with fewer than `LEAST_SEEDS` nothing can be said to be that, and the best one is
+    recommended.
+
+    rows: of `ladder.tuned`;  metric: that they were chosen by. Where it is no perplexity, the margin's relative part
+    alone
+    Columns: those of `setting_means`, is_best, best (the label of the best setting), behind (how far its metric lies
+    behind that one's), learning_rate, and trial_id of the setting's best trial
     """
-    means, sign = setting_means(rows), 1.0 if mode == "min" else -1.0
+    means = setting_means(rows)
+    if not metric.endswith("perplexity"):
+        margin = Margin(0.0, margin.relative)
     chosen = []
-    for _, mine in means[means[metric].notna()].groupby("stratum", sort=False):
-        by_quality = mine.assign(behind=sign * mine[metric]).sort_values("behind", kind="stable")
-        best = by_quality.iloc[0]
-        by_quality["behind"] -= best["behind"]
-        near = by_quality[by_quality["behind"] <= margin.at(best[metric])]
-        cheapest = near.sort_values(COST, kind="stable").iloc[0].to_dict()
+    for _, mine in means[means[CHOICE].notna()].groupby("stratum", sort=False):
+        best = mine.sort_values(CHOICE, kind="stable").iloc[0]
+        good = [_is_as_good(rows, setting, best["setting"], margin) for setting in mine["setting"]]
+        cheapest = mine[good].sort_values(COST, kind="stable").iloc[0].to_dict()
         trials = rows[rows["setting"] == cheapest["setting"]]
-        trial = trials.assign(order=sign * trials[metric]).sort_values("order", kind="stable").iloc[0]
-        found = {"best": best["label"], TUNED: trial[TUNED], "trial_id": trial["trial_id"]}
+        trial = trials.sort_values(CHOICE, kind="stable").iloc[0]
+        found = {"is_best": cheapest["setting"] == best["setting"], "best": best["label"]}
+        found |= {
+            "behind": cheapest[CHOICE] - best[CHOICE],
+            TUNED: trial[TUNED],
+            "trial_id": trial["trial_id"],
+        }
         chosen.append(cheapest | found)
-    return pd.DataFrame(chosen, columns=[*means.columns, "behind", "best", TUNED, "trial_id"])
+    return pd.DataFrame(chosen, columns=[*means.columns, "is_best", "best", "behind", TUNED, "trial_id"])
+
+
+def _is_as_good(rows: pd.DataFrame, setting: str, best: str, margin: Margin) -> bool:
+    if setting == best:
+        return True
+    mine, other = (rows[rows["setting"] == one].groupby("repeat")[CHOICE].mean() for one in (setting, best))
+    both = pd.concat([mine, other], axis=1, keys=["mine", "best"]).dropna()
+    if len(both) < LEAST_SEEDS:
+        return False
+    found = difference(list(both["mine"]), list(both["best"]), margin)
+    return bool(found["high"] <= found["margin"])
 
 
 def recipe_yaml(space: SearchSpace, row: Mapping[str, Any]) -> str:

@@ -14,11 +14,27 @@ from raysweep.analysis.ladder import best_learning_rates, learning_rate_curves, 
 from raysweep.analysis.paired import Margin, advised, judged
 from raysweep.analysis.pareto import pareto
 from raysweep.analysis.recipe import recipe_yaml, recommended
-from raysweep.analysis.settings import finished, setting_labels, stratum_words, with_settings
-from raysweep.analysis.table import failures, records, trial_label
+from raysweep.analysis.settings import (
+    finished,
+    keys_of,
+    setting_labels,
+    stratum_words,
+    trial_labels,
+    with_settings,
+)
+from raysweep.analysis.table import failures, records
+from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
+from raysweep.config.trial import Trial
 from raysweep.results.schema import planned_columns
+
+PLANNED_COLUMNS = (
+    "model",
+    *CALIBRATION_COLUMNS,
+    "sparsity_by_name",
+    *Trial.model_fields,
+)  # of a trial, before it runs
 
 
 @dataclass(frozen=True)
@@ -75,28 +91,22 @@ def make_report(
     space: that of the sweep, for recipes and for what is missing
     """
     margin, search = margin or Margin(), space.search if space else SearchConfig()
-    frame = with_settings(rows)
+    frame = with_settings(rows, search.metric, search.mode)
     usable = tuned(frame, search.metric, search.mode)
-    asked = [
-        questions.granularity(usable, margin),
-        questions.criteria(usable, margin),
-        questions.retraining(usable, margin),
-        questions.effects(usable, margin),
-    ]
     return Report(
         name=name,
         rows=rows,
         margin=margin,
         labels=setting_labels(frame),
         strata=stratum_words(finished(frame)),
-        comparisons=advised(judged(questions.joined(asked))),
+        comparisons=advised(judged(questions.all_questions(usable, margin))),
         settings=pareto(usable),
         costs=questions.costs(usable),
         ratios=questions.cost_ratios(usable),
         curves=learning_rate_curves(frame, search.metric, search.mode),
         learning_rates=best_learning_rates(frame, search.metric, search.mode),
         depth=error_by_depth(usable, units),
-        recipes=_with_yaml(recommended(usable, margin, search.metric, search.mode), rows, space),
+        recipes=_with_yaml(recommended(usable, margin, search.metric), rows, space),
         failed=failures(rows),
         missing=_missing(rows, space) if space else [],
         space=space,
@@ -126,7 +136,8 @@ def _with_yaml(recipes: pd.DataFrame, rows: pd.DataFrame, space: SearchSpace | N
 
 
 def _missing(rows: pd.DataFrame, space: SearchSpace) -> list[str]:
-    """By label and calibration seed, in the order of the space; those of an Optuna search are not known beforehand."""
-    there = {(row["model"], trial_label(row)) for row in records(rows)}
-    planned = [planned_columns(one) for one in space.expand()]
-    return [label for row in planned if (row["model"], label := trial_label(row)) not in there]
+    """By label, in the order of the space; those of an Optuna search are not known beforehand."""
+    planned = pd.DataFrame([planned_columns(one) for one in space.expand()], dtype=object)
+    there, labels = set(keys_of(rows, PLANNED_COLUMNS)), trial_labels(planned)
+    keys = keys_of(planned, PLANNED_COLUMNS)
+    return [label for key, label in zip(keys, labels, strict=True) if key not in there]

@@ -154,11 +154,11 @@ def _with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     table["data"] = table["data"].map(_data_words, na_action="ignore")
     protocols = table["evaluation_protocol"] if "evaluation_protocol" in table else pd.Series(dtype=object)
     if protocols.nunique() > 1:
-        table["evaluation"] = [_protocol_words(text) for text in protocols]
+        table["evaluation"] = [protocol_words(text) for text in protocols]
     return table
 
 
-def _protocol_words(text: Any) -> str | None:
+def protocol_words(text: Any) -> str | None:
     """pystdlib 64 x 256: the first entry with its windows and their length."""
     try:
         entry = json.loads(text)["perplexity"][0]

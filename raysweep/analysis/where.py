@@ -94,7 +94,7 @@ class _Reading:
         for kind, right in zip(node.ops, node.comparators, strict=True):
             try:
                 whole &= self._compared(kind, left, right)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 _refuse(
                     self._expression,
                     f"compares what does not compare: {self._said(left)} and {self._said(right)}",
@@ -109,7 +109,10 @@ class _Reading:
                 _refuse(
                     self._expression, "has `in` with something else than a column before and a list behind it"
                 )
-            among = first.isin([self._value(one) for one in right.elts])
+            values = [self._value(one) for one in right.elts]
+            if None in values:
+                _refuse(self._expression, "has null in a list; write `or` and == null")
+            among = first.isin(values)
             return among if isinstance(kind, ast.In) else ~among & first.notna()
         second = self._value(right)
         if first is None or second is None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-def actor_here(cls: type[Any], environment: Mapping[str, str]) -> Any:
+def actor_here(cls: type[Any]) -> Any:
     """A class whose instances are actors on this process's node, which take nothing from trials and are not restarted.
-
-    environment: that they have; on a cluster that was joined they are no children of this process
-    """
+    On a cluster that was joined they are no children of this process, and do not have its environment."""
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote(cls)
-    return remote.options(num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": dict(environment)})
+    return remote.options(num_cpus=0, scheduling_strategy=here)
 
 
 def is_connected() -> bool:

@@ -7,10 +7,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from raysweep.errors import first_line
+from raysweep.errors import StorageError, first_line
 from raysweep.results.state import ShardState
 from raysweep.shards.activity import Activity
 from raysweep.shards.setup import OwnedGroup
@@ -27,7 +27,7 @@ Shards = tuple[ShardState, ...]
 def watching(
     group: OwnedGroup, tell: Callable[[Shards], None], name_of: Callable[[str], str]
 ) -> Iterator[None]:
-    """Tells the state of the group's shards within the context.
+    """Tells the state of the group's shards within the context, and at its end that there are none.
 
     name_of: what to call a trial, by its id
     """
@@ -41,6 +41,8 @@ def watching(
     finally:
         ended.set()
         thread.join(LEAVE_S)
+        with suppress(StorageError):  # as below
+            tell(())
 
 
 def _watch(

@@ -72,9 +72,10 @@ and `wandb sync` show what lies there; the first two are in the packages `tensor
 for them in the environment of the launch counts: MLFLOW_EXPERIMENT_NAME, WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_DIR.
 
 Rows stay the record. A tracker that fails says so once, and the sweep goes on without it; after the last trial it is
-given up when it does not answer for a minute and a half. Trials that have their rows already are not told again, and
-one that runs again is another run. Values at the rungs of a scheduler are called `rung_...`, because they are of a
-model that is partly dense. Retrained trials are there once they are measured. A run of Weights and Biases takes two
+given up when it does not answer for a minute and a half, or has not taken all in a quarter of an hour; after Ctrl-C
+in five seconds. Trials that have their rows already are not told again; one that runs again is another run, in
+TensorBoard a continuation of the same. Values at the rungs of a scheduler are called `rung_...`, because they are of
+a model that is partly dense. Retrained trials are there once they are measured. A run of Weights and Biases takes two
 processes of the launching machine, one of them 200 MB. `raysweep clean` leaves the three folders; of a storage that a
 URI names they are in its mirror alone. `--in-process` has no Tune, and refuses trackers.
 

@@ -101,18 +101,21 @@ class Tracker(tune.Callback):
             self._end(trial_id, failed=True)
         self._calls.put(None)
 
-    def wait(self, patience_s: float, tell: Callable[[str], None]) -> None:
-        """Until all has been told, or one thing takes longer than this."""
+    def wait(self, patience_s: float, most_s: float, tell: Callable[[str], None]) -> None:
+        """Until all has been told, one thing takes longer than patience_s, or all of it longer than most_s."""
         self._thread.join(SAY_S)
         if self._thread.is_alive():
             tell(f"Waiting for {self.name} to take what it was told")
-        done, deadline = self._done, time.monotonic() + patience_s
+        last = time.monotonic() + most_s
+        done, deadline = self._done, min(last, time.monotonic() + patience_s)
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._thread.join(0.1)
             if done != self._done:
-                done, deadline = self._done, time.monotonic() + patience_s
-        if self._thread.is_alive():
+                done, deadline = self._done, min(last, time.monotonic() + patience_s)
+        if self._thread.is_alive() and deadline < last:
             self._give_up(f"it has not answered for {patience_s:.0f} s")
+        elif self._thread.is_alive():
+            self._give_up(f"it has not taken all within {most_s:.0f} s")
 
     def _end(self, trial_id: str, failed: bool) -> None:
         shown = self._shown.pop(trial_id, None)

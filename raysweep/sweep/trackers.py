@@ -20,6 +20,7 @@ from raysweep.results.folders import MLFLOW
 from raysweep.sweep.tracker import Made, Tracker
 
 PATIENCE_S = 90.0  # for one thing to be told, once the last trial is done; more than wandb's own 60 s
+MOST_S = 900.0  # for all that is still to be told then; assumption
 LEAVE_S = 5.0  # the same where the sweep is interrupted
 
 
@@ -48,15 +49,15 @@ def tracking(
     names: of trackers;  folder, sweep: of the sweep, and its name;  tell: says what is waited for
     """
     trackers = [Tracker(name, KINDS[name].made(folder, sweep), folder) for name in names]
-    patience_s = LEAVE_S
+    patience_s = most_s = LEAVE_S
     try:
         yield list(trackers)
-        patience_s = PATIENCE_S
+        patience_s, most_s = PATIENCE_S, MOST_S
     finally:
         for tracker in trackers:
             tracker.end()
         for tracker in trackers:
-            tracker.wait(patience_s, tell)
+            tracker.wait(patience_s, most_s, tell)
 
 
 def check_trackers(names: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +18,12 @@ SEND_S = 60  # after the last trial
 
 class _Process(_WandbLoggingActor):
     """The process of a run. Tune kills it once `run` is over, and what wandb writes with then has to be at its end."""
+
+    def __init__(self, *arguments: Any, environment: Mapping[str, str], **options: Any) -> None:
+        """environment: of the launch, in which the user's key may be. As an argument, because Ray writes environments
+        of processes into its logs."""
+        os.environ.update(environment)
+        super().__init__(*arguments, **options)
 
     def run(self) -> None:
         super().run()
@@ -35,7 +42,8 @@ class WandbCallback(WandbLoggerCallback):
 
     def log_trial_start(self, trial: Any) -> None:
         if self._remote_logger_class is None:
-            self._remote_logger_class = actor_here(self._logger_actor_cls, _settings())
+            class_here = _WithSettings(actor_here(self._logger_actor_cls))
+            self._remote_logger_class = class_here  # type: ignore[assignment]
         super().log_trial_start(trial)
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
@@ -67,6 +75,16 @@ class WandbCallback(WandbLoggerCallback):
         super()._cleanup_logging_actor(trial)
         if failure is not None:
             raise failure
+
+
+class _WithSettings:
+    """Stands for the class of an actor that is handed the settings of this process."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def remote(self, *arguments: Any, **options: Any) -> Any:
+        return self._actor.remote(*arguments, environment=_settings(), **options)
 
 
 def _settings() -> dict[str, str]:

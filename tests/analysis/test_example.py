@@ -132,18 +132,18 @@ def test_it_is_small():
 
 
 def test_the_recipes_are_the_cheapest_as_good_as_the_best(report):
+    """By hand: behind the best mean of validation perplexity by less than the margin with the interval's upper end."""
     rows = load_results(STUDY / "results" / "study")
     rows["how"] = rows.granularity.fillna(rows.recovery) + np.where(rows.optimizer == "exact", " exact", "")
     for recipe in report.recipes.to_dict("records"):
-        here = rows[
-            (rows.sparsity == rows.set_index("trial_id").sparsity[recipe["trial_id"]])
-            & (rows.recovery != "dense")
-        ]
-        means = here.groupby(["criterion", "how"])[
-            ["validation_perplexity", "device_seconds_standalone"]
-        ].mean()
-        best = means.validation_perplexity.min()
-        near = means[means.validation_perplexity <= best + max(MARGIN, RELATIVE * best)]
-        criterion, how = near.device_seconds_standalone.idxmin()
         chosen = rows.set_index("trial_id").loc[recipe["trial_id"]]
-        assert (chosen.criterion, chosen.how) == (criterion, how)
+        here = rows[(rows.sparsity == chosen.sparsity) & (rows.recovery != "dense")]
+        by_seed = here.pivot_table(
+            index="calibration_seed", columns=["criterion", "how"], values="validation_perplexity"
+        )
+        best = by_seed.mean().idxmin()
+        behind = by_seed.sub(by_seed[best], axis=0)
+        upper = behind.mean() + stats.t.ppf(0.975, 4) * behind.std() / 5**0.5
+        good = upper[(upper <= max(MARGIN, RELATIVE * by_seed[best].mean())) | (upper.index == best)].index
+        seconds = here.groupby(["criterion", "how"]).device_seconds_standalone.mean()
+        assert (chosen.criterion, chosen.how) == seconds.loc[good].idxmin()

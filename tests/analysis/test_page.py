@@ -310,7 +310,8 @@ def test_without_validation_or_space_it_says_so(tmp_path):
 
 
 def test_what_is_there_is_not_called_missing(report):
-    assert [one for one in gaps(report) if "better one may lie beyond" not in one] == []
+    known = ("better one may lie beyond", "No retraining of the same masks in as much device time as")
+    assert [one for one in gaps(report) if not any(words in one for words in known)] == []
 
 
 def no_units(folder):

@@ -77,7 +77,8 @@ def test_a_sure_but_small_difference_is_equivalent():
 def test_what_does_not_depend_on_the_seed_is_known_exactly():
     same, other = comparison([7.0, 7.0], [7.0, 7.0]), comparison([7.0, 7.0], [9.0, 9.0])
     near = comparison([0.1 + 0.2, 0.3], [0.35, 0.35])
-    assert verdict(same, other, near) == [EQUIVALENT, BETTER, EQUIVALENT]
+    rounded = comparison([1.1 + 0.1, 2.3], [1.2, 2.3], Margin(0.0, 0.0))
+    assert verdict(same, other, near, rounded) == [EQUIVALENT, BETTER, EQUIVALENT, UNDECIDED]
     assert (other["low"], other["high"], other["spread"]) == (-2.0, -2.0, 0.0)
 
 
@@ -86,7 +87,9 @@ def test_without_seeds_nothing_is_decided():
     frame = advised(judged(pd.DataFrame([one, none])))
     assert frame.verdict.tolist() == [UNDECIDED, UNDECIDED]
     assert frame.more_seeds.tolist() == [2.0, 3.0]
-    assert "about 2 more seeds would decide" in in_words(frame.iloc[0])
+    assert (
+        in_words(frame.iloc[0]) == "a against b is undecided: -2 perplexity; one seed says nothing of chance"
+    )
     assert in_words(frame.iloc[1]) == "a and b have no seed in common"
     assert advised(judged(pd.DataFrame(columns=list(one)))).empty
 

@@ -1,6 +1,7 @@
 """What shards do is told every few seconds, in rates of the last minute."""
 
 import threading
+import time
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_shards_are_asked_until_the_end_and_what_fails_costs_one_answer(monkeypa
     group, units, enough = _Group(), [], threading.Event()
 
     def tell(states):
-        units.append(states[0].units)
+        units.append(states[0].units if states else None)
         if len(units) == 2:
             raise OSError("no space left")
         if len(units) == 4:
@@ -60,7 +61,9 @@ def test_shards_are_asked_until_the_end_and_what_fails_costs_one_answer(monkeypa
         assert enough.wait(30)
     asked = group.asked
     assert units[:4] == [1, 2, 4, 5]
+    assert units[-1] is None, "what was told last is that there are no shards"
     assert not any(thread.name == "raysweep watch" for thread in threading.enumerate())
+    time.sleep(0.1)
     assert group.asked == asked
 
 

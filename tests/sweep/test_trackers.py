@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import struct
 import sys
 import threading
@@ -316,7 +317,8 @@ def test_what_fails_in_a_process_of_wandb_is_heard_of(
     make_space, tmp_path, cluster, offline, warnings, monkeypatch
 ):
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    key = secrets.token_hex(20)
+    monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
@@ -325,6 +327,9 @@ def test_what_fails_in_a_process_of_wandb_is_heard_of(
     (said,) = warnings()
     assert said.startswith("nothing more is told to wandb: ")
     assert "127.0.0.1:9" in said
+    logs = [path for path in Path("/tmp/ray/session_latest/logs").rglob("*") if path.is_file()]
+    assert logs
+    assert [path.name for path in logs if key in path.read_text(errors="replace")] == []
 
 
 class Recorded:
@@ -332,12 +337,13 @@ class Recorded:
 
     def __init__(self) -> None:
         self.heard: list[tuple[Any, ...]] = []
-        self.fails_at, self.hangs = "", threading.Event()
+        self.fails_at, self.hangs, self.seconds = "", threading.Event(), 0.0
         self.hangs.set()
 
     def __getattr__(self, name: str) -> Any:
         def hear(*arguments: Any) -> None:
             self.hangs.wait()
+            time.sleep(self.seconds)
             self.heard.append((name, *map(str, arguments)))
             if name == self.fails_at:
                 raise OSError(f"no network for {name}")
@@ -372,11 +378,11 @@ def told(tracker: Tracker, trial: Any, *results: dict[str, Any]) -> None:
         tracker.on_trial_complete(0, [], trial)
 
 
-def ended(tracker: Tracker, patience_s: float = 30.0) -> list[str]:
+def ended(tracker: Tracker, patience_s: float = 30.0, most_s: float = 30.0) -> list[str]:
     """Ends the tracker; what was waited for."""
     said: list[str] = []
     tracker.end()
-    tracker.wait(patience_s, said.append)
+    tracker.wait(patience_s, most_s, said.append)
     return said
 
 
@@ -417,6 +423,30 @@ def test_one_warning_of_a_tracker_that_fails(planned, tmp_path, warnings, where)
     ended(tracker)
     assert warnings() == [f"nothing more is told to fake: no network for {where}; no row is lost"]
     assert sum(name == where for name, *_ in recorded.heard) == 1
+
+
+def test_nobody_waits_long_for_many_calls_of_which_each_is_answered(planned, tmp_path, warnings):
+    recorded = Recorded()
+    recorded.seconds = 0.2
+    tracker = Tracker("fake", recorded.made(), tmp_path)
+    told(tracker, planned[0], *({TIME: number, "validation_perplexity": 3.0} for number in range(100)))
+    begin = time.monotonic()
+    ended(tracker, patience_s=5.0, most_s=3.0)
+    assert time.monotonic() - begin < 10
+    assert warnings() == ["nothing more is told to fake: it has not taken all within 3 s; no row is lost"]
+    tracker._thread.join()
+    assert len(recorded.heard) < 60
+
+
+def test_the_settings_of_wandb_are_no_environment_that_ray_writes_down(monkeypatch):
+    pytest.importorskip("ray.air.integrations.wandb")
+    from raysweep.sweep.weights_and_biases import _WithSettings
+
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    sent: dict[str, Any] = {}
+    _WithSettings(SimpleNamespace(remote=lambda **options: sent.update(options))).remote(queue=1)
+    assert sent["environment"]["WANDB_API_KEY"] == "secret"
+    assert sent.keys() == {"environment", "queue"}
 
 
 def test_nobody_waits_for_a_tracker_that_hangs(planned, tmp_path, warnings):

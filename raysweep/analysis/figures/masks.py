@@ -11,7 +11,7 @@ import pandas as pd
 from raysweep.analysis.figures import style
 from raysweep.analysis.figures.style import Drawn, handles, in_order, looks, new_figure, readable, room_for
 from raysweep.analysis.report import Report
-from raysweep.analysis.settings import METRIC, PRUNED_ONLY, QUALITY
+from raysweep.analysis.settings import CHOICE, PRUNED_ONLY, QUALITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +21,9 @@ MOST_ROWS, MOST_COLUMNS = 40, 12
 
 
 def heat(report: Report, stratum: str, words: str, dense: float | None) -> Drawn | None:
-    """The best setting of every mask and method, chosen by validation as all others are."""
+    """The best setting of every mask and method, chosen as all others are."""
     mine = report.settings[report.settings["stratum"] == stratum]
-    best = mine[mine[QUALITY].notna()].sort_values(METRIC, kind="stable").drop_duplicates(["mask", "method"])
+    best = mine[mine[QUALITY].notna()].sort_values(CHOICE, kind="stable").drop_duplicates(["mask", "method"])
     if best.empty:
         return None
     table = best.pivot(index="mask", columns="method", values=QUALITY)
@@ -108,7 +108,7 @@ def _two_lines(name: str) -> str:
 def before_and_after(report: Report, stratum: str, words: str, dense: float | None) -> Drawn | None:
     """A line a mask, from the model that is only pruned to what each method makes of it."""
     mine = report.settings[(report.settings["stratum"] == stratum) & report.settings[QUALITY].notna()]
-    best = mine.sort_values(METRIC, kind="stable").drop_duplicates(["mask", "method"])
+    best = mine.sort_values(CHOICE, kind="stable").drop_duplicates(["mask", "method"])
     table = best.pivot(index="mask", columns="method", values=QUALITY)
     if PRUNED_ONLY not in table or len(table.columns) < 2:
         return None

@@ -108,11 +108,12 @@ def _finding(row: Mapping[Any, Any]) -> Finding:
 def method_in_words(report: Report) -> list[str]:
     """What the verdicts of this report mean, in two sentences."""
     margin, asked = report.margin, len(report.comparisons)
+    metric = report.search.metric.replace("_", " ")
     parts = [f"{margin.absolute:g} perplexity"] if margin.absolute else []
     parts += [f"{100 * margin.relative:g} % of the reference's mean"] if margin.relative else []
     larger = " or ".join(parts) + (", whichever is larger" if len(parts) > 1 else "")
     return [
-        "Every comparison pairs the values of equal seeds, at learning rates that validation text has chosen, in "
+        f"Every comparison pairs the values of equal seeds, at learning rates chosen by {metric}, in "
         f"perplexity on test text; intervals are those of the mean difference at {100 * (1 - ALPHA):.0f} %, by "
         "Student's t, each by itself, and say nothing of other models or texts.",
         "Better and worse mean that a two-sided paired t test finds a difference, equivalent that two one-sided t "

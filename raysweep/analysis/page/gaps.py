@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from raysweep.analysis.ladder import HIGHEST, LOWEST, ONLY
 from raysweep.analysis.page.words import count
+from raysweep.analysis.questions import ALIKE, EQUAL_COMPUTE, EQUAL_DATA
 from raysweep.analysis.report import Report
 from raysweep.analysis.settings import QUALITY
 
@@ -46,7 +47,21 @@ def _kinds(report: Report) -> list[str]:
         said.append("No reconstruction: granularities, streams and losses cannot be compared.")
     if "retrain" not in there:
         said.append("No retraining: whether reconstruction does as well, and for how much less, is open.")
+    elif "reconstruct" in there:
+        said += _retraining(report)
     return said
+
+
+def _retraining(report: Report) -> list[str]:
+    asked = set(report.comparisons["question"])
+    wanted = {EQUAL_DATA: "on as many tokens", EQUAL_COMPUTE: "in as much device time"}
+    lacking = [words for question, words in wanted.items() if question not in asked]
+    if not lacking:
+        return []
+    return [
+        f"No retraining of the same masks {' or '.join(lacking)} as reconstruction (within {ALIKE:g} times): shorter "
+        "or longer ones, by `epochs` or `data.num_samples`, would answer that."
+    ]
 
 
 def _chance(report: Report) -> list[str]:
