@@ -27,14 +27,18 @@ def learning_rate_curves(frame: pd.DataFrame, metric: str = METRIC, mode: str = 
     diverged = trained[(trained["status"] == "failed") & (trained["error_kind"] == NUMERICAL)]
     worst = np.inf if mode == "min" else -np.inf
     values = pd.concat([usable.assign(value=usable[metric]), diverged.assign(value=worst)])
-    firsts = values.drop_duplicates(["setting", "repeat", TUNED])
-    seeds = _of_all_rates(firsts)
-    compared = firsts[seeds | ~seeds.groupby(firsts["setting"]).transform("any")]
+    points = ["setting", "repeat", TUNED]
+    means = (
+        values.groupby(points, sort=False)["value"].mean().reset_index()
+    )  # over orders of steps on one set
+    seeds = _of_all_rates(means)
+    compared = means[seeds | ~seeds.groupby(means["setting"]).transform("any")]
     compared = compared.assign(infinite=np.isinf(compared["value"].astype(float)))
-    points = compared.groupby(["setting", TUNED], sort=False)
-    table = points.agg(
-        mean=("value", "mean"), seeds=("value", "count"), diverged=("infinite", "sum")
-    ).reset_index()
+    table = (
+        compared.groupby(["setting", TUNED], sort=False)
+        .agg(mean=("value", "mean"), seeds=("value", "count"), diverged=("infinite", "sum"))
+        .reset_index()
+    )
     order = {setting: place for place, setting in enumerate(values["setting"].unique())}
     table = table.assign(order=table["setting"].map(order)).sort_values(["order", TUNED], ignore_index=True)
     return table[["setting", TUNED, "mean", "seeds", "diverged"]]

@@ -101,12 +101,13 @@ def _bootstrapped(values: np.ndarray[Any, Any], mean: float) -> tuple[float, flo
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def judged(comparisons: pd.DataFrame, lower_is_better: bool = True) -> pd.DataFrame:
-    """The comparisons of a report with two columns more: verdict (of the value against its reference), and decisive
-    (the corrected p that it rests on; of an undecided one the smaller one, NaN where nothing could be tested)."""
+def judged(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of a report with two columns more: verdict (of the value against its reference; less is better),
+    and decisive (the corrected p that it rests on; of an undecided one the smaller one, NaN where nothing could be
+    tested)."""
     frame = comparisons.reset_index(drop=True)
     differs, equals = (_corrected(frame[f"p_{kind}"]) for kind in ("difference", "equivalence"))
-    is_better = (frame["difference"] < 0) == lower_is_better
+    is_better = frame["difference"] < 0
     verdicts = np.select(
         [equals <= ALPHA, (differs <= ALPHA) & is_better, differs <= ALPHA],
         [EQUIVALENT, BETTER, WORSE],
@@ -161,16 +162,16 @@ def _seeds_for(effect: float, level: float, side: str, known: int) -> float:
     return float(high)
 
 
-def in_words(row: Mapping[Any, Any], measure: str = "perplexity") -> str:
+def in_words(row: Mapping[Any, Any]) -> str:
     """A verdict as a sentence: `block is equivalent to subblock: +0.012 perplexity (-0.03 to +0.05), margin 0.1`."""
     name, other, verdict = row["value"], row["reference"], row["verdict"]
     if not row["seeds"]:
         return f"{name} and {other} have no seed in common"
     if row["seeds"] == 1:
-        seen = f"{row['difference']:+.3g} {measure}"
+        seen = f"{row['difference']:+.3g} perplexity"
         return f"{name} against {other} is undecided: {seen}; one seed says nothing of chance"
     interval = "" if math.isnan(row["low"]) else f" ({row['low']:+.3g} to {row['high']:+.3g})"
-    numbers = f"{row['difference']:+.3g} {measure}{interval}, margin {row['margin']:.3g}"
+    numbers = f"{row['difference']:+.3g} perplexity{interval}, margin {row['margin']:.3g}"
     if verdict == EQUIVALENT:
         return f"{name} is equivalent to {other}: {numbers}"
     if verdict != UNDECIDED:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+    from rich.table import Table
 
 PIPED_WIDTH = 80  # of text that no terminal shows, unless COLUMNS says otherwise
 
@@ -34,6 +35,16 @@ def output() -> Console:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return Console(width=_width(sys.stdout.isatty()), highlight=False, emoji=False)
+
+
+def new_table() -> Table:
+    """A table with a line under its head alone."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
+    )
 
 
 def messages() -> Console:

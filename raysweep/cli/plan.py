@@ -9,7 +9,7 @@ from dataclasses import asdict
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from raysweep.cli.console import messages, output, print_json, quiet_libraries
+from raysweep.cli.console import messages, new_table, output, print_json, quiet_libraries
 from raysweep.cli.numbers import count, large
 from raysweep.cli.spaces import load_space
 from raysweep.config.expansion import Sampled
@@ -267,17 +267,8 @@ def _core_words(plan: ShardPlan, node: Node) -> str:
     return f"{each} on {count(int(node.cpus), 'core')}{gpus}{shared}"
 
 
-def _new_table() -> Table:
-    from rich import box
-    from rich.table import Table
-
-    return Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
-    )
-
-
 def _trials_table(prepared: Launch, model: PreparedModel) -> Table:
-    table = _new_table()
+    table = new_table()
     table.add_column("recovery")
     table.add_column("granularity")
     for title in ("trials", "to run"):
@@ -296,7 +287,7 @@ def _memory_table(plan: ShardPlan) -> Table:
     alike: dict[ShardMemory, list[int]] = defaultdict(list)
     for shard, memory in enumerate(plan.memory):
         alike[memory].append(shard)
-    table = _new_table()
+    table = new_table()
     table.add_column("peak memory in MiB")
     for shards in alike.values():
         table.add_column(f"{'shard' if len(shards) == 1 else 'each of'} {_ranges(shards)}", justify="right")

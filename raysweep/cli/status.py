@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.cells import best_cells
-from raysweep.cli.console import output, print_json, say, terminal_height
+from raysweep.cli.console import new_table, output, print_json, say, terminal_height
 from raysweep.cli.numbers import duration, large
 from raysweep.cli.results import labeled_rows
 from raysweep.config.space import SearchSpace
@@ -158,12 +158,7 @@ def _tally(folder: Path) -> Tally | None:
 
 def _table(*titles: str, right: Container[int]) -> Table:
     """right: columns of numbers"""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False
-    )
+    table = new_table()
     for number, title in enumerate(titles):
         table.add_column(title, justify="right" if number in right else "left", overflow="fold")
     return table

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,37 +99,20 @@ def set_up(
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
     May be called again with another calibration set; weights are not read again.
     """
-    own_criteria = group.portable(own_criteria or {})
+    groups = group.replicas
+    portable = group.portable(own_criteria or {})
     group.forget_shared()
-    set_up_one = partial(
-        _set_up_one,
-        ranges=ranges,
-        texts=texts,
-        granularities=granularities,
-        model=model,
-        own_criteria=own_criteria,
-    )
-    with ThreadPoolExecutor(len(group.replicas)) as pool:
-        group.info, *_ = pool.map(set_up_one, group.replicas)
-    return group.info
-
-
-def _set_up_one(
-    group: OwnedGroup,
-    ranges: Sequence[tuple[int, int]],
-    texts: Mapping[str, Ids],
-    granularities: Sequence[str],
-    model: ModelShape,
-    own_criteria: Mapping[str, Any],
-) -> GroupInfo:
-    keep_halves = "subblock" in granularities
-    _all(group, "forget_texts", keep_halves)
-    _all(group, "set_own_criteria", own_criteria)
-    infos = {name: _set_text(group, name, ids_ST) for name, ids_ST in texts.items()}
+    for one in groups:
+        _all(one, "forget_texts", "subblock" in granularities)
+        _all(one, "set_own_criteria", portable)
+    infos: dict[str, TextInfo] = {}
+    for name, ids_ST in texts.items():
+        infos[name], *_ = [_set_text(one, name, ids_ST) for one in groups]
     for name in (CALIBRATION, VALIDATION):
         if name in infos:
-            _dense_pass(group, infos[name])
-    return _describe(group, ranges, infos, granularities, model)
+            _dense_pass(groups, infos[name])
+    group.info = _describe(group, ranges, infos, granularities, model)
+    return group.info
 
 
 def _all(group: ShardGroup, method: str, *arguments: Any) -> list[Any]:
@@ -151,21 +132,28 @@ def _set_text(group: OwnedGroup, name: str, ids_ST: Ids) -> TextInfo:
     return TextInfo(name, tuple(batches), tokens)
 
 
-def _dense_pass(group: OwnedGroup, text: TextInfo) -> None:
-    """Batches follow one another through the chain; hidden states go from shard to shard, not through here."""
-    ahead: deque[Any] = deque()
-    before: list[Any] = [None] * group.shards
+def _dense_pass(groups: Sequence[OwnedGroup], text: TextInfo) -> None:
+    """Batches follow one another through the chain of every group; hidden states go from shard to shard, not through
+    here."""
+    ahead: deque[tuple[OwnedGroup, Any]] = deque()
+    before: list[list[Any]] = [[None] * group.shards for group in groups]
     for start, stop in text.batches:
-        ref = None
-        for shard in range(group.shards):
-            label = f"dense {text.name}[{start}:{stop}]"
-            arguments = (text.name, text.samples, start, stop, ref, before[shard])
-            ref = before[shard] = group.submit(shard, 0, "dense_pass", *arguments, label=label)
-        ahead.append(ref)
-        if len(ahead) > BATCHES_AHEAD:
-            group.result(ahead.popleft())
+        for group, last in zip(groups, before, strict=True):
+            ref = None
+            for shard in range(group.shards):
+                label = f"dense {text.name}[{start}:{stop}]"
+                arguments = (text.name, text.samples, start, stop, ref, last[shard])
+                ref = last[shard] = group.submit(shard, 0, "dense_pass", *arguments, label=label)
+            ahead.append((group, ref))
+        while len(ahead) > BATCHES_AHEAD * len(groups):
+            _take(ahead)
     while ahead:
-        group.result(ahead.popleft())
+        _take(ahead)
+
+
+def _take(ahead: deque[tuple[OwnedGroup, Any]]) -> None:
+    group, ref = ahead.popleft()
+    group.result(ref)
 
 
 def _describe(

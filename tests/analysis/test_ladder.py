@@ -61,6 +61,19 @@ def test_means_over_several_seeds_decide(tmp_path):
     assert (one["learning_rate"], one["mean"], one["seeds"]) == (1e-2, 7.5, 2)
 
 
+def test_orders_of_steps_on_one_calibration_set_are_averaged(tmp_path):
+    """Seeds of trials crossed with those of calibration sets: neither the first one nor their number decides."""
+    rows = ladder({1e-3: 7.0, 1e-2: 7.4}, seed=1) + ladder({1e-3: 7.0, 1e-2: 7.4}, seed=2, start=10)
+    rows += [
+        one
+        | {"trial_id": f"{50 + n:016x}", "seed": 9}
+        | {"validation_perplexity": 9.0 if n % 2 == 0 else 7.4}
+        for n, one in enumerate(rows)
+    ]
+    (one,) = best_of(rows, tmp_path).values()
+    assert (one["learning_rate"], one["mean"], one["seeds"]) == (1e-2, 7.4, 2)
+
+
 def test_of_equal_ones_the_smallest(tmp_path):
     (one,) = best_of(ladder({1e-2: 7.0, 1e-4: 7.0, 1e-3: 7.0}), tmp_path).values()
     assert (one["learning_rate"], one["place"]) == (1e-4, "lowest")

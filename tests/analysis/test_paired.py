@@ -32,8 +32,8 @@ def comparison(values, references, margin=MARGIN, **about):
     return {"value": "a", "reference": "b"} | about | difference(values, references, margin)
 
 
-def verdict(*comparisons, lower_is_better=True):
-    return judged(pd.DataFrame(list(comparisons)), lower_is_better).verdict.tolist()
+def verdict(*comparisons):
+    return judged(pd.DataFrame(list(comparisons))).verdict.tolist()
 
 
 def test_a_difference_is_that_of_the_textbook():
@@ -64,7 +64,6 @@ def test_better_worse_equivalent_and_undecided():
     wide = base + np.array([0.5, -0.4, 0.3, -0.6, 0.2, 0.1])
     found = [comparison(values, base) for values in (lower, higher, same, wide)]
     assert verdict(*found) == [BETTER, WORSE, EQUIVALENT, UNDECIDED]
-    assert verdict(*found, lower_is_better=False) == [WORSE, BETTER, EQUIVALENT, UNDECIDED]
 
 
 def test_a_sure_but_small_difference_is_equivalent():
