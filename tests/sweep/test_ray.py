@@ -56,7 +56,8 @@ def test_ray_and_the_twin_in_process_give_the_same_numbers(
     assert not ray.is_initialized()
 
 
-@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("shards", [1, 2])
 def test_replicas_take_trials_and_no_number_differs(make_space, tmp_path, tiny_llama, cluster, shards):
     """Masks behind pruned blocks lie in the shards of one replica; the perplexity of the pruned model serves all."""
     recovered = {
@@ -88,6 +89,7 @@ def test_replicas_take_trials_and_no_number_differs(make_space, tmp_path, tiny_l
     assert len({lines[event["pid"]] for event in dense}) == 2 * shards
 
 
+@pytest.mark.long
 def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_path, twin, tiny_llama, cluster):
     """One is killed while it loads, one of the next group before its dense pass, one when two trials have rows."""
     if not (twin / "tiny").exists():
@@ -132,6 +134,7 @@ def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_pat
     assert_same_numbers(twin / "tiny", tmp_path / "tiny")
 
 
+@pytest.mark.long
 def test_trials_share_a_few_processes(make_space, tmp_path, cluster):
     """However short they are: a process takes seconds to start, and Tune gives up what it starts too often."""
     sparsities = [round(0.1 + 0.05 * k, 2) for k in range(12)]
@@ -189,6 +192,7 @@ def _ask_until_it_fails(group: RayGroup) -> None:
         group.result(group.submit(0, 0, "text_batches", 3, 2048))
 
 
+@pytest.mark.long
 def test_numerical_failures_keep_their_kind_over_ray(make_space, space_dict, tmp_path, cluster):
     space_dict["sweep"] = [
         {
@@ -205,6 +209,7 @@ def test_numerical_failures_keep_their_kind_over_ray(make_space, space_dict, tmp
     assert rows.status.loc[0.01] == "finished"
 
 
+@pytest.mark.long
 def test_an_interrupt_keeps_finished_rows_and_leaves_no_process(make_space, space_dict, tmp_path):
     space_dict["sweep"][1]["epochs"] = 40
     space = make_space()

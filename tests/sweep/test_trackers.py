@@ -111,6 +111,7 @@ def test_tensorboard_shows_every_trial_and_no_number_differs(make_space, tmp_pat
     assert warnings() == []
 
 
+@pytest.mark.long
 def test_of_a_remote_storage_logs_lie_in_the_mirror(make_space, tmp_path, cluster, monkeypatch):
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "mirrors"))
     space = with_trackers(make_space, "tensorboard", sweep=[{"recovery": "none", **MASK}])
@@ -290,6 +291,7 @@ def test_every_tracker_of_the_settings_is_there():
 # What goes wrong
 
 
+@pytest.mark.long
 def test_a_tracker_that_cannot_write_costs_no_row(make_space, tmp_path, cluster, warnings):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "tensorboard").write_text("no folder")
