@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from raysweep.cluster.nodes import this_node
 from raysweep.config.paths import typed_path
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
-from raysweep.errors import CapacityError, UsageError
+from raysweep.errors import CapacityError, StorageError, UsageError, first_line
 from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
@@ -24,6 +25,7 @@ from raysweep.launching.recorder import recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
 from raysweep.launching.tracing import Tracing
+from raysweep.results.cleaning import put_many_together
 from raysweep.results.folders import (
     SPACE_FILE,
     UNFINISHED,
@@ -43,6 +45,8 @@ from raysweep.sweep.prepare import prepare
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger(__name__)
 
 
 def launch(
@@ -244,6 +248,10 @@ def _run(
         _remove_leftovers(replace(prepared, rows=trial_rows(prepared.folder)))
         if tracing is not None:
             tracing.write(prepared.folder)
+    try:
+        put_many_together(prepared.folder)
+    except StorageError as error:  # the sweep is finished all the same
+        log.warning("The files of finished trials stay apart: %s", first_line(error))
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:

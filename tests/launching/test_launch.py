@@ -15,11 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raysweep.errors import NumericalError, RaysweepError, UsageError
+from raysweep.errors import NumericalError, RaysweepError, StorageError, UsageError
 from raysweep.launching.launch import launch
 from raysweep.launching.progress import Silent
 from raysweep.launching.runners import InProcess
 from raysweep.reconstruction import range as block_range
+from raysweep.results import cleaning
+from raysweep.results.folders import TRIALS, UNITS, row_files
 from raysweep.results.lock import holder_of, launch_lock
 from raysweep.results.reader import load_results, load_units
 from raysweep.results.state import SweepState
@@ -135,6 +137,33 @@ def test_dense_pass_statistics_and_masks_are_made_once_for_all_trials(
     assert calls.count("dense_pass") == 2 * batches
     assert len(made) == 2 * 4 * 7  # criteria, blocks, linears
     assert len(set(made)) == 4 * 7
+
+
+def test_many_files_become_one(make_space, tmp_path, monkeypatch, calls):
+    """And where they cannot, that costs no row."""
+    folder = tmp_path / "tiny"
+
+    def masks(*sparsities: float):
+        return make_space(sweep=[{"recovery": "none", "criterion": "wanda", "sparsity": [*sparsities]}])
+
+    def full(*_):
+        raise StorageError("no space left")
+
+    launched(masks(0.5), tmp_path)
+    assert len(list(row_files(folder, TRIALS))) == 2  # few stay apart
+    monkeypatch.setattr(cleaning, "MANY", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(cleaning, "compact", full)
+        before, units = launched(masks(0.5, 0.6), tmp_path), load_units(folder)
+    assert len(list(row_files(folder, TRIALS))) == len(before) == 3
+    after = launched(masks(0.5, 0.6, 0.7), tmp_path)
+    assert not [*row_files(folder, TRIALS), *row_files(folder, UNITS)]
+    known = after[after.trial_id.isin(before.trial_id)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(known, before)
+    assert len(load_units(folder)) > len(units)
+    calls.clear()
+    launched(masks(0.5, 0.6, 0.7), tmp_path)
+    assert calls == []
 
 
 def test_a_finished_trial_is_never_run_again_and_a_grid_can_grow(make_space, space_dict, tmp_path, calls):
