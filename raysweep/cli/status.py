@@ -132,15 +132,17 @@ def _shard_table(activity: list[dict[str, Any]]) -> Table:
 
     from raysweep.shards.plan import format_bytes
 
-    table = _table("shard", "busy", "units/min", "trained/s", "evaluated/s", "kept", right=range(6))
-    table.add_column("now", overflow="ellipsis", no_wrap=True)
+    rates = ("units\n/min", "trained\ntok/s", "eval\ntok/s")
+    table = _table("shard", "busy", *rates, "kept", right=range(6))
+    table.expand = True
+    table.add_column("now", overflow="ellipsis", no_wrap=True, ratio=1)  # has the room that is left
     for shard, one in enumerate(activity):
-        rates = [one[f"{name}_per_second"] for name in ("units", "trained_tokens", "evaluated_tokens")]
+        told = [one[f"{name}_per_second"] for name in ("units", "trained_tokens", "evaluated_tokens")]
         table.add_row(
             str(shard),
             "" if one["busy"] is None else f"{one['busy']:.0%}",
-            "" if rates[0] is None else f"{60 * rates[0]:.1f}",
-            *("" if rate is None else large(round(rate)) for rate in rates[1:]),
+            "" if told[0] is None else f"{60 * told[0]:.1f}",
+            *("" if rate is None else large(round(rate)) for rate in told[1:]),
             format_bytes(one["stored_bytes"]),
             Text(one["doing"] or "waits", style="" if one["doing"] else "dim"),
         )

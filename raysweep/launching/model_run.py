@@ -61,7 +61,6 @@ class ModelRun:
         self.progress, self.tracing = recorder.progress, tracing
         self._nodes, self._fail_fast, self.has_failed = nodes, fail_fast, False
         self._begun, self._heard_of, self._lost = now(), set[str](), Counter[str]()
-        self._labels = {trial.trial_id: trial.label for trial in model.trials}
         steps = prepared.space.execution.checkpoint_steps
         self.retraining = Retraining(prepared.folder, model, prepared.to_retrain(model), steps)
 
@@ -151,7 +150,7 @@ class ModelRun:
         # A name is taken for a while after its group has ended, so that each has another.
         name = f"{self.prepared.tag}/{secrets.token_hex(2)}"
         with self.runner.group(name, specs, self.plan) as group:
-            with watching(group, self.recorder.shards, self._label_of):
+            with watching(group, self.recorder.shards):
                 self._go_through(phases, group, retrained)
             if self.tracing is not None:
                 self.tracing.add_shards(group.spans())
@@ -164,10 +163,6 @@ class ModelRun:
             if not retrained:
                 waiting = self.prepared.remaining(phase, retrained=True)
                 self.retraining.write_starts(group, waiting, self.progress.stage)
-
-    def _label_of(self, trial_id: str) -> str:
-        """Of a trial that a search has proposed, which has no place in the space, its id."""
-        return self._labels.get(trial_id, trial_id)
 
     def _has_work(self, phase: Phase, retrained: bool) -> bool:
         waiting = self.prepared.remaining(phase, retrained=True)

@@ -89,7 +89,16 @@ class Retraining:
             name = f"{trial.start_id}@start"
             try:
                 unfinished = unfinished_folder(self.folder, str(trial.start_id))
-                write_start(group, trial.trial, name, trial.number, folders.start, trial.trial_id, unfinished)
+                arguments = (
+                    group,
+                    trial.trial,
+                    name,
+                    trial.number,
+                    folders.start,
+                    trial.trial_id,
+                    unfinished,
+                )
+                write_start(*arguments, trial.label)
             except (ShardLostError, StorageError):
                 raise
             except RaysweepError as error:  # a criterion of the user's own, or numbers that are not finite

@@ -24,17 +24,10 @@ Shards = tuple[ShardState, ...]
 
 
 @contextmanager
-def watching(
-    group: OwnedGroup, tell: Callable[[Shards], None], name_of: Callable[[str], str]
-) -> Iterator[None]:
-    """Tells the state of the group's shards within the context, and at its end that there are none.
-
-    name_of: what to call a trial, by its id
-    """
+def watching(group: OwnedGroup, tell: Callable[[Shards], None]) -> Iterator[None]:
+    """Tells the state of the group's shards within the context, and at its end that there are none."""
     ended = threading.Event()
-    thread = threading.Thread(
-        target=_watch, args=(group, tell, name_of, ended), name="raysweep watch", daemon=True
-    )
+    thread = threading.Thread(target=_watch, args=(group, tell, ended), name="raysweep watch", daemon=True)
     thread.start()
     try:
         yield
@@ -45,10 +38,8 @@ def watching(
             tell(())
 
 
-def _watch(
-    group: OwnedGroup, tell: Callable[[Shards], None], name_of: Callable[[str], str], ended: threading.Event
-) -> None:
-    rates = Rates(name_of)
+def _watch(group: OwnedGroup, tell: Callable[[Shards], None], ended: threading.Event) -> None:
+    rates = Rates()
     while not ended.wait(ASK_EVERY_S):
         try:
             activities = group.activities()
@@ -61,8 +52,7 @@ def _watch(
 class Rates:
     """What shards did in the last minute, from what they say that they have done since they were loaded."""
 
-    def __init__(self, name_of: Callable[[str], str]) -> None:
-        self._name_of = name_of
+    def __init__(self) -> None:
         self._seen: deque[tuple[float, Sequence[Activity]]] = deque()
 
     def after(self, moment: float, activities: Sequence[Activity]) -> Shards:
@@ -75,9 +65,7 @@ class Rates:
         return tuple(self._state(now, then, seconds) for now, then in zip(activities, before, strict=True))
 
     def _state(self, now: Activity, then: Activity, seconds: float) -> ShardState:
-        trial, separator, call = now.doing.rpartition(": ")
-        doing = f"{self._name_of(trial.rpartition('@')[2])}: {call}" if separator else call
-        state = ShardState(units=now.counts.units, stored_bytes=now.stored_bytes, doing=doing)
+        state = ShardState(units=now.counts.units, stored_bytes=now.stored_bytes, doing=now.doing)
         if seconds <= 0:
             return state
         return replace(

@@ -23,15 +23,16 @@ class Calls:
     """Knows which of its calls nobody has heard of yet, so that it can wait for them before it cleans up.
 
     name: of the trial, unlike that of any other in flight;  order: lower goes first at every shard
+    label: of the trial for people, who see it in Ray's dashboard and in `raysweep status`
     """
 
-    def __init__(self, group: ShardGroup, name: str, order: int) -> None:
-        self.group, self.name, self.order = group, name, order
+    def __init__(self, group: ShardGroup, name: str, order: int, label: str) -> None:
+        self.group, self.name, self.order, self.label = group, name, order, label
         self.info: GroupInfo = group.info
         self._open: set[Ref] = set()
 
     def submit(self, shard: int, method: str, *arguments: Any, label: str = "") -> Ref:
-        label = f"{self.name}: {label or method.replace('_', ' ')}"
+        label = f"{self.label}: {label or method.replace('_', ' ')}"
         ref = self.group.submit(shard, self.order, method, *arguments, label=label)
         self._open.add(ref)
         return ref

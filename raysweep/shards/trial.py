@@ -79,13 +79,15 @@ def run_in_rungs(
     rungs: Sequence[float],
     metric: str | None = None,
     folders: TrialFolders = NO_FOLDERS,
+    label: str = "",
 ) -> Generator[Rung | Outcome]:
     """The same with a halt at each of `rungs`, fractions of the blocks; the outcome comes last.
 
     metric: the column to be measured at a rung. Closing the iterator between two of them ends the trial there.
+    label: what people see of the trial while it runs; its name by default
     """
     started = time.monotonic()
-    run = _Run(group, name, order, folders)
+    run = _Run(group, name, order, folders, label)
     if trial.is_dense:
         outcome = run.dense()
     elif trial.is_pruned_only:
@@ -99,14 +101,22 @@ def run_in_rungs(
 
 
 def write_start(
-    group: ShardGroup, trial: Trial, name: str, order: int, folder: Path, owner: str, unfinished: Path
+    group: ShardGroup,
+    trial: Trial,
+    name: str,
+    order: int,
+    folder: Path,
+    owner: str,
+    unfinished: Path,
+    label: str = "",
 ) -> None:
     """Makes the masks of a retraining and the weights that it starts from, and writes them by block.
 
     owner: the trial on whose account they are made;  unfinished: for their units, until they are written
+    label: as of `run_in_rungs`
     Raises NumericalError as `run_trial` does.
     """
-    _Run(group, name, order, TrialFolders(unfinished=unfinished)).write_start(trial, folder, owner)
+    _Run(group, name, order, TrialFolders(unfinished=unfinished), label).write_start(trial, folder, owner)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -135,10 +145,10 @@ def only_pruned(trial: Trial) -> Trial:
 
 
 class _Run:
-    def __init__(self, group: ShardGroup, name: str, order: int, folders: TrialFolders) -> None:
+    def __init__(self, group: ShardGroup, name: str, order: int, folders: TrialFolders, label: str) -> None:
         self.group, self.name, self.order, self.folders = group, name, order, folders
         self.info: GroupInfo = group.info
-        self.calls = Calls(group, name, order)
+        self.calls = Calls(group, name, order, label or name)
         self._evaluations: Finished = []  # of the trial's own weights, at rungs and at the end
 
     # The kinds of trial

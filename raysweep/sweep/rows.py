@@ -118,7 +118,7 @@ def run_in_steps(
                 pruned=unfinished_folder(rows.folder, trial.pruned_id) if trial.pruned_id else None,
                 dense=unfinished_folder(rows.folder, trial.dense_id),
             )
-        with closing(run_in_rungs(*arguments, folders)) as steps:
+        with closing(run_in_rungs(*arguments, folders, trial.label)) as steps:
             for found in steps:
                 if isinstance(found, Rung):
                     passed.append(found)

@@ -155,6 +155,7 @@ def run_phase(
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrainable, context=context), resources=resources
     )
+    trainable.__qualname__ = "SweepTrial"  # what Ray's dashboard calls its actors
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

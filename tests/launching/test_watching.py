@@ -16,7 +16,7 @@ from raysweep.shards.counts import Counts
 
 
 def test_rates_are_those_of_the_last_minute():
-    rates = Rates({"ab12": "wanda 0.5"}.get)
+    rates = Rates()
     moments = {  # seconds: units, trained tokens, evaluated tokens, busy seconds
         100: (5, 1_000, 0, 50.0),
         130: (8, 4_000, 300, 80.0),
@@ -25,7 +25,7 @@ def test_rates_are_those_of_the_last_minute():
     }
     states = {}
     for moment, (units, trained, evaluated, busy) in moments.items():
-        doing = "pruned-77@ab12: forward x[0:1]" if moment < 190 else ""
+        doing = "wanda 0.5: forward x[0:1]" if moment < 190 else ""
         (states[moment],) = rates.after(moment, [Activity(Counts(units, trained, evaluated), busy, 9, doing)])
     assert states[100] == ShardState(5, 9, "wanda 0.5: forward x[0:1]")
     assert states[130] == ShardState(8, 9, "wanda 0.5: forward x[0:1]", 1.0, 0.1, 100.0, 10.0)
@@ -57,7 +57,7 @@ def test_shards_are_asked_until_the_end_and_what_fails_costs_one_answer(monkeypa
         if len(units) == 4:
             enough.set()
 
-    with watching(group, tell, str):
+    with watching(group, tell):
         assert enough.wait(30)
     asked = group.asked
     assert units[:4] == [1, 2, 4, 5]
