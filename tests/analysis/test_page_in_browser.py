@@ -7,7 +7,7 @@ import pytest
 from raysweep.analysis.page.folder import write_report
 from raysweep.analysis.report import report_of
 from tests.analysis import sweeps
-from tests.analysis.browser import EXECUTABLE, Browser, browser
+from tests.browser import EXECUTABLE, Browser, browser
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium here")
 

@@ -1,9 +1,10 @@
 """Sweeps submitted to a real cluster from a machine outside of it: they outlive who submits them, and can be watched
-and ended from there."""
+and ended from there, also in Ray's dashboard."""
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from raysweep.launching.launch import launch
+from tests.browser import EXECUTABLE, Browser, browser
 from tests.cluster.nodes import head_environment, node, skip_without_namespaces, wait_for
 from tests.frames import assert_same_numbers
 
@@ -135,3 +137,30 @@ def test_it_can_be_ended_from_there(outside, make_space):
     assert again.returncode == 130
     assert "tiny goes on; `raysweep stop tiny --address" in words
     assert outside.state()["state"] == "running"
+
+
+@pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium on this machine")
+def test_the_dashboard_shows_shards_and_trials_by_name(outside, make_space, tmp_path):
+    """Shards by their group and number, trials as such, calls by trial and unit."""
+    space = make_space(sweep=[SWEEP[0], SWEEP[1] | {"epochs": 10_000}], execution={"shards": 2})
+    (outside.folder / "space.yaml").write_text(space.resolved_yaml())
+    client = outside.start("launch", "space.yaml")
+    wait_until_running(outside)
+    with browser(tmp_path / "profile") as page:
+        token = (outside.home / ".ray" / "auth_token").read_text()
+        page.call("Network.setExtraHTTPHeaders", headers={"Authorization": f"Bearer {token}"})
+        page.open(f"{outside.address}/#/actors")
+        group = r"raysweep/tiny-[0-9a-f]{4}/[0-9a-f]{4}"
+        wait_for_words(page, rf"{group}/0", rf"{group}/1", r"SweepTrial\s+-\s+-\s+ALIVE")
+        told = page.eval("fetch('/api/v0/tasks?limit=10000').then(answer => answer.text())")
+        assert re.search(r'"name": ?"wanda/row 0.5 (subblock|block): recover [0-3]', told), told[:2000]
+    assert "has ended" in outside.says("stop", "tiny")
+    client.communicate(timeout=60)
+
+
+def wait_for_words(page: Browser, *patterns: str) -> None:
+    """Until the page shows them all."""
+    deadline = time.monotonic() + 90
+    while not all(re.search(pattern, shown := page.eval("document.body.innerText")) for pattern in patterns):
+        assert time.monotonic() < deadline, shown
+        time.sleep(1)
