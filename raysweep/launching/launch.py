@@ -243,7 +243,9 @@ def _run(
                 run.run()
                 if fail_fast and run.has_failed:
                     break
-        _remove_leftovers(replace(prepared, rows=trial_rows(prepared.folder)))
+        prepared = replace(prepared, rows=trial_rows(prepared.folder))
+        _remove_leftovers(prepared)
+        _tidy_artifacts(prepared)  # of trials that were begun again and are not kept
         if tracing is not None:
             tracing.write(prepared.folder)
 
