@@ -250,6 +250,11 @@ class ExecutionConfig(BaseModel):
         default=None,
         values="a folder, a URI such as s3://BUCKET/PREFIX, or null",
     )
+    keep: Literal["none", "best", "all"] = setting(
+        "trials whose weights stay on storage, for `raysweep export`: none, the best one of every cell of "
+        "`search.compare_within` by `search.metric`, or all; a better one takes the place of what was kept",
+        default="best",
+    )
     trackers: Annotated[tuple[str, ...], BeforeValidator(_known_trackers)] = setting(
         "experiment trackers that are told of every trial, by Ray Tune's own callbacks; each needs its package",
         default=(),

@@ -25,6 +25,7 @@ from raysweep.launching.recorder import recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
 from raysweep.launching.tracing import Tracing
+from raysweep.results.artifacts import Keeping, remove_unfinished
 from raysweep.results.cleaning import put_many_together
 from raysweep.results.folders import (
     SPACE_FILE,
@@ -236,6 +237,7 @@ def _run(
     with pushing(prepared.folder, held) as check:
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
+        _tidy_artifacts(prepared)
         tracing = progress if isinstance(progress, Tracing) else None
         shown = runner.watched(progress, prepared)
         recording = recorded(prepared, runner, plans[0].all_shards, shown, check)
@@ -245,7 +247,9 @@ def _run(
                 run.run()
                 if fail_fast and run.has_failed:
                     break
-        _remove_leftovers(replace(prepared, rows=trial_rows(prepared.folder)))
+        prepared = replace(prepared, rows=trial_rows(prepared.folder))
+        _remove_leftovers(prepared)
+        _tidy_artifacts(prepared)  # of trials that were begun again and are not kept
         if tracing is not None:
             tracing.write(prepared.folder)
     try:
@@ -280,6 +284,15 @@ def refuse_mirror_of_one_node(folder: Path) -> None:
             remedy=f"Set {CACHE_VARIABLE} to a folder that all nodes share, use such a one as --storage, or retrain on "
             "one node.",
         )
+
+
+def _tidy_artifacts(prepared: Launch) -> None:
+    """Removes of the kept trials what was interrupted, and what better ones have replaced."""
+    finished = {identity for identity, row in prepared.rows.items() if row["status"] == "finished"}
+    remove_unfinished(prepared.folder, finished)
+    Keeping.of(prepared.space.execution.keep, prepared.space.search).remove_superseded(
+        prepared.folder, finished
+    )
 
 
 def _remove_leftovers(prepared: Launch) -> None:
