@@ -20,9 +20,10 @@ from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
-from raysweep.launching.recorder import recorded
+from raysweep.launching.recorder import Recorder, recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
+from raysweep.launching.tasks import kept_weights, measure_tasks, places, task_jobs
 from raysweep.launching.tracing import Tracing
 from raysweep.results.folders import (
     SPACE_FILE,
@@ -38,6 +39,7 @@ from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.remote import remote_of
 from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
+from raysweep.shards.plan import ShardPlan
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
 
@@ -195,7 +197,7 @@ def _launch_on_ray(
         _check_fit(prepared)
     with _in_hand(folder) as held:
         prepared = _with_rows(prepared)
-        if not prepared.to_run:
+        if not _is_anything_left(prepared):
             _say_done(prepared, progress)
             return
         other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
@@ -219,11 +221,13 @@ def _in_hand(folder: Path) -> Iterator[Callable[[], None]]:
 def _run(
     prepared: Launch, runner: Runner, held: Callable[[], None], progress: Progress, fail_fast: bool
 ) -> None:
-    if not prepared.to_run:
+    if not _is_anything_left(prepared):
         _say_done(prepared, progress)
         return
     nodes = runner.nodes()
     plans = make_plans(prepared.models, prepared.space, nodes)
+    if prepared.tasks is not None:
+        places(prepared.models, nodes)
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
     if len(nodes) > 1:
         refuse_unshared(prepared.folder, runner)
@@ -241,9 +245,24 @@ def _run(
                 run.run()
                 if fail_fast and run.has_failed:
                     break
+            else:
+                _measure_tasks(prepared, runner, recorder, plans[0])
         _remove_leftovers(replace(prepared, rows=trial_rows(prepared.folder)))
         if tracing is not None:
             tracing.write(prepared.folder)
+
+
+def _is_anything_left(prepared: Launch) -> bool:
+    return bool(prepared.to_run or task_jobs(prepared, kept_weights(prepared.folder)))
+
+
+def _measure_tasks(prepared: Launch, runner: Runner, recorder: Recorder, plan: ShardPlan) -> None:
+    """The devices are free by then: shards and retraining have ended."""
+    if prepared.tasks is None:
+        return
+    recorder.begin(plan)
+    there = _with_rows(prepared)
+    measure_tasks(there, kept_weights(prepared.folder), runner, runner.nodes(), recorder.progress.stage)
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:

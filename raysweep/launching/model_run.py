@@ -188,6 +188,7 @@ class ModelRun:
         keep = {} if retrained else self.retraining.starts(prepared.remaining(phase, retrained=True))
         goes_on = len(self._nodes) == 1 or is_shared(prepared.folder)
         rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep, goes_on)
+        rows = replace(rows, tasks=prepared.space.evaluation.tasks)
         self.recorder.begin(self.plan)
         while True:
             proposals = self._proposals(phase, retrained)

@@ -14,6 +14,7 @@ from raysweep.config.space import SearchSpace
 from raysweep.config.studies import Study
 from raysweep.fingerprint import fingerprint
 from raysweep.launching.retraining import is_retrained, retrain_plan
+from raysweep.model.tasks import TaskSet
 from raysweep.results.schema import NUMERICAL
 from raysweep.shards.memory import SIZES
 from raysweep.sweep.identified import SweepTrial
@@ -41,6 +42,11 @@ class Launch:
     def tag(self) -> str:
         """Tells sweeps of one name in different storages apart, on a cluster that runs both."""
         return f"{self.space.name}-{fingerprint(str(self.folder))[:4]}"
+
+    @property
+    def tasks(self) -> TaskSet | None:
+        """That models are measured on, the same for all."""
+        return self.models[0].tasks
 
     @property
     def trials(self) -> list[SweepTrial]:

@@ -21,6 +21,7 @@ STORAGE_VARIABLE = "RAYSWEEP_STORAGE"
 DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
 TUNE, RETRAINING, UNFINISHED = "tune", "retraining", "unfinished"  # while they are needed; no results
+ARTIFACTS = "artifacts"  # weights of kept trials
 TENSORBOARD, MLFLOW = "tensorboard", "mlflow"  # of trackers; the user's
 PART_MARK = ".block-"
 LOCK_FILE = "launch.lock"

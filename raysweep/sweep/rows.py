@@ -29,6 +29,7 @@ class RowContext:
     keep: where the weights of some trials are written, by recovery_id
     retries: how often trials were begun again, by trial_id
     goes_on: whether units and batches wait in the folder until their trial has its row
+    tasks: that some rows get columns of later
     """
 
     folder: Path
@@ -37,13 +38,14 @@ class RowContext:
     keep: Mapping[str, Path] = field(default_factory=dict)
     goes_on: bool = True
     retries: Mapping[str, int] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
 
     def write(
         self, trial: SweepTrial, outcome: Outcome, rungs: Sequence[Rung], started_at: datetime
     ) -> dict[str, Any]:
         """Writes the rows of a finished trial; returns the trial's."""
         row = self._known(trial, started_at) | {"status": "finished"} | outcome.columns | _values(rungs)
-        write_rows(self.folder, row, outcome.units, self.names)
+        write_rows(self.folder, row, outcome.units, self.names, self.tasks)
         return row
 
     def write_failure(self, trial: SweepTrial, error: Exception, started_at: datetime) -> dict[str, Any]:
@@ -62,7 +64,7 @@ class RowContext:
         self, trial: SweepTrial, columns: dict[str, Any], started_at: datetime
     ) -> dict[str, Any]:
         row = self._known(trial, started_at) | columns
-        write_rows(self.folder, row, [], self.names)
+        write_rows(self.folder, row, [], self.names, self.tasks)
         return row
 
     def _known(self, trial: SweepTrial, started_at: datetime) -> dict[str, Any]:
