@@ -115,10 +115,10 @@ def score_tasks(
             raise RaysweepError(
                 f"{PACKAGE} cannot measure {', '.join(tasks.names)}: {first_line(error)}"
             ) from error
-    return {name: _score(name, found) for name in tasks.names}
+    return {name: score_of(name, found) for name in tasks.names}
 
 
-def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
+def score_of(name: str, found: Mapping[str, Any]) -> TaskScore:
     """Of what lm-eval returns, that of one task or group."""
     measured = found["results"][name]
     values = {key: float(value) for key, value in measured.items() if _is_metric(key, value)}

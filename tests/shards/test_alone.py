@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -78,15 +77,17 @@ def test_a_range_is_gone_before_the_next_one_is_read(tiny_llama, texts):
 def test_as_many_blocks_as_fit_are_read_at_once(tiny_llama):
     shape = read_shape(ModelSource(str(tiny_llama)))
     assert ranges_that_fit(shape, "float32", CPU, 32, 0) == [(0, 4)]
-    assert ranges_that_fit(shape, "float32", CPU, 32, 1 << 40) == [(0, 4)]
-    room, seen = 1 << 40, set()
-    with suppress(CapacityError):
-        while room:  # less and less: more and more parts, each block in one of them, until nothing fits
-            ranges = ranges_that_fit(shape, "float32", CPU, 32, room)
-            assert [index for start, stop in ranges for index in range(start, stop)] == [0, 1, 2, 3]
-            assert all(len(ranges) >= parts for parts in seen)
-            seen.add(len(ranges))
-            room -= max(1, room // 100_000) if len(ranges) > 1 or room < 1 << 31 else room // 100
-    assert max(seen) > 1
-    with pytest.raises(CapacityError, match=r"block \d alone needs .* are free"):
-        ranges_that_fit(shape, "float32", CPU, 32, room)
+    small, large = 1, 1 << 40  # too small for a block, large enough for all
+    assert ranges_that_fit(shape, "float32", CPU, 32, large) == [(0, 4)]
+    while large - small > 1:
+        middle = (small + large) // 2
+        try:
+            fits = len(ranges_that_fit(shape, "float32", CPU, 32, middle)) == 1
+        except CapacityError:
+            fits = False
+        small, large = (small, middle) if fits else (middle, large)
+    ranges = ranges_that_fit(shape, "float32", CPU, 32, small)  # one byte less than all of it takes
+    assert len(ranges) > 1
+    assert [index for start, stop in ranges for index in range(start, stop)] == [0, 1, 2, 3]
+    with pytest.raises(CapacityError, match=r"block 0 alone needs .* are free"):
+        ranges_that_fit(shape, "float32", CPU, 32, small // 2)
