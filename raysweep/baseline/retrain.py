@@ -27,11 +27,12 @@ from raysweep.baseline.network import (
 )
 from raysweep.baseline.profile import profile_sample
 from raysweep.errors import NumericalError
-from raysweep.model.block_files import OUTSIDE, read_block, write_block
+from raysweep.model.block_files import read_block, write_block
 from raysweep.model.linears import find_blocks
 from raysweep.model.shard import ModelShard
 from raysweep.reconstruction.knowledge import Stopwatch
 from raysweep.reconstruction.training import TrainingRecipe
+from raysweep.results.folders import OUTSIDE
 from raysweep.shards.memory import SIZES, retraining_bytes
 from raysweep.shards.retrained import Retrained
 from raysweep.shards.retrained import begin_training as say_that_training_begins

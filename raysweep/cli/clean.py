@@ -10,9 +10,9 @@ from raysweep.results.reader import row_count
 from raysweep.results.uris import place_of
 
 
-def run_clean(name: str, storage: str | None) -> None:
+def run_clean(name: str, storage: str | None, artifacts: bool = False) -> None:
     folder = sweep_folder(name, storage)
-    cleaned = clean(folder)
+    cleaned = clean(folder, artifacts)
     together = f"; {cleaned.files:,} files of finished trials became two" if cleaned.files else ""
     kept = f"{count(row_count(folder), 'row')} kept in {place_of(folder)}"
     say(f"{folder.name}: {large(cleaned.nbytes)}B removed{together}; {kept}")

@@ -104,6 +104,8 @@ def row_words(row: Row) -> str:
             words.append(f"{title} {fixed(row[name], 2)}")
     if row.get("seconds_total") is not None:
         words.append(duration(row["seconds_total"]))
+    if row.get("not_kept"):
+        words.append(f"not kept: {row['not_kept']}")
     return "  ".join(words)
 
 
@@ -142,6 +144,8 @@ class LiveDisplay:
         self.tally.row(row)
         if row.get("status") == "failed":
             self._console.print(Text.assemble(("✗ ", "bold red"), row_words(row)))
+        elif row.get("not_kept"):
+            self._console.print(Text.assemble(("! ", "yellow"), row_words(row)))
 
     def end(self) -> None:
         self._stage = (CLEANING, time.monotonic())

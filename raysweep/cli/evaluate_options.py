@@ -85,7 +85,7 @@ BatchSize = Annotated[
         "--batch-size", metavar="NUMBER", help="Requests of a task that pass at once.", min=1, max=MAX_COUNT
     ),
 ]
-Dtype = Annotated[
+ModelDtype = Annotated[
     str,
     typer.Option(
         "--dtype",

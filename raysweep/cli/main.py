@@ -18,11 +18,11 @@ from raysweep.cli.evaluate_options import (
     Dataset,
     DatasetConfig,
     Device,
-    Dtype,
     EvaluationSpace,
     Include,
     Kernels,
     MaxWindows,
+    ModelDtype,
     ModelPath,
     Revision,
     SequenceLength,
@@ -34,15 +34,18 @@ from raysweep.cli.evaluate_options import (
 from raysweep.cli.options import (
     DEFAULT_SPACE,
     Address,
+    Artifacts,
     Cluster,
     Csv,
     Dashboard,
+    Dtype,
     FailFast,
     InProcess,
     Json,
     Margin,
     MarginPercent,
     MaybeSweep,
+    ModelFolder,
     Name,
     OnlySweep,
     Output,
@@ -54,6 +57,7 @@ from raysweep.cli.options import (
     Storage,
     Sweep,
     Trace,
+    Trial,
     Where,
 )
 
@@ -208,14 +212,14 @@ def stop(name: Sweep, storage: Storage = None, address: Dashboard = None) -> int
 
 @app.command()
 @guarded
-def clean(name: Sweep, storage: Storage = None) -> None:
+def clean(name: Sweep, storage: Storage = None, artifacts: Artifacts = False) -> None:
     """Remove what a sweep keeps beside its rows: recovered units, checkpoints of retraining, state of Ray Tune.
 
-    Rows of finished trials go from thousands of small files into two, which are read faster.
+    Kept trials stay. Rows of finished trials go from thousands of small files into two, which are read faster.
     """
     from raysweep.cli.clean import run_clean
 
-    run_clean(name, storage)
+    run_clean(name, storage, artifacts)
 
 
 @app.command()
@@ -261,7 +265,7 @@ def evaluate(
     tasks: Tasks = None,
     include: Include = None,
     batch_size: BatchSize = 8,
-    dtype: Dtype = "auto",
+    dtype: ModelDtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     revision: Revision = None,
@@ -316,3 +320,23 @@ def report(
     from raysweep.cli.report import run_report
 
     run_report(name, output, margin, margin_percent, storage, as_json)
+
+
+@app.command()
+@guarded
+def export(
+    trial: Trial,
+    output: ModelFolder,
+    dtype: Dtype = "checkpoint",
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model of a trial as a Hugging Face folder: weights with exact zeros, masks, tokenizer, model card.
+
+    A trial that was not kept is computed again, and its perplexity compared with its row.
+
+    Exit status: 0 written, 1 what was computed again is not what the row says, or failed, 2 wrong usage or file.
+    """
+    from raysweep.cli.export import run_export
+
+    run_export(trial, output, dtype, storage, as_json)

@@ -11,15 +11,18 @@ from raysweep.config.spaces import DEFAULT_SPACE
 __all__ = [
     "DEFAULT_SPACE",
     "Address",
+    "Artifacts",
     "Cluster",
     "Csv",
     "Dashboard",
+    "Dtype",
     "FailFast",
     "InProcess",
     "Json",
     "Margin",
     "MarginPercent",
     "MaybeSweep",
+    "ModelFolder",
     "Name",
     "OnlySweep",
     "Output",
@@ -31,6 +34,7 @@ __all__ = [
     "Storage",
     "Sweep",
     "Trace",
+    "Trial",
     "Where",
 ]
 
@@ -125,6 +129,14 @@ FailFast = Annotated[
         help="Begin nothing new once a trial has failed. Without it the sweep goes on with the others.",
     ),
 ]
+Artifacts = Annotated[
+    bool,
+    typer.Option(
+        "--artifacts",
+        metavar="",
+        help="Remove the weights of kept trials as well; `raysweep export` then computes them again.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", metavar="", help="Print one JSON document on stdout instead of tables.")
 ]
@@ -187,5 +199,29 @@ MarginPercent = Annotated[
         "--margin-percent",
         metavar="NUMBER",
         help="The same in percent of the perplexity that is compared with; the larger of both counts.",
+    ),
+]
+Trial = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRIAL",
+        help="A trial: its trial_id or the first digits of it, as `raysweep results --json` and reports show it; or "
+        "SWEEP:TRIAL.",
+    ),
+]
+ModelFolder = Annotated[
+    str,
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        help="Folder of the model: a new one, or an earlier export of the same trial.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Number format of the weights: checkpoint (as in the dense model; default), float32, bfloat16, float16.",
     ),
 ]

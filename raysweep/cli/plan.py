@@ -132,6 +132,7 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
         ],
         "host_bytes": host_bytes(plan),
         "storage_bytes": prepared.storage_bytes(model, plan.all_concurrent_trials),
+        "kept_bytes": prepared.kept_bytes(model, prepared.space.execution.keep),
         "retraining": None if retraining is None else asdict(retraining),
     }
 
@@ -205,8 +206,11 @@ def _print_model(
         console.print()
     console.print(_memory_table(plan))
     console.print()
-    on_storage = prepared.storage_bytes(model, plan.all_concurrent_trials)
-    _print_facts(console, plan, node, prepared.retrain_plan(model, [node]), on_storage)
+    on_storage = (
+        prepared.storage_bytes(model, plan.all_concurrent_trials),
+        prepared.kept_bytes(model, prepared.space.execution.keep),
+    )
+    _print_facts(console, plan, node, prepared.retrain_plan(model, [node]), *on_storage)
 
 
 def study_words(model: PreparedModel) -> list[str]:
@@ -232,8 +236,14 @@ def _open_words(values: Open) -> str:
 
 
 def _print_facts(
-    console: Console, plan: ShardPlan, node: Node, retraining: RetrainPlan | None, storage_bytes: int
+    console: Console,
+    plan: ShardPlan,
+    node: Node,
+    retraining: RetrainPlan | None,
+    storage_bytes: int,
+    kept_bytes: int = 0,
 ) -> None:
+    """storage_bytes: at most while it runs;  kept_bytes: of them those of kept trials, which stay"""
     from rich.table import Table
 
     from raysweep.shards.plan import format_bytes, host_bytes
@@ -250,9 +260,8 @@ def _print_facts(
     grid.add_row("cores", _core_words(plan, node))
     grid.add_row("in flight", count(plan.all_concurrent_trials, "trial"))
     if storage_bytes:
-        grid.add_row(
-            "storage", f"up to {format_bytes(storage_bytes)} beside the rows, until trials have theirs"
-        )
+        stays = f"; up to {format_bytes(kept_bytes)} stays, of kept trials" if kept_bytes else ""
+        grid.add_row("storage", f"up to {format_bytes(storage_bytes)} beside the rows while it runs{stays}")
     if retraining is not None:
         each = f"up to {format_bytes(retraining.bytes)} {'on each GPU' if retraining.use_gpu else 'in each'}"
         grid.add_row("retraining", f"{count(retraining.workers, 'worker')} after the shards, {each}")

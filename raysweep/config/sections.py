@@ -276,6 +276,11 @@ class ExecutionConfig(BaseModel):
     task_batch_size: Count = setting(
         "requests of lm-eval tasks that pass through the model at once", default=8, values=WHOLE_VALUES
     )
+    keep: Literal["none", "best", "all"] = setting(
+        "trials whose weights stay on storage, for `raysweep export`: none, the best one of every cell of "
+        "`search.compare_within` by `search.metric`, or all; a better one takes the place of what was kept",
+        default="best",
+    )
     trackers: Annotated[tuple[str, ...], BeforeValidator(_known_trackers)] = setting(
         "experiment trackers that are told of every trial, by Ray Tune's own callbacks; each needs its package",
         default=(),

@@ -25,6 +25,14 @@ from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
 from raysweep.launching.tasks import kept_weights, measure_tasks, places, task_jobs
 from raysweep.launching.tracing import Tracing
+from raysweep.results.artifacts import (
+    NONE,
+    Keeping,
+    artifact_folder,
+    kept_trials,
+    remove_artifact,
+    remove_unfinished,
+)
 from raysweep.results.folders import (
     SPACE_FILE,
     UNFINISHED,
@@ -236,6 +244,7 @@ def _run(
     with pushing(prepared.folder, held) as check:
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
+        _tidy_artifacts(prepared)
         tracing = progress if isinstance(progress, Tracing) else None
         shown = runner.watched(progress, prepared)
         recording = recorded(prepared, runner, plans[0].all_shards, shown, check)
@@ -263,6 +272,16 @@ def _measure_tasks(prepared: Launch, runner: Runner, recorder: Recorder, plan: S
     recorder.begin(plan)
     there = _with_rows(prepared)
     measure_tasks(there, kept_weights(prepared.folder), runner, runner.nodes(), recorder.progress.stage)
+    if prepared.space.tasks_of_all:
+        _let_go(there)
+
+
+def _let_go(prepared: Launch) -> None:
+    """Removes the weights that have waited for tasks alone."""
+    keep = prepared.space.execution.keep
+    Keeping.of(keep, prepared.space.search).remove_superseded(prepared.folder, prepared.rows.keys())
+    for kept in kept_trials(prepared.folder) if keep == NONE else ():
+        remove_artifact(artifact_folder(prepared.folder, kept.trial_id))
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:
@@ -291,6 +310,13 @@ def refuse_mirror_of_one_node(folder: Path) -> None:
             remedy=f"Set {CACHE_VARIABLE} to a folder that all nodes share, use such a one as --storage, or retrain on "
             "one node.",
         )
+
+
+def _tidy_artifacts(prepared: Launch) -> None:
+    """Removes of the kept trials what was interrupted, and what better ones have replaced."""
+    finished = {identity for identity, row in prepared.rows.items() if row["status"] == "finished"}
+    remove_unfinished(prepared.folder, finished)
+    Keeping.of(prepared.held, prepared.space.search).remove_superseded(prepared.folder, finished)
 
 
 def _remove_leftovers(prepared: Launch) -> None:

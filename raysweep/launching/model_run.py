@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,9 +21,10 @@ from raysweep.launching.retraining import Retraining, telling
 from raysweep.launching.runners import Runner
 from raysweep.launching.tracing import Tracing
 from raysweep.launching.watching import watching
+from raysweep.results.artifacts import NONE, Keeping
 from raysweep.results.folders import TUNE
 from raysweep.results.reader import load_results, trial_rows
-from raysweep.results.uris import is_shared
+from raysweep.results.uris import CACHE_VARIABLE, is_shared
 from raysweep.results.writer import now
 from raysweep.shards.group_info import GroupInfo
 from raysweep.shards.plan import ShardPlan
@@ -61,6 +62,7 @@ class ModelRun:
         self.progress, self.tracing = recorder.progress, tracing
         self._nodes, self._fail_fast, self.has_failed = nodes, fail_fast, False
         self._begun, self._heard_of, self._lost = now(), set[str](), Counter[str]()
+        self._keeping = Keeping()
         self._labels = {trial.trial_id: trial.label for trial in model.trials}
         steps = prepared.space.execution.checkpoint_steps
         self.retraining = Retraining(prepared.folder, model, prepared.to_retrain(model), steps)
@@ -188,7 +190,8 @@ class ModelRun:
         keep = {} if retrained else self.retraining.starts(prepared.remaining(phase, retrained=True))
         goes_on = len(self._nodes) == 1 or is_shared(prepared.folder)
         rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep, goes_on)
-        rows = replace(rows, tasks=prepared.space.evaluation.tasks)
+        self._keeping = self._kept_by(prepared.rows.values(), goes_on)
+        rows = replace(rows, keeping=self._keeping, blocks=info.blocks, tasks=prepared.space.evaluation.tasks)
         self.recorder.begin(self.plan)
         while True:
             proposals = self._proposals(phase, retrained)
@@ -202,9 +205,19 @@ class ModelRun:
             if self._is_over:
                 return
 
+    def _kept_by(self, rows: Iterable[dict[str, Any]], goes_on: bool) -> Keeping:
+        """Whose weights stay on storage. Where its folder is not the same for all shards, it would get some blocks."""
+        held, search = self.prepared.held, self.prepared.space.search
+        if not goes_on and held != NONE:
+            self.progress.stage(
+                f"No trial is kept: the mirror of the storage is each node's own ({CACHE_VARIABLE})"
+            )
+        return Keeping.of(held if goes_on else NONE, search, rows)
+
     def _hear(self, proposals: Proposals | None, row: dict[str, Any]) -> None:
         self._heard_of.add(row["trial_id"])
         self.recorder.row(row)
+        self._keeping.remove_superseded(self.prepared.folder, self._heard_of | self.prepared.rows.keys())
         self.has_failed |= row.get("status") == "failed"
         if self._is_over and proposals is not None:
             proposals.end()
@@ -267,6 +280,7 @@ def _phase_columns(
         "ray_version": runner.ray_version,
         "device_name": info.device_name,
         "shards": plan.shards,
+        "threads": plan.threads,
         "fallbacks": 0,
     }
 

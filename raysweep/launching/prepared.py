@@ -15,7 +15,8 @@ from raysweep.config.studies import Study
 from raysweep.fingerprint import fingerprint
 from raysweep.launching.retraining import is_retrained, retrain_plan
 from raysweep.model.tasks import TaskSet
-from raysweep.results.schema import NUMERICAL
+from raysweep.results.artifacts import ALL, NONE, Keeping
+from raysweep.results.schema import NUMERICAL, planned_columns
 from raysweep.shards.memory import SIZES
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.prepare import Phase, PreparedModel
@@ -47,6 +48,12 @@ class Launch:
     def tasks(self) -> TaskSet | None:
         """That models are measured on, the same for all."""
         return self.models[0].tasks
+
+    @property
+    def held(self) -> str:
+        """Which trials' weights lie on storage until the sweep ends, as of `execution.keep`: all where tasks wait for
+        them."""
+        return ALL if self.space.tasks_of_all else self.space.execution.keep
 
     @property
     def trials(self) -> list[SweepTrial]:
@@ -91,7 +98,7 @@ class Launch:
     def storage_bytes(self, model: PreparedModel, concurrent_trials: int) -> int:
         """The most that a model's trials have on storage at once beside their rows, undisturbed: recovered units of the
         trials in flight; of retraining start weights with masks, retrained weights, and two checkpoints while one
-        replaces the other, with weights and both moments in float32."""
+        replaces the other, with weights and both moments in float32; and kept trials."""
         size, parameters = SIZES[model.dtype], model.shape.parameters
         linears = sum(outputs * inputs for outputs, inputs in model.shape.linears.values())
         recovers = any(trial.recovery == "reconstruct" for trial in model.possible)
@@ -99,7 +106,32 @@ class Launch:
         retrained = self.to_retrain(model)
         starts = len({trial.start_id for trial in retrained})
         weights = starts * (linears + parameters * size) + len(retrained) * parameters * size
-        return units + weights + (2 * 3 * 4 * parameters if retrained else 0)
+        kept = self.kept_bytes(model, self.held, concurrent_trials)
+        return units + weights + (2 * 3 * 4 * parameters if retrained else 0) + kept
+
+    def kept_bytes(self, model: PreparedModel, keep: str, concurrent_trials: int = 0) -> int:
+        """Of the most trials of a model that are kept, with those that a better one will have replaced: weights of the
+        blocks and masks; of those that retraining trains as a whole what lies outside as well."""
+        size, shape = SIZES[model.dtype], model.shape
+        masks = sum(outputs * inputs for outputs, inputs in shape.linears.values())
+        each = masks + size * sum(block.parameters for block in shape.blocks)
+        if any(trial.recovery == "retrain" and trial.trainable == "all" for trial in model.possible):
+            each += 2 * size * shape.vocabulary_parameters
+        return each * self._kept_trials(model, keep, concurrent_trials)
+
+    def _kept_trials(self, model: PreparedModel, keep: str, concurrent_trials: int) -> int:
+        """The most that are there at once: all, or the best of every cell with those in flight."""
+        if keep == NONE:
+            return 0
+        dense = sum(trial.trial.is_dense for trial in model.trials)
+        most = len(model.trials) - dense + sum(s.samples for phase in model.phases for s in phase.studies)
+        if keep == ALL:
+            return most
+        keeping = Keeping.of(keep, self.space.search)
+        corners = (corner for phase in model.phases for study in phase.studies for corner in study.corners())
+        planned = [*(trial.planned for trial in model.trials if not trial.trial.is_dense), *corners]
+        cells = {keeping.cell(planned_columns(one)) for one in planned}
+        return min(most, len(cells) + concurrent_trials)
 
     def left_of(self, phase: Phase) -> int:
         """How many trials the studies of a phase will still run."""

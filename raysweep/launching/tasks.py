@@ -11,12 +11,11 @@ from typing import Any
 
 from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError, RaysweepError, first_line
-from raysweep.fingerprint import is_identity
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import Runner
 from raysweep.launching.task_job import Scores, TaskJob
 from raysweep.model.tasks import TaskSet
-from raysweep.results.folders import ARTIFACTS
+from raysweep.results.artifacts import artifact_folder, kept_trials
 from raysweep.results.reader import trial_rows
 from raysweep.results.schema import PERPLEXITY_PREFIX, TASK_PREFIX
 from raysweep.results.writer import write_trial_row
@@ -31,8 +30,7 @@ Row = Mapping[str, Any]
 
 def kept_weights(sweep: Path) -> dict[str, Path]:
     """Of the kept trials of a sweep, by trial_id, the folders with their weights by block."""
-    folders = (sweep / ARTIFACTS).glob("*")
-    return {folder.name: folder for folder in folders if is_identity(folder.name)}
+    return {kept.trial_id: artifact_folder(sweep, kept.trial_id) for kept in kept_trials(sweep)}
 
 
 def task_jobs(prepared: Launch, weights: Mapping[str, Path]) -> list[TaskJob]:

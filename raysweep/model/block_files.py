@@ -12,20 +12,17 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import RaysweepError, first_line
+from raysweep.results.folders import block_file
 from raysweep.results.writer import write_atomically
 
-OUTSIDE = "outside"  # of the blocks: embedding, last norm, head
 ABOUT, CHECKSUM = "about", "crc32"  # keys of a file's metadata
 
 
-def block_file(folder: Path, block: int | str) -> Path:
-    """The file with the tensors of a block, or of what lies outside of all."""
-    return folder / f"block-{block}.safetensors"
-
-
-def write_block(folder: Path, block: int | str, tensors: Mapping[str, Tensor]) -> None:
+def write_block(
+    folder: Path, block: int | str, tensors: Mapping[str, Tensor], survives_crashes: bool = True
+) -> None:
     """Writes the tensors of a block by full name; the file is there as a whole or not at all."""
-    write_tensors(block_file(folder, block), tensors)
+    write_tensors(block_file(folder, block), tensors, survives_crashes=survives_crashes)
 
 
 def read_block(folder: Path, block: int | str) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import RaysweepError
-from raysweep.model.block_files import OUTSIDE, block_file, read_block
+from raysweep.model.block_files import read_block
 from raysweep.model.linears import find_blocks
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
+from raysweep.results.folders import OUTSIDE, block_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

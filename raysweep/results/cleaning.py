@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysweep.results.compaction import compact
-from raysweep.results.folders import RETRAINING, TUNE, UNFINISHED
+from raysweep.results.folders import ARTIFACTS, RETRAINING, TUNE, UNFINISHED
 from raysweep.results.lock import launch_lock
 from raysweep.results.mirror import push, push_removal
 from raysweep.results.writer import remove_stale_temporaries
@@ -21,17 +21,19 @@ class Cleaned:
     files: int
 
 
-def clean(folder: Path) -> Cleaned:
+def clean(folder: Path, artifacts: bool = False) -> Cleaned:
     """Removes what launches keep to go on with, and puts the rows of finished trials together.
 
     All rows, space, state and trace stay. Trials that were interrupted then begin anew. Raises UsageError while the
     sweep runs.
+
+    artifacts: remove kept trials as well
     """
     with launch_lock(folder, "clean"):
         push(folder)
         before = _size(folder)
         remove_stale_temporaries(folder)
-        for place in (TUNE, RETRAINING, UNFINISHED):
+        for place in (TUNE, RETRAINING, UNFINISHED, *([ARTIFACTS] if artifacts else [])):
             shutil.rmtree(folder / place, ignore_errors=True)
         gone = compact(folder)
         push(folder)

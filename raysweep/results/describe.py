@@ -22,6 +22,7 @@ else `./raysweep-results`: a folder, or a URI (below).
 | `space.yaml` | the search space with all defaults filled in |
 | `trials/*.parquet` | one file, one row for each trial; many in that of `raysweep clean`, `0-compacted.parquet` |
 | `units/*.parquet` | one file for each trial, with a row for each of its units, linears and blocks; likewise |
+| `artifacts/` | the weights of kept trials (below) |
 | `status.json` | what the launching process last said about its progress |
 | `tensorboard/`, `mlflow/`, `wandb/` | what experiment trackers were told, where the space names any (below) |
 
@@ -55,6 +56,9 @@ removed in the storage is removed from mirrors. Recovered units, checkpoints and
 launch on another machine begins interrupted trials anew, and retraining on several nodes needs a `RAYSWEEP_CACHE` that
 they share.
 
+**Kept trials** lie in the mirror alone, too: on another machine `raysweep export` computes them again. On several nodes
+nothing is kept unless they share the folder, or `RAYSWEEP_CACHE`.
+
 **Experiment trackers.** `execution: {trackers: [tensorboard, mlflow, wandb]}` in the space, or one of them by
 `--set 'execution.trackers=[mlflow]'`, tells them of every trial that runs, by Ray Tune's own callbacks: a run with
 the trial's label as its name, its fields as parameters, and the numbers of quality and cost as metrics. Experiment
@@ -86,6 +90,41 @@ has a finished row is never run again.
 
 **The numbers of a trial** are all columns but those marked *varies*: cost, provenance and the shard. They
 do not depend on the number of shards or of concurrent trials.
+
+## Kept trials and export
+
+`execution.keep` says whose weights stay on storage when a trial has its row: those of the best one of every cell (equal
+columns of `search.compare_within`, by `search.metric`), of all, or of none. The shards write them once the trial is
+measured, block by block with the masks, if no trial of the cell with a row is better; what a better one replaces is
+removed. Weights that cannot be written (a full disk) cost no row: the trial is not kept, which is said. A launch with
+`keep: best` after one with `keep: all` leaves the best ones. `raysweep plan` says how much they take, `raysweep clean
+--artifacts` removes them.
+
+`raysweep export TRIAL --output DIR` writes a trial's model as a folder that `transformers` loads. TRIAL is a `trial_id`
+or its first digits; `SWEEP:TRIAL` where several sweeps have it.
+
+| file | holds |
+| --- | --- |
+| `config.json`, `model*.safetensors` | as the checkpoint's, with the trial's weights; removed ones are exactly zero |
+| `masks.safetensors` | for every pruned linear 0 (removed) and 1 as uint8, in the layout of its weight (more below) |
+| tokenizer, `generation_config.json`, licence | those of the dense model, where it has them |
+| `README.md` | a model card: numbers, protocol, fields of the trial, provenance, how to load and to upload it |
+| `raysweep.json` | for programs: whose model it is, its perplexity, and what was written |
+
+Weights have the number format of the checkpoint, tensor by tensor. A trial in float32 of a checkpoint in bfloat16 is
+rounded by that: then the folder is measured again, and the card has both numbers. `--dtype float32` writes the weights
+as they were, and loads with the perplexity of the row.
+
+A trial that was not kept is computed again from its row and `space.yaml`, in this process on this machine, retrained
+ones too, and its perplexity compared with the row: to the bit in float32 on a CPU with the same versions, processor and
+threads, else within 0.5 %. Beyond that nothing is written, and the exit status is 1. Command and card say so. What has
+changed since (model, text, criterion) is refused. DIR is new, or holds an earlier export of the same trial and nothing
+else; it is complete, or not there.
+
+An exported folder can be the `model.path` of another sweep, where `criterion: file:DIR/masks.safetensors` keeps its
+zeros. With the dense model the same file gives the pruned model that recovery began with: it also has the weights that
+the criterion itself updates (SparseGPT), as `<linear>.weight`, but only of a trial without recovery. Of others these
+would undo the recovery in the exported folder.
 
 ## The report
 

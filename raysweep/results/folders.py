@@ -21,9 +21,10 @@ STORAGE_VARIABLE = "RAYSWEEP_STORAGE"
 DEFAULT_STORAGE = "raysweep-results"
 TRIALS, UNITS = "trials", "units"
 TUNE, RETRAINING, UNFINISHED = "tune", "retraining", "unfinished"  # while they are needed; no results
-ARTIFACTS = "artifacts"  # weights of kept trials
+ARTIFACTS = "artifacts"  # kept trials
 TENSORBOARD, MLFLOW = "tensorboard", "mlflow"  # of trackers; the user's
 PART_MARK = ".block-"
+OUTSIDE = "outside"  # of the blocks: embedding, last norm, head
 LOCK_FILE = "launch.lock"
 SPACE_FILE, STATE_FILE, TRACE_FILE = "space.yaml", "status.json", "trace.json"
 COMPACTED = "0-compacted.parquet"
@@ -132,6 +133,11 @@ def part_file(folder: Path, unit: str, block: int) -> Path:
 def across_file(folder: Path, unit: str) -> Path:
     """What is known of a unit that reaches over several shards; there once all its parts are."""
     return folder / f"{unit}.json"
+
+
+def block_file(folder: Path, block: int | str) -> Path:
+    """The file with the tensors of a block, or of what lies outside of all."""
+    return folder / f"block-{block}.safetensors"
 
 
 def unfinished_units(sweep: Path) -> int:

@@ -100,6 +100,12 @@ def trial_states(folder: Path) -> dict[str, str]:
     return {identity: row["status"] for identity, row in own.items()} | dict(pairs)
 
 
+def trial_ids(folder: Path) -> list[str]:
+    """The trials of a sweep that have a row, as the names of their files say: fast."""
+    own = [path.stem for path in row_files(folder, TRIALS)]
+    return [*own, *read_compacted(folder, TRIALS, own, ["trial_id"])["trial_id"].to_pylist()]
+
+
 def row_count(folder: Path) -> int:
     """How many trials of a sweep have a row, as the names of their files say: fast."""
     own = [path.stem for path in row_files(folder, TRIALS)]

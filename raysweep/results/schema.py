@@ -227,6 +227,7 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("ray_version", TEXT, "provenance", "version of ray; null without it"),
     Column("device_name", TEXT, "provenance", "processor or accelerator"),
     Column("shards", WHOLE, "provenance", "shards of the sweep"),
+    Column("threads", WHOLE, "provenance", "CPU threads of each shard"),
     Column("schema_version", WHOLE, "provenance", "version of these columns"),
 )
 

@@ -43,10 +43,15 @@ class Evaluated:
 
 @dataclass
 class Outcome:
-    """All that a trial found out: columns of its row, and the rows of its units."""
+    """All that a trial found out: columns of its row, and the rows of its units.
+
+    kept: whether its weights were written to where kept trials lie;  not_kept: why they were not, though wanted there
+    """
 
     columns: dict[str, Any]
     units: list[dict[str, Any]]
+    kept: bool = False
+    not_kept: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from raysweep.config.trial import Trial
 from raysweep.errors import NumericalError, RaysweepError, ShardLostError
 from raysweep.fingerprint import fingerprint
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
+from raysweep.shards.artifact import Artifact
 from raysweep.shards.calls import Calls, Stop
 from raysweep.shards.group_info import EVALUATION_PREFIX, GroupInfo, ShardGroup, TextInfo
 from raysweep.shards.measured import MeasuredBatches
@@ -46,12 +47,14 @@ class TrialFolders:
 
     retraining: of a trial that was retrained, of which only the measuring is left
     start: for the recovered weights, as `write_start` writes them: retraining starts from them
+    artifact: for the weights of a trial that is kept
     unfinished: for its units and batches, until it is finished
     pruned, dense: the same of the model before recovery and of the dense one, which other trials need as well
     """
 
     retraining: RetrainingFolders | None = None
     start: Path | None = None
+    artifact: Artifact | None = None
     unfinished: Path | None = None
     pruned: Path | None = None
     dense: Path | None = None
@@ -140,6 +143,8 @@ class _Run:
         self.info: GroupInfo = group.info
         self.calls = Calls(group, name, order)
         self._evaluations: Finished = []  # of the trial's own weights, at rungs and at the end
+        self._kept = False
+        self._not_kept: str | None = None
 
     # The kinds of trial
 
@@ -160,7 +165,8 @@ class _Run:
         columns = self._quality_columns(pruned.quality) | self._compared(pruned)
         columns |= self._cost_columns([*masks, *(pruned.finished if own else as_shared(pruned.finished))])
         columns["fallbacks"] = fallbacks_of(pruned.linear_rows)
-        return Outcome(columns, self._placed([*pruned.linear_rows, *block_rows(pruned.quality)]))
+        self._keep_pruned(columns, trial)
+        return self._outcome(columns, [*pruned.linear_rows, *block_rows(pruned.quality)])
 
     def reconstructed(
         self, trial: Trial, rungs: Sequence[float], metric: str | None
@@ -177,6 +183,7 @@ class _Run:
             quality, finished = self._evaluate(self.name, list(self.info.texts), batches)
             is_own = trial.statistics_stream == "recovered"
             before = self._before_recovery(linear_rows) if is_own else None
+            self._keep(self._quality_columns(quality), self.name)
         finally:
             self.calls.release(self.name)
         pruned = before or self._shared_pruned(trial)[0]
@@ -184,7 +191,7 @@ class _Run:
         columns = self._quality_columns(quality) | self._compared(pruned)
         columns |= unit_columns(units) | self._cost_columns([*masks, *finished], units, trial)
         columns["fallbacks"] = fallbacks_of([*linear_rows, *units])
-        return Outcome(columns, self._placed([*map(unit_row, units), *linear_rows, *block_rows(quality)]))
+        return self._outcome(columns, [*map(unit_row, units), *linear_rows, *block_rows(quality)])
 
     def retrained(self, trial: Trial, folders: RetrainingFolders) -> Outcome:
         cost, start = Retrained.read(folders.weights), StartCost.read(folders.start)
@@ -197,12 +204,13 @@ class _Run:
             self.calls.everywhere("read_weights", self.name, folders.weights)
             batches = self._batches("end", [asdict(cost)])
             quality, finished = self._evaluate(self.name, list(self.info.texts), batches)
+            self._keep(self._quality_columns(quality), self.name, masks, folders.weights)
         finally:
             self.calls.release(self.name)
         columns = self._quality_columns(quality) | self._compared(self._shared_pruned(trial)[0])
         columns |= self._retraining_cost(self._cost_columns(finished), trial, cost, start, folders.tokens)
         columns["fallbacks"] = fallbacks_of(linear_rows)
-        return Outcome(columns, self._placed([*linear_rows, *block_rows(quality)]))
+        return self._outcome(columns, [*linear_rows, *block_rows(quality)])
 
     def write_start(self, trial: Trial, folder: Path, owner: str) -> None:
         masks = self._shared_masks(trial)
@@ -246,6 +254,40 @@ class _Run:
             raise
         except RaysweepError:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep_pruned(self, columns: Mapping[str, Any], trial: Trial) -> None:
+        """Of a model whose weights are gone, or were another trial's: its masks are known, so that they are there again
+        at once."""
+        name = f"kept@{self.name}"  # on an account of its own: the trial's row is not to pay
+        if not self._is_wanted(columns):
+            return
+        try:
+            self.calls.everywhere("begin", name)
+            self._prune(name, trial)
+            self._fill(name)
+        finally:
+            self.calls.release(name)
+
+    def _keep(
+        self, columns: Mapping[str, Any], name: str, masks: str | None = None, beside: Path | None = None
+    ) -> None:
+        """Leaves the weights under a name where kept trials lie, if those with such numbers are wanted there.
+
+        masks, beside: as of `Artifact.fill`
+        """
+        if self._is_wanted(columns):
+            self._fill(name, masks, beside)
+
+    def _is_wanted(self, columns: Mapping[str, Any]) -> bool:
+        return self.folders.artifact is not None and self.folders.artifact.wants(columns)
+
+    def _fill(self, name: str, masks: str | None = None, beside: Path | None = None) -> None:
+        if self.folders.artifact is not None:
+            self._not_kept = self.folders.artifact.fill(self.calls, name, masks, beside)
+            self._kept = self._not_kept is None
+
+    def _outcome(self, columns: dict[str, Any], rows: list[dict[str, Any]]) -> Outcome:
+        return Outcome(columns, self._placed(rows), self._kept, self._not_kept)
 
     def _write_weights(self, masks: Finished, folder: Path, owner: str) -> None:
         """Writes the weights as they are by block, and what they took so far."""

@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from raysweep.config.trial import Trial
-from raysweep.model.block_files import (
-    OUTSIDE,
-    block_file,
-    read_block,
-    write_block,
-)
+from raysweep.model.block_files import read_block, write_block
 from raysweep.model.evaluation import window_losses
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
@@ -36,7 +31,7 @@ from raysweep.reconstruction.optimizer import clip_factor
 from raysweep.reconstruction.part import UnitPart
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import find_unit, is_pruned, recover_unit, units_in, weights_of
-from raysweep.results.folders import unit_file
+from raysweep.results.folders import OUTSIDE, block_file, unit_file
 from raysweep.shards.counts import Counts
 from raysweep.shards.group_info import ShardSpec, UnitSpan
 from raysweep.shards.unfinished import UnfinishedUnits
@@ -192,18 +187,28 @@ class ShardWorker:
 
     # Weights on storage, for retraining and from it
 
-    def write_weights(self, name: str, folder: Path) -> None:
-        """Writes masks (by linear, 0 and 1) and weights of the trial, as the model stores them, block by block."""
+    def write_weights(
+        self, name: str, folder: Path, masks: str | None = None, survives_crashes: bool = True
+    ) -> None:
+        """Writes masks (by linear, 0 and 1) and weights of the trial, as the model stores them, block by block.
+
+        masks: the name that they lie under, if it is another;  survives_crashes: as of `write_atomically`
+        """
+        layers = self.blocks.layers[masks or name]
         for index, block in self.blocks.blocks.items():
-            layers = self.blocks.layers[name]
-            masks = {
+            stored = {
                 full: linear.as_stored(layers[full].mask_OI).to(torch.uint8)
                 for full, linear in block.linears.items()
                 if full in layers
             }
             prefix = f"{block.prefix}."
             weights = {f: tensor for f, tensor in self.blocks.weights[name].items() if f.startswith(prefix)}
-            write_block(folder, index, masks | weights)
+            write_block(folder, index, stored | weights, survives_crashes)
+
+    def written_bytes(self, name: str, masks: str | None = None) -> int:
+        """What `write_weights` takes, about."""
+        weights = sum(tensor.nbytes for tensor in self.blocks.weights[name].values())
+        return weights + sum(layer.mask_OI.numel() for layer in self.blocks.layers[masks or name].values())
 
     def read_weights(self, name: str, folder: Path) -> None:
         """Takes over the weights of a retrained model as those of the trial: of its blocks, and of its ends."""

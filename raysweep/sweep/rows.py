@@ -11,10 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import NumericalError, RaysweepError, ShardLostError, StorageError
+from raysweep.errors import NumericalError, RaysweepError, ShardLostError, StorageError, first_line
+from raysweep.results.artifacts import NONE, Keeping, Kept, artifact_folder, remove_artifact
 from raysweep.results.folders import unfinished_folder
 from raysweep.results.schema import NUMERICAL, OTHER, planned_columns
 from raysweep.results.writer import now, write_rows
+from raysweep.shards.artifact import Artifact
 from raysweep.shards.group_info import ShardGroup
 from raysweep.shards.outcome import Outcome, Rung
 from raysweep.shards.trial import TrialFolders, run_in_rungs
@@ -26,10 +28,11 @@ class RowContext:
     """What all rows of one phase have in common.
 
     folder: of the sweep;  names: of the evaluation entries;  columns: equal in every row
-    keep: where the weights of some trials are written, by recovery_id
+    keep: where the weights of some trials are written for retraining, by recovery_id
     retries: how often trials were begun again, by trial_id
     goes_on: whether units and batches wait in the folder until their trial has its row
     tasks: that some rows get columns of later
+    keeping: whose weights stay there;  blocks: of the model
     """
 
     folder: Path
@@ -39,14 +42,37 @@ class RowContext:
     goes_on: bool = True
     retries: Mapping[str, int] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
+    keeping: Keeping = field(default_factory=Keeping)
+    blocks: int = 0
 
     def write(
         self, trial: SweepTrial, outcome: Outcome, rungs: Sequence[Rung], started_at: datetime
     ) -> dict[str, Any]:
-        """Writes the rows of a finished trial; returns the trial's."""
+        """Writes the rows of a finished trial; returns the trial's, with `not_kept` where its weights were to stay on
+        storage and could not."""
         row = self._known(trial, started_at) | {"status": "finished"} | outcome.columns | _values(rungs)
+        not_kept = self._mark(row) if outcome.kept else outcome.not_kept
         write_rows(self.folder, row, outcome.units, self.names, self.tasks)
-        return row
+        return row | ({"not_kept": not_kept} if not_kept else {})
+
+    def artifact(self, trial: SweepTrial) -> Artifact | None:
+        """Where the weights of the trial stay if it is one of those that are kept."""
+        if self.keeping.keep == NONE or trial.trial.is_dense:
+            return None
+        known = {**planned_columns(trial.planned), "trial_id": trial.trial_id}
+        folder = artifact_folder(self.folder, trial.trial_id)
+        return Artifact(folder, lambda columns: self.keeping.wants(self.folder, known | dict(columns)))
+
+    def _mark(self, row: Mapping[str, Any]) -> str | None:
+        """Makes what the shards have written a kept trial, before its row is there: a row without its weights could
+        not be told from one that is not kept. Returns why that could not be done."""
+        folder = artifact_folder(self.folder, row["trial_id"])
+        try:
+            Kept.of(row, self.blocks).write(folder)
+        except StorageError as error:
+            remove_artifact(folder)
+            return first_line(error)
+        return None
 
     def write_failure(self, trial: SweepTrial, error: Exception, started_at: datetime) -> dict[str, Any]:
         """Writes the row of a failed trial, which says why."""
@@ -112,7 +138,8 @@ def run_in_steps(
     try:
         fractions, metric = (rungs.fractions, rungs.metric) if rungs else ((), None)
         arguments = (group, trial.trial, trial.trial_id, trial.number, fractions, metric)
-        folders = TrialFolders(trial.retraining(rows.folder), rows.keep.get(trial.recovery_id))
+        start = rows.keep.get(trial.recovery_id)
+        folders = TrialFolders(trial.retraining(rows.folder), start, rows.artifact(trial))
         if rows.goes_on:
             folders = replace(
                 folders,
@@ -139,6 +166,7 @@ def run_in_steps(
     ):  # nothing is known of the trial, or it cannot be said: it has no row
         raise
     except Exception as error:  # whatever it was, the row says so and the sweep goes on
+        remove_artifact(artifact_folder(rows.folder, trial.trial_id))
         row = rows.write_failure(trial, error, started_at)
         if row["error_kind"] == NUMERICAL:
             shutil.rmtree(unfinished, ignore_errors=True)

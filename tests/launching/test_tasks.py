@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'raysweep[tasks]'")
 
+from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, UsageError
 from raysweep.launching import task_job
 from raysweep.launching.launch import launch
 from raysweep.model.block_files import write_block
 from raysweep.model.tasks import find_tasks
-from raysweep.results.folders import ARTIFACTS
+from raysweep.results.artifacts import artifact_folder, kept_trials
 from raysweep.results.reader import load_results, load_units
+from raysweep.sweep.prepare import prepare
 
 NAME = "tiny_choice"
 TASK = """
@@ -120,8 +123,8 @@ def test_one_accuracy_in_row_evaluate_and_plain_command(make_tasks_space, own_ta
     assert mine["documents"] == 48
 
 
-def keep(storage: Path, trial_id: str, tiny_llama: Path, target: Path) -> None:
-    """Leaves other weights as those of a kept trial, as shards write them, and the same as a model folder."""
+def replace_kept(storage: Path, trial_id: str, tiny_llama: Path, target: Path) -> None:
+    """Puts other weights in place of a kept trial's, and writes the same as a model folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,8 +137,10 @@ def keep(storage: Path, trial_id: str, tiny_llama: Path, target: Path) -> None:
     }
     for block in range(4):
         mine = {name: tensor for name, tensor in weights.items() if f"layers.{block}." in name}
-        masks = {name.removesuffix(".weight"): torch.ones_like(t, dtype=torch.uint8) for name, t in mine.items()}
-        write_block(storage / "tiny" / ARTIFACTS / trial_id, block, mine | masks)
+        masks = {
+            name.removesuffix(".weight"): torch.ones_like(t, dtype=torch.uint8) for name, t in mine.items()
+        }
+        write_block(artifact_folder(storage / "tiny", trial_id), block, mine | masks)
     model.load_state_dict(weights, strict=False)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(target)
@@ -149,12 +154,10 @@ def test_kept_trials_are_measured_and_nothing_else_is_run_again(
     first = launch(make_tasks_space(tasks=[]), storage=storage, in_process=True)
     assert f"task_{NAME}" not in first
     (pruned,) = first[first.recovery == "none"].trial_id
-    keep(storage, pruned, tiny_llama, tmp_path / "model")
+    replace_kept(storage, pruned, tiny_llama, tmp_path / "model")
     measured: list[str] = []
     run_here = task_job.TaskJob.run
-    monkeypatch.setattr(
-        task_job.TaskJob, "run", lambda job: measured.append(job.trial_id) or run_here(job)
-    )
+    monkeypatch.setattr(task_job.TaskJob, "run", lambda job: measured.append(job.trial_id) or run_here(job))
     rows = launch(make_tasks_space(), storage=storage, in_process=True).set_index("trial_id")
     assert set(measured) == set(first.trial_id)
     assert set(rows.index) == set(first.trial_id)  # a task of kept trials is no part of their identity
@@ -175,13 +178,31 @@ def test_kept_trials_are_measured_and_nothing_else_is_run_again(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("keep", ["none", "best"])
+def test_every_trial_waits_for_its_tasks_where_all_are_to_be_measured(make_tasks_space, tmp_path, keep):
+    space = make_tasks_space(tasks_on="all")
+    plain = make_tasks_space()
+    space = replace(space, execution=space.execution.model_copy(update={"keep": keep}))
+    pruned = [{"recovery": "none", "criterion": ["magnitude", "random"], "sparsity": 0.5}]
+    space = SearchSpace.from_dict(space.to_dict() | {"sweep": pruned})
+    rows = launch(space, storage=tmp_path, in_process=True)
+    assert len(rows) == 3
+    assert rows[f"task_{NAME}"].notna().all()
+    assert len(list(kept_trials(tmp_path / "tiny"))) == (1 if keep == "best" else 0)
+    others = {one.trial_id for model in prepare(plain, "cpu") for one in model.trials}
+    assert others.isdisjoint(rows.trial_id)  # what every trial is measured on is part of its identity
+
+
+@pytest.mark.long
 def test_what_cannot_be_measured_fails_no_trial_and_is_tried_again(make_tasks_space, tmp_path, monkeypatch):
     def broken(job):
         raise RaysweepError("no luck")
 
     with monkeypatch.context() as patch:
         patch.setattr(task_job.TaskJob, "run", broken)
-        with pytest.raises(RaysweepError, match=r"(?s)tasks of 1 model could not be measured.*dense: no luck"):
+        with pytest.raises(
+            RaysweepError, match=r"(?s)tasks of 2 models could not be measured.*dense: no luck"
+        ):
             launch(make_tasks_space(), storage=tmp_path, in_process=True)
     rows = load_results("tiny", tmp_path)
     assert set(rows.status) == {"finished"}

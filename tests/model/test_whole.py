@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from raysweep.errors import RaysweepError
-from raysweep.model.block_files import OUTSIDE, write_block
+from raysweep.model.block_files import write_block
 from raysweep.model.loading import ModelSource
 from raysweep.model.whole import load_whole
+from raysweep.results.folders import OUTSIDE
 from tests.families import token_ids
 
 

@@ -130,6 +130,7 @@ def _recipes(report: Report) -> list[dict[str, Any]]:
                 "words": report.strata[stratum],
                 "file": f"recipe-{names[stratum]}.yaml" if several else "recipe.yaml",
                 "yaml": row["yaml"] if isinstance(row["yaml"], str) else None,
+                "export": f"raysweep export {row['trial_id']} --output pruned-model",
             }
         )
     return made
