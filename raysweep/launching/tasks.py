@@ -65,12 +65,13 @@ def measure_tasks(
 
     tell: hears how far it has come. Raises RaysweepError, once all are through, where some could not be measured.
     """
-    jobs, failures = task_jobs(prepared, weights), list[str]()
-    if not jobs:
+    jobs, failures = task_jobs(prepared, weights), _without_weights(prepared, weights)
+    if not jobs and not failures:
         return
     gpus, at_once = places(prepared.models, nodes)
     done = 0
-    tell(f"Measuring tasks of {_models(len(jobs))}")
+    if jobs:
+        tell(f"Measuring tasks of {_models(len(jobs))}")
     for job, found in runner.measure(jobs, gpus, at_once):
         done += 1
         if isinstance(found, Exception):
@@ -83,6 +84,19 @@ def measure_tasks(
             f"tasks of {_models(len(failures))} could not be measured; the same command tries again\n  "
             + "\n  ".join(failures)
         )
+
+
+def _without_weights(prepared: Launch, weights: Mapping[str, Path]) -> list[str]:
+    """Where every trial is to be measured, those that have no weights on storage to be measured with, and that."""
+    if prepared.tasks is None or not prepared.space.tasks_of_all:
+        return []
+    found = []
+    for trial in prepared.trials:
+        row = prepared.rows.get(trial.trial_id, {})
+        waits = row.get("status") == "finished" and not trial.trial.is_dense
+        if waits and trial.trial_id not in weights and _missing(prepared.tasks, row):
+            found.append(f"{trial.label}: its weights are not on storage (any more)")
+    return found
 
 
 def places(models: Sequence[PreparedModel], nodes: Sequence[Node]) -> tuple[int, int]:
