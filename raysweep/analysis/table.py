@@ -14,7 +14,7 @@ from raysweep.config.labels import label_of
 from raysweep.config.spellings import UNSTRUCTURED, window_length
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError, nearest_name
-from raysweep.results.schema import PERPLEXITY_PREFIX
+from raysweep.results.schema import PERPLEXITY_PREFIX, TASK_PREFIX
 
 MASK_COLUMNS = (
     "model",
@@ -67,7 +67,7 @@ def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     column, _ = _sort_column(sort, rows.columns)
     table = sorted_rows(_with_labels(rows[rows["status"] == "finished"]), sort)
     labels = [name for name in LABELS if name in table and _varies(table, name)]
-    measures = [*MEASURES[:1], *_other_perplexities(table), *MEASURES[1:]]
+    measures = [*MEASURES[:1], *_other_perplexities(table), *_tasks(table), *MEASURES[1:]]
     shown = [*labels, *measures, *([column] if column else [])]
     return table.set_index("trial_id")[list(dict.fromkeys(shown))]
 
@@ -234,6 +234,11 @@ def _other_perplexities(table: pd.DataFrame) -> list[str]:
     names = [name for name in map(str, table) if name.startswith(PERPLEXITY_PREFIX)]
     first = table["perplexity"]
     return [name for name in names if table[name].notna().any() and not table[name].equals(first)]
+
+
+def _tasks(table: pd.DataFrame) -> list[str]:
+    """The columns of tasks that some row has a value of."""
+    return [name for name in map(str, table) if name.startswith(TASK_PREFIX) and table[name].notna().any()]
 
 
 def _reading_order(table: pd.DataFrame) -> list[int]:

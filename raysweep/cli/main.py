@@ -11,6 +11,26 @@ from typer.core import TyperGroup
 from raysweep import __version__
 from raysweep.cli.console import forget_odd_sizes
 from raysweep.cli.ending import DEBUG_VARIABLE, guarded
+from raysweep.cli.evaluate_options import (
+    BatchSize,
+    BosEachWindow,
+    DataFiles,
+    Dataset,
+    DatasetConfig,
+    Device,
+    EvaluationSpace,
+    Include,
+    Kernels,
+    MaxWindows,
+    ModelDtype,
+    ModelPath,
+    Revision,
+    SequenceLength,
+    Split,
+    Tasks,
+    Threads,
+    TrustRemoteCode,
+)
 from raysweep.cli.options import (
     DEFAULT_SPACE,
     Address,
@@ -227,6 +247,63 @@ def results(
         )
     run_results(name, choice, storage)
     return 0
+
+
+@app.command()
+@guarded
+def evaluate(
+    path: ModelPath,
+    dataset: Dataset = None,
+    config: DatasetConfig = None,
+    data_files: DataFiles = None,
+    split: Split = None,
+    sequence_length: SequenceLength = None,
+    max_windows: MaxWindows = None,
+    bos_each_window: BosEachWindow = False,
+    space: EvaluationSpace = None,
+    settings: Settings = None,
+    tasks: Tasks = None,
+    include: Include = None,
+    batch_size: BatchSize = 8,
+    dtype: ModelDtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    kernels: Kernels = "dense",
+    as_json: Json = False,
+) -> None:
+    """Measure any model: perplexity as sweeps measure it, lm-eval tasks, and what sparse kernels are worth on it.
+
+    A builtin model is measured on its own test text; of others --dataset, --space or --tasks says on what.
+    """
+    from raysweep.cli.evaluate import Options, run_evaluate
+
+    text = {
+        "dataset": dataset,
+        "config": config,
+        "data_files": data_files,
+        "split": split,
+        "sequence_length": sequence_length,
+        "max_windows": max_windows,
+        "bos_each_window": bos_each_window,
+    }
+    options = Options(
+        text=text,
+        space=space,
+        settings=settings or (),
+        tasks=tasks or (),
+        include=include,
+        batch_size=batch_size,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        threads=threads,
+        kernels=kernels,
+        as_json=as_json,
+    )
+    run_evaluate(path, options)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.numbers import MIB, count, decimals_for, fixed
 from raysweep.config.calibration import CALIBRATION_COLUMNS
+from raysweep.results.schema import OPEN_PREFIXES, TASK_PREFIX
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +38,8 @@ FIRST_TO_GO = (
     "peak_recovery_bytes",
     "device_seconds_standalone",
 )
-"""Columns that a narrow table does without, in this order, so that one of cost stays long; then other perplexities. The
-rest wraps."""
+"""Columns that a narrow table does without, in this order, so that one of cost stays long; then tasks and other
+perplexities. The rest wraps."""
 BESIDE_LABELS = ("model", "model_hash", "dtype", "evaluation")  # what tells trials apart and no label says
 SETTINGS = ("criterion", "learning_rate", "start_from", "calibration_seed")  # which labels say
 LEAST_WORDS = 8  # characters of a column of words
@@ -116,7 +117,7 @@ def labeled_columns(table: pd.DataFrame, rows: pd.DataFrame) -> list[ColumnText]
     measured = [
         name for name in map(str, table) if name in (*BESIDE_LABELS, *TITLES) and name not in SETTINGS
     ]
-    others = [name for name in map(str, table) if name.startswith("perplexity_")]
+    others = [name for name in map(str, table) if name.startswith(OPEN_PREFIXES)]
     kept = [name for name in map(str, table) if name in (*measured, *others)]
     return [trial, *(_column(table, name) for name in kept)]
 
@@ -144,7 +145,7 @@ def width_of(columns: list[ColumnText]) -> int:
 
 def fitting(columns: list[ColumnText], width: int) -> tuple[list[ColumnText], list[ColumnText]]:
     """The columns that are shown in `width` characters, and those that are not."""
-    others = [c.name for c in columns if c.name.startswith("perplexity_")]
+    others = [c.name for c in columns if c.name.startswith(OPEN_PREFIXES)]
     shown, dropped = list(columns), []
     for name in (*FIRST_TO_GO, *reversed(others)):
         if width_of(shown) <= width:
@@ -168,6 +169,8 @@ def _column(frame: pd.DataFrame, name: str) -> ColumnText:
 def _format(name: str, numbers: list[Any]) -> Callable[[Any], str]:
     if name.split("_")[0] in ("perplexity", "validation", "dense", "pruned") and "perplexity" in name:
         return lambda value: fixed(value, 2)
+    if name.startswith(TASK_PREFIX):
+        return lambda value: fixed(value, 4)
     if "error" in name:
         decimals = decimals_for(numbers, digits=2, at_most=6)
         return lambda value: fixed(value, max(3, decimals)) if value else "0"

@@ -35,6 +35,7 @@ from raysweep.config.trial import Trial
 from raysweep.config.validation import (
     assembled,
     check_name,
+    checked_value,
     expect_mapping,
     missing_key,
     shown,
@@ -107,11 +108,21 @@ def _axes(cls: type[BaseModel], document: Document, root: dict[str, Any], key: s
 
 
 def _evaluation(document: Document, root: dict[str, Any], calibration: Axes) -> EvaluationConfig:
+    known = list(EvaluationConfig.model_fields)
+    section = expect_mapping(document, root.get("evaluation") or {}, ("evaluation",), known)
+    others = {
+        name: checked_value(EvaluationConfig, name, value, document, ("evaluation", name))
+        for name, value in section.items()
+        if name != "perplexity"
+    }
+    perplexity = _perplexity_entries(document, section.get("perplexity"), calibration)
+    return assembled(EvaluationConfig, {"perplexity": perplexity} | others, document, ("evaluation",))
+
+
+def _perplexity_entries(document: Document, entries: Any, calibration: Axes) -> tuple[PerplexityConfig, ...]:
     path: KeyPath = ("evaluation", "perplexity")
-    section = expect_mapping(document, root.get("evaluation") or {}, ("evaluation",), ["perplexity"])
-    entries = section.get("perplexity")
     if entries is None:
-        return EvaluationConfig(perplexity=(_builtin_evaluation(document, calibration),))
+        return (_builtin_evaluation(document, calibration),)
     if not isinstance(entries, list) or not entries:
         what = "perplexity is an empty list" if entries == [] else f"perplexity cannot be {shown(entries)}"
         allowed = "a list with at least one entry, such as [{name: NAME, dataset: ..., sequence_length: ...}]"
@@ -124,7 +135,7 @@ def _evaluation(document: Document, root: dict[str, Any], calibration: Axes) -> 
             raise UsageError(
                 f"name {name!r} is used twice", where=where, allowed="a name of its own for every entry"
             )
-    return EvaluationConfig(perplexity=tuple(made))
+    return tuple(made)
 
 
 def _builtin_evaluation(document: Document, calibration: Axes) -> PerplexityConfig:

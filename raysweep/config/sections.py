@@ -129,6 +129,29 @@ class EvaluationConfig(BaseModel):
         values="a list with at least one entry: name, dataset, split, sequence_length, ...",
         shown_default="with a builtin calibration data set its test split, 64 windows; else required",
     )
+    tasks: Annotated[tuple[Text, ...], BeforeValidator(as_tuple)] = setting(
+        "tasks of the lm-eval library (groups too), measured on whole models once trials have ended; each fills the "
+        "column `task_<name>`",
+        default=(),
+        values="a list of task names",
+    )
+    tasks_include: Text | None = setting(
+        "folder with task files of your own, in the form of lm-eval; paths in them count from the current folder",
+        default=None,
+        values="a folder, or null",
+    )
+    tasks_on: Literal["kept", "all"] = setting(
+        "the trials that tasks are measured on, beside the dense model: those whose weights are kept "
+        "(`execution.keep`), or all, whose weights wait in the storage until then",
+        default="kept",
+    )
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        for place, name in enumerate(self.tasks):
+            if name in self.tasks[:place]:
+                raise UsageError(f"task {name!r} is named twice", where="tasks", allowed="every task once")
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -249,6 +272,9 @@ class ExecutionConfig(BaseModel):
         "folder or URI of the results; `--storage` and RAYSWEEP_STORAGE come first; null = ./raysweep-results",
         default=None,
         values="a folder, a URI such as s3://BUCKET/PREFIX, or null",
+    )
+    task_batch_size: Count = setting(
+        "requests of lm-eval tasks that pass through the model at once", default=8, values=WHOLE_VALUES
     )
     keep: Literal["none", "best", "all"] = setting(
         "trials whose weights stay on storage, for `raysweep export`: none, the best one of every cell of "

@@ -150,7 +150,15 @@ class SearchSpace:
         protocol: dict[str, Any] = {"perplexity": [entry.protocol() for entry in self.evaluation.perplexity]}
         if self.validation.samples:
             protocol["validation"] = self.validation.protocol(self.evaluation.perplexity[0].sequence_length)
+        if self.tasks_of_all:
+            protocol["tasks"] = list(self.tasks_of_all)
         return protocol
+
+    @property
+    def tasks_of_all(self) -> tuple[str, ...]:
+        """The tasks that every trial is measured on, which belong to its identity. Those of kept trials alone do not:
+        they can be measured at any later time, and change no other column."""
+        return self.evaluation.tasks if self.evaluation.tasks_on == "all" else ()
 
     def with_name(self, name: str) -> SearchSpace:
         """The same space under another name (`--name`)."""

@@ -21,11 +21,19 @@ from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
-from raysweep.launching.recorder import recorded
+from raysweep.launching.recorder import Recorder, recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
+from raysweep.launching.tasks import kept_weights, measure_tasks, places, task_jobs
 from raysweep.launching.tracing import Tracing
-from raysweep.results.artifacts import Keeping, remove_unfinished
+from raysweep.results.artifacts import (
+    NONE,
+    Keeping,
+    artifact_folder,
+    kept_trials,
+    remove_artifact,
+    remove_unfinished,
+)
 from raysweep.results.cleaning import put_many_together
 from raysweep.results.folders import (
     SPACE_FILE,
@@ -41,6 +49,7 @@ from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.remote import remote_of
 from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
+from raysweep.shards.plan import ShardPlan
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare
 
@@ -200,7 +209,7 @@ def _launch_on_ray(
         _check_fit(prepared)
     with _in_hand(folder) as held:
         prepared = _with_rows(prepared)
-        if not prepared.to_run:
+        if not _is_anything_left(prepared):
             _say_done(prepared, progress)
             return
         other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
@@ -224,11 +233,13 @@ def _in_hand(folder: Path) -> Iterator[Callable[[], None]]:
 def _run(
     prepared: Launch, runner: Runner, held: Callable[[], None], progress: Progress, fail_fast: bool
 ) -> None:
-    if not prepared.to_run:
+    if not _is_anything_left(prepared):
         _say_done(prepared, progress)
         return
     nodes = runner.nodes()
     plans = make_plans(prepared.models, prepared.space, nodes)
+    if prepared.tasks is not None:
+        places(prepared.models, nodes)
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
     if len(nodes) > 1:
         refuse_unshared(prepared.folder, runner)
@@ -247,6 +258,8 @@ def _run(
                 run.run()
                 if fail_fast and run.has_failed:
                     break
+            else:
+                _measure_tasks(prepared, runner, recorder, plans[0])
         prepared = replace(prepared, rows=trial_rows(prepared.folder))
         _remove_leftovers(prepared)
         _tidy_artifacts(prepared)  # of trials that were begun again and are not kept
@@ -256,6 +269,29 @@ def _run(
         put_many_together(prepared.folder)
     except StorageError as error:  # the sweep is finished all the same
         log.warning("The files of finished trials stay apart: %s", first_line(error))
+
+
+def _is_anything_left(prepared: Launch) -> bool:
+    return bool(prepared.to_run or task_jobs(prepared, kept_weights(prepared.folder)))
+
+
+def _measure_tasks(prepared: Launch, runner: Runner, recorder: Recorder, plan: ShardPlan) -> None:
+    """The devices are free by then: shards and retraining have ended."""
+    if prepared.tasks is None:
+        return
+    recorder.begin(plan)
+    there = _with_rows(prepared)
+    measure_tasks(there, kept_weights(prepared.folder), runner, runner.nodes(), recorder.progress.stage)
+    if prepared.space.tasks_of_all:
+        _let_go(there)
+
+
+def _let_go(prepared: Launch) -> None:
+    """Removes the weights that have waited for tasks alone."""
+    keep = prepared.space.execution.keep
+    Keeping.of(keep, prepared.space.search).remove_superseded(prepared.folder, prepared.rows.keys())
+    for kept in kept_trials(prepared.folder) if keep == NONE else ():
+        remove_artifact(artifact_folder(prepared.folder, kept.trial_id))
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:
@@ -290,9 +326,7 @@ def _tidy_artifacts(prepared: Launch) -> None:
     """Removes of the kept trials what was interrupted, and what better ones have replaced."""
     finished = {identity for identity, row in prepared.rows.items() if row["status"] == "finished"}
     remove_unfinished(prepared.folder, finished)
-    Keeping.of(prepared.space.execution.keep, prepared.space.search).remove_superseded(
-        prepared.folder, finished
-    )
+    Keeping.of(prepared.held, prepared.space.search).remove_superseded(prepared.folder, finished)
 
 
 def _remove_leftovers(prepared: Launch) -> None:

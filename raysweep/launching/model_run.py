@@ -186,7 +186,7 @@ class ModelRun:
         goes_on = len(self._nodes) == 1 or is_shared(prepared.folder)
         rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep, goes_on)
         self._keeping = self._kept_by(prepared.rows.values(), goes_on)
-        rows = replace(rows, keeping=self._keeping, blocks=info.blocks)
+        rows = replace(rows, keeping=self._keeping, blocks=info.blocks, tasks=prepared.space.evaluation.tasks)
         self.recorder.begin(self.plan)
         while True:
             proposals = self._proposals(phase, retrained)
@@ -202,12 +202,12 @@ class ModelRun:
 
     def _kept_by(self, rows: Iterable[dict[str, Any]], goes_on: bool) -> Keeping:
         """Whose weights stay on storage. Where its folder is not the same for all shards, it would get some blocks."""
-        execution, search = self.prepared.space.execution, self.prepared.space.search
-        if not goes_on and execution.keep != NONE:
+        held, search = self.prepared.held, self.prepared.space.search
+        if not goes_on and held != NONE:
             self.progress.stage(
                 f"No trial is kept: the mirror of the storage is each node's own ({CACHE_VARIABLE})"
             )
-        return Keeping.of(execution.keep if goes_on else NONE, search, rows)
+        return Keeping.of(held if goes_on else NONE, search, rows)
 
     def _hear(self, proposals: Proposals | None, row: dict[str, Any]) -> None:
         self._heard_of.add(row["trial_id"])

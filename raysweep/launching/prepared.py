@@ -14,6 +14,7 @@ from raysweep.config.space import SearchSpace
 from raysweep.config.studies import Study
 from raysweep.fingerprint import fingerprint
 from raysweep.launching.retraining import is_retrained, retrain_plan
+from raysweep.model.tasks import TaskSet
 from raysweep.results.artifacts import ALL, NONE, Keeping
 from raysweep.results.schema import NUMERICAL, planned_columns
 from raysweep.shards.memory import SIZES
@@ -42,6 +43,17 @@ class Launch:
     def tag(self) -> str:
         """Tells sweeps of one name in different storages apart, on a cluster that runs both."""
         return f"{self.space.name}-{fingerprint(str(self.folder))[:4]}"
+
+    @property
+    def tasks(self) -> TaskSet | None:
+        """That models are measured on, the same for all."""
+        return self.models[0].tasks
+
+    @property
+    def held(self) -> str:
+        """Which trials' weights lie on storage until the sweep ends, as of `execution.keep`: all where tasks wait for
+        them."""
+        return ALL if self.space.tasks_of_all else self.space.execution.keep
 
     @property
     def trials(self) -> list[SweepTrial]:
@@ -94,7 +106,7 @@ class Launch:
         retrained = self.to_retrain(model)
         starts = len({trial.start_id for trial in retrained})
         weights = starts * (linears + parameters * size) + len(retrained) * parameters * size
-        kept = self.kept_bytes(model, self.space.execution.keep, concurrent_trials)
+        kept = self.kept_bytes(model, self.held, concurrent_trials)
         return units + weights + (2 * 3 * 4 * parameters if retrained else 0) + kept
 
     def kept_bytes(self, model: PreparedModel, keep: str, concurrent_trials: int = 0) -> int:

@@ -18,6 +18,7 @@ from raysweep.launching.examination import marked, see_storage
 from raysweep.launching.metering import Metered
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress
+from raysweep.launching.task_job import Scores, TaskJob, run_here, run_job
 from raysweep.results.folders import TUNE
 from raysweep.shards.group_info import ShardSpec
 from raysweep.shards.plan import ShardPlan
@@ -80,6 +81,15 @@ class Runner(Protocol):
         """Runs retrainings to their ends. folder: where Ray Train may keep a state of its own"""
         ...
 
+    def measure(
+        self, jobs: Sequence[TaskJob], gpus: int, at_once: int
+    ) -> Iterator[tuple[TaskJob, Scores | Exception]]:
+        """Measures models on tasks; what comes of each, or the error that it ended in, as they are done.
+
+        gpus: that each takes, 0 = CPUs;  at_once: models that are measured at a time
+        """
+        ...
+
 
 class InProcess:
     """Without Ray: the twin of the shard group, one trial at a time. The numbers are those of the Ray one."""
@@ -125,6 +135,11 @@ class InProcess:
         from raysweep.baseline.workers import retrain_here
 
         retrain_here(jobs, plan.threads)
+
+    def measure(
+        self, jobs: Sequence[TaskJob], gpus: int, at_once: int
+    ) -> Iterator[tuple[TaskJob, Scores | Exception]]:
+        yield from run_here(jobs)
 
 
 class OnRay:
@@ -209,6 +224,15 @@ class OnRay:
         self._importing.join()  # Tune and Train cannot be imported side by side
         name = f"retraining-{secrets.token_hex(4)}"  # Train would go on with an old one
         retrain_on_ray(jobs, plan, folder, name)
+
+    def measure(
+        self, jobs: Sequence[TaskJob], gpus: int, at_once: int
+    ) -> Iterator[tuple[TaskJob, Scores | Exception]]:
+        from raysweep.cluster.farm import run_each
+
+        fewest = min(node.cpus for node in self.nodes())
+        cpus = min(1.0, fewest) if gpus else min(float(jobs[0].threads), fewest)
+        yield from run_each(run_job, jobs, cpus, gpus, at_once, "tasks")
 
 
 def importing_tune() -> threading.Thread:

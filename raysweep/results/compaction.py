@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from raysweep.results.folders import TRIALS, UNITS, compacted_file, row_files
 from raysweep.results.reader import in_threads, own_rows, read_compacted, read_table, row_table, united
-from raysweep.results.schema import PERPLEXITY_PREFIX, trial_schema, unit_schema
+from raysweep.results.schema import OPEN_PREFIXES, trial_schema, unit_schema
 from raysweep.results.writer import write_table
 
 
@@ -48,4 +48,4 @@ def compact(folder: Path) -> list[Path]:
 
 def _is_known(row: dict[str, object]) -> bool:
     known = trial_schema().names
-    return all(name in known or name.startswith(PERPLEXITY_PREFIX) for name in row)
+    return all(name in known or name.startswith(OPEN_PREFIXES) for name in row)

@@ -40,7 +40,7 @@ A row appears when its trial is over, whole or not at all, and is replaced when 
 column is null where it does not apply. `raysweep clean` puts the rows of finished trials, which are never
 written again, into one file: 5,000 trials are then read in 0.03 s instead of 2 s, and take 1 % of the space.
 Whatever ends it, no row is lost; while it runs, or after it was killed, pandas alone may see a trial twice,
-`load_results` does not. Sweeps whose evaluation was extended have more `perplexity_<name>`
+`load_results` does not. Sweeps whose evaluation was extended have more `perplexity_<name>` and `task_<name>`
 columns in later files; `load_results` unites them.
 
 **Storage that a URI names.** `--storage s3://BUCKET/PREFIX`, or any other URI that `pyarrow.fs` knows (`gs://`, `abfs://`,
@@ -170,6 +170,13 @@ _TYPES = {
 }
 
 
+_OPEN_COLUMNS = """
+Every entry of `evaluation.perplexity` also has a column `perplexity_<name>`, every one of `evaluation.tasks` a column
+`task_<name>`: the first metric that the task lists (for most an accuracy, from 0 to 1), null until the task was
+measured on the trial, and on trials that are not kept.
+"""
+
+
 def results_reference() -> str:
     """The text of docs/results.md."""
     trials = [_group(title, group) for group, title in _GROUPS.items() if _columns(group)]
@@ -186,7 +193,7 @@ def _group(title: str, group: str) -> str:
     if group == "trial":
         text += "\nFields that cannot matter to a trial are null, such as `learning_rate` of a pruned one.\n"
     if group == "quality":
-        text += "\nEvery entry of `evaluation.perplexity` also has a column `perplexity_<name>`.\n"
+        text += _OPEN_COLUMNS
     return text
 
 

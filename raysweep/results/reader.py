@@ -19,9 +19,11 @@ from raysweep.errors import RaysweepError, UsageError
 from raysweep.results.folders import TRIALS, UNITS, compacted_file, row_files, sweep_folder
 from raysweep.results.schema import (
     MOMENT,
+    OPEN_PREFIXES,
     PERPLEXITY_PREFIX,
     REAL,
     STATUSES,
+    TASK_PREFIX,
     TEXT,
     TRIAL_COLUMNS,
     TRUTH,
@@ -141,7 +143,8 @@ def read_compacted(
 
 
 def row_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Rows as a table: our columns with every `perplexity_<name>` of any row, then columns of other versions."""
+    """Rows as a table: our columns with every `perplexity_<name>` and `task_<name>` of any row, then columns of other
+    versions."""
     return pa.Table.from_pylist(list(rows), schema=_union_schema(rows))
 
 
@@ -190,7 +193,7 @@ def _checked_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, value: Any) -> Any:
     """A value as its column has it; of columns that other versions or programs have added, plain or as text."""
-    kind = REAL if name.startswith(PERPLEXITY_PREFIX) else _TYPES.get(name)
+    kind = REAL if name.startswith(OPEN_PREFIXES) else _TYPES.get(name)
     if kind is None:
         is_plain = isinstance(value, str | bool | datetime) or _is_number(value)
         return value if is_plain else str(value)
@@ -261,10 +264,13 @@ def _union_schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
     return schema
 
 
-def _known_schema(columns: Iterable[str]) -> pa.Schema:
-    """Our columns, with those `perplexity_<name>` that are among some."""
-    names = [name.removeprefix(PERPLEXITY_PREFIX) for name in columns if name.startswith(PERPLEXITY_PREFIX)]
-    return trial_schema(sorted(names))
+def _known_schema(columns: Collection[str]) -> pa.Schema:
+    """Our columns, with those `perplexity_<name>` and `task_<name>` that are among some."""
+    names, tasks = (
+        sorted(name.removeprefix(prefix) for name in columns if name.startswith(prefix))
+        for prefix in (PERPLEXITY_PREFIX, TASK_PREFIX)
+    )
+    return trial_schema(names, tasks)
 
 
 def _plain_column(rows: Sequence[dict[str, Any]], name: str) -> pa.DataType:

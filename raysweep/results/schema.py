@@ -18,7 +18,8 @@ SCHEMA_VERSION = 1
 STATUSES = ("finished", "failed", "stopped")
 NUMERICAL, OTHER = "numerical", "other"  # kinds of errors
 UNIT_KINDS = ("unit", "linear", "block")
-PERPLEXITY_PREFIX = "perplexity_"
+PERPLEXITY_PREFIX, TASK_PREFIX = "perplexity_", "task_"
+OPEN_PREFIXES = (PERPLEXITY_PREFIX, TASK_PREFIX)  # of columns, all REAL, that the evaluation of a space names
 
 TEXT, REAL, WHOLE, TRUTH = pa.string(), pa.float64(), pa.int64(), pa.bool_()
 MOMENT = pa.timestamp("us", tz="UTC")
@@ -211,6 +212,13 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("model_hash", TEXT, "provenance", "hash of the model's contents"),
     Column("calibration_hash", TEXT, "provenance", "hash of the calibration tokens"),
     Column("evaluation_protocol", TEXT, "provenance", "how perplexity was measured, as JSON"),
+    Column(
+        "tasks",
+        TEXT,
+        "provenance",
+        "how the columns `task_<name>` were measured, as JSON: by task the metric, its standard error, the documents, "
+        "a hash of the task with them, and the version of lm-eval",
+    ),
     Column("started_at", MOMENT, "provenance", "when the trial began (UTC)"),
     Column("finished_at", MOMENT, "provenance", "when its row was made (UTC)"),
     Column("raysweep_version", TEXT, "provenance", "version of raysweep"),
@@ -270,11 +278,16 @@ NOT_NUMBERS: frozenset[str] = frozenset(
 All others are the numbers of a trial and are compared bitwise."""
 
 
-def trial_schema(names: Sequence[str] = ()) -> pa.Schema:
-    """Schema of `trials`; each of `names` (of the evaluation entries) has a column `perplexity_<name>`."""
+def trial_schema(names: Sequence[str] = (), tasks: Sequence[str] = ()) -> pa.Schema:
+    """Schema of `trials`; each of `names` (of the evaluation entries) has a column `perplexity_<name>`, each of `tasks`
+    a column `task_<name>`."""
     fields = [pa.field(column.name, column.type) for column in TRIAL_COLUMNS]
-    position = 1 + [column.name for column in TRIAL_COLUMNS].index("perplexity")
-    fields[position:position] = [pa.field(PERPLEXITY_PREFIX + name, REAL) for name in names]
+    for before, prefix, wanted in (
+        ("pruned_perplexity", TASK_PREFIX, tasks),
+        ("perplexity", PERPLEXITY_PREFIX, names),
+    ):
+        position = 1 + [column.name for column in TRIAL_COLUMNS].index(before)
+        fields[position:position] = [pa.field(prefix + name, REAL) for name in wanted]
     return pa.schema(fields)
 
 

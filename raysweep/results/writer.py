@@ -36,29 +36,40 @@ _TEMPORARY_SUFFIX = ".tmp"
 
 
 def write_rows(
-    folder: Path, trial_row: Mapping[str, Any], unit_rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+    folder: Path,
+    trial_row: Mapping[str, Any],
+    unit_rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    tasks: Sequence[str] = (),
 ) -> Path:
     """Writes the row of a trial and those of its units; returns the file of the trial.
 
     folder: of the sweep; `trials/` and `units/` are made in it
     trial_row: columns of `trials`; missing ones are null, unknown ones are refused
     unit_rows: columns of `units`; `trial_id` is filled in
-    names: of the evaluation entries, for the columns `perplexity_<name>`
+    names: of the evaluation entries, for the columns `perplexity_<name>`;  tasks: for the columns `task_<name>`
 
     The units are written first, so a visible trial is complete. Rows of the same trial are replaced.
     Raises NumericalError for a number that is not finite, RaysweepError for rows that do not fit the schema.
     """
     row = {"schema_version": SCHEMA_VERSION, **trial_row}
     identity = _checked_identity(row)
-    units = [_with_identity(unit, identity) for unit in unit_rows]
-    unit_table, trial_table = (
-        _table(units, unit_schema(), "units"),
-        _table([row], trial_schema(names), "trials"),
-    )
-    file_name = f"{identity}.parquet"
-    _replace(folder / UNITS / file_name, unit_table)
-    _replace(folder / TRIALS / file_name, trial_table, {ROW_KEY: encode_row(row)})
-    return folder / TRIALS / file_name
+    units = _table([_with_identity(unit, identity) for unit in unit_rows], unit_schema(), "units")
+    trial = _table([row], trial_schema(names, tasks), "trials")
+    _replace(folder / UNITS / f"{identity}.parquet", units)
+    return _replace_trial(folder, row, trial)
+
+
+def write_trial_row(folder: Path, row: Mapping[str, Any], names: Sequence[str], tasks: Sequence[str]) -> Path:
+    """Replaces the row of a trial, all its columns, and leaves its units as they are. Otherwise as `write_rows`."""
+    _checked_identity(row)
+    return _replace_trial(folder, row, _table([row], trial_schema(names, tasks), "trials"))
+
+
+def _replace_trial(folder: Path, row: Mapping[str, Any], table: pa.Table) -> Path:
+    path = folder / TRIALS / f"{row['trial_id']}.parquet"
+    _replace(path, table, {ROW_KEY: encode_row(row)})
+    return path
 
 
 def remove_stale_temporaries(folder: Path) -> int:

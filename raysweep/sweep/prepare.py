@@ -19,6 +19,7 @@ from raysweep.errors import UsageError
 from raysweep.fingerprint import recovery_id, trial_id
 from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape, model_hash, read_shape
+from raysweep.model.tasks import TaskSet, find_tasks
 from raysweep.model.text import TextSource
 from raysweep.model.tokenizer import load_tokenizer
 from raysweep.model.tokens import (
@@ -56,7 +57,7 @@ class PreparedModel:
 
     identify: gives a trial of this model its identities, and the number that it is handed
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
-    data: what trials are retrained on, by its hash
+    data: what trials are retrained on, by its hash;  tasks: that models are measured on beside the texts
     """
 
     config: ModelConfig
@@ -70,6 +71,7 @@ class PreparedModel:
     identify: Callable[[PlannedTrial, int], SweepTrial]
     own_criteria: dict[str, OwnFunction | Path] = field(default_factory=dict)
     data: dict[str, TokenSet] = field(default_factory=dict)
+    tasks: TaskSet | None = None
 
     @property
     def trials(self) -> list[SweepTrial]:
@@ -97,20 +99,33 @@ def prepare(space: SearchSpace, device: str) -> list[PreparedModel]:
     device: cpu or cuda, which settles `dtype: auto`
     """
     planned, studies = space.expand(), space.studies()
+    tasks = _tasks(space)
     prepared, number = [], 0
     for config in space.models:
         mine = [trial for trial in planned if trial.model == config]
         chosen = [study for study in studies if study.model == config]
-        prepared.append(_Preparation(space, config, device).model(mine, chosen, number))
+        prepared.append(_Preparation(space, config, device, tasks).model(mine, chosen, number))
         number += len(mine) + sum(study.samples for study in chosen)
     return prepared
+
+
+def _tasks(space: SearchSpace) -> TaskSet | None:
+    """The tasks of a space. Raises UsageError, with the place, for those that are not there or cannot be read."""
+    if not space.evaluation.tasks:
+        return None
+    try:
+        return find_tasks(space.evaluation.tasks, space.evaluation.tasks_include)
+    except UsageError as error:
+        raise space.placed(error, ("evaluation", "tasks")) from None
 
 
 class _Preparation:
     """One model's tokenizer, shape and texts."""
 
-    def __init__(self, space: SearchSpace, config: ModelConfig, device: str) -> None:
-        self.space, self.config = space, config
+    def __init__(
+        self, space: SearchSpace, config: ModelConfig, device: str, tasks: TaskSet | None = None
+    ) -> None:
+        self.space, self.config, self.tasks = space, config, tasks
         self.source = ModelSource(config.path, config.revision, config.trust_remote_code)
         with self._placed("model"):
             self.shape = read_shape(self.source, config.dtype)
@@ -130,7 +145,7 @@ class _Preparation:
         evaluation = {}
         for place, entry in enumerate(self.space.evaluation.perplexity):
             with self._placed("evaluation", "perplexity", place):
-                evaluation[entry.name] = self._evaluation(entry)
+                evaluation[entry.name] = entry_tokens(entry, self.tokenizer(), self.shape)
         asked_by = {trial.data: one for trial, one in possible.items() if trial.data is not None}
         data = {config: self._retraining_text(config, one) for config, one in asked_by.items()}
         with self._placed("validation"):
@@ -139,6 +154,8 @@ class _Preparation:
         hashes = {f"{EVALUATION_PREFIX}{name}": tokens.content_hash for name, tokens in evaluation.items()}
         if validation is not None:
             hashes[VALIDATION] = validation.content_hash
+        if self.tasks is not None:
+            hashes |= {f"task/{name}": self.tasks.hashes[name] for name in self.space.tasks_of_all}
 
         identities = _Identities(
             partial(recovery_id, model_hash=digest, dtype=self.dtype),
@@ -160,6 +177,7 @@ class _Preparation:
             identities.of,
             {name: own.for_shards for name, own in criteria.items()},
             {tokens.content_hash: tokens for tokens in (*calibrations.values(), *data.values())},
+            self.tasks,
         )
 
     @contextmanager
@@ -223,22 +241,24 @@ class _Preparation:
             )
         )
 
-    def _evaluation(self, entry: PerplexityConfig) -> TokenSet:
-        return self._checked(
-            evaluation_tokens(
-                self.tokenizer(),
-                TextSource(entry.dataset, entry.config, entry.data_files, entry.split),
-                sequence_length=entry.sequence_length,
-                max_windows=entry.max_windows,
-                bos_each_window=entry.bos_each_window,
-                max_positions=self.shape.max_positions,
-                name=f"evaluation.perplexity {entry.name}",
-            )
-        )
-
     def _checked(self, tokens: TokenSet) -> TokenSet:
         check_vocabulary(tokens, self.shape.vocabulary)
         return tokens
+
+
+def entry_tokens(entry: PerplexityConfig, tokenizer: Any, shape: ModelShape) -> TokenSet:
+    """The windows of an evaluation entry, for a model of this shape. Raises UsageError."""
+    tokens = evaluation_tokens(
+        tokenizer,
+        TextSource(entry.dataset, entry.config, entry.data_files, entry.split),
+        sequence_length=entry.sequence_length,
+        max_windows=entry.max_windows,
+        bos_each_window=entry.bos_each_window,
+        max_positions=shape.max_positions,
+        name=f"evaluation.perplexity {entry.name}",
+    )
+    check_vocabulary(tokens, shape.vocabulary)
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class RowContext:
     keep: where the weights of some trials are written for retraining, by recovery_id
     retries: how often trials were begun again, by trial_id
     goes_on: whether units and batches wait in the folder until their trial has its row
+    tasks: that some rows get columns of later
     keeping: whose weights stay there;  blocks: of the model
     """
 
@@ -40,6 +41,7 @@ class RowContext:
     keep: Mapping[str, Path] = field(default_factory=dict)
     goes_on: bool = True
     retries: Mapping[str, int] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
     keeping: Keeping = field(default_factory=Keeping)
     blocks: int = 0
 
@@ -50,7 +52,7 @@ class RowContext:
         storage and could not."""
         row = self._known(trial, started_at) | {"status": "finished"} | outcome.columns | _values(rungs)
         not_kept = self._mark(row) if outcome.kept else outcome.not_kept
-        write_rows(self.folder, row, outcome.units, self.names)
+        write_rows(self.folder, row, outcome.units, self.names, self.tasks)
         return row | ({"not_kept": not_kept} if not_kept else {})
 
     def artifact(self, trial: SweepTrial) -> Artifact | None:
@@ -88,7 +90,7 @@ class RowContext:
         self, trial: SweepTrial, columns: dict[str, Any], started_at: datetime
     ) -> dict[str, Any]:
         row = self._known(trial, started_at) | columns
-        write_rows(self.folder, row, [], self.names)
+        write_rows(self.folder, row, [], self.names, self.tasks)
         return row
 
     def _known(self, trial: SweepTrial, started_at: datetime) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ray import tune
 
 from raysweep.errors import first_line
 from raysweep.results.folders import TENSORBOARD
-from raysweep.results.schema import PERPLEXITY_PREFIX, REAL, TRIAL_COLUMNS, WHOLE, planned_columns
+from raysweep.results.schema import OPEN_PREFIXES, REAL, TRIAL_COLUMNS, WHOLE, planned_columns
 from raysweep.sweep.halving import TRIAL
 from raysweep.sweep.identified import LABEL_LENGTH, SweepTrial
 
@@ -171,7 +171,7 @@ def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{prefix}{name}": value
         for name, value in result.items()
-        if (name in METRICS or name.startswith(PERPLEXITY_PREFIX)) and isinstance(value, int | float)
+        if (name in METRICS or name.startswith(OPEN_PREFIXES)) and isinstance(value, int | float)
     }
     if is_row:
         found["config"] = {name: result[name] for name in ("status", "error") if name in result}

@@ -146,7 +146,11 @@ def test_mistakes_are_refused_with_their_place(old, new, where, said):
         ("validation.config=x", "without a dataset"),
         ("evaluation.perplexity=[]", "empty list"),
         ("evaluation.perplexity={}", "a mapping"),
-        ("evaluation.tasks=[hellaswag]", "unknown key 'tasks'"),
+        ("evaluation.task=[hellaswag]", "did you mean 'tasks'"),
+        ("evaluation.tasks=hellaswag", "a list of task names"),
+        ("evaluation.tasks=[a, b, a]", "task 'a' is named twice"),
+        ("evaluation.tasks_on=best", "kept | all"),
+        ("execution.task_batch_size=0", "whole number from 1"),
         ("evaluation.perplexity=[{name: x, dataset: y}]", "sequence_length"),
         ("evaluation.perplexity=[{name: a/b, dataset: y, sequence_length: 8}]", "letters, digits"),
         ("evaluation.perplexity=[{name: x, dataset: y, sequence_length: 8, max_window: 3}]", "'max_windows'"),
@@ -276,6 +280,16 @@ def test_the_protocol_names_what_is_measured_and_not_where_it_lies():
     assert protocols[0]["validation"] == {"samples": 16, "seed": 0, "sequence_length": 64}
     more = SearchSpace.from_text(MINIMAL, ["validation.samples=8"]).evaluation_protocol()
     assert more != SearchSpace.from_text(MINIMAL).evaluation_protocol()
+
+
+def test_tasks_of_every_trial_are_part_of_the_protocol_and_those_of_kept_ones_are_not():
+    plain = SearchSpace.from_text(MINIMAL).evaluation_protocol()
+    kept = SearchSpace.from_text(MINIMAL, ["evaluation.tasks=[a, b]"])
+    assert kept.evaluation.tasks == ("a", "b")
+    assert kept.evaluation_protocol() == plain
+    of_all = SearchSpace.from_text(MINIMAL, ["evaluation.tasks=[a, b]", "evaluation.tasks_on=all"])
+    assert of_all.evaluation_protocol() == plain | {"tasks": ["a", "b"]}
+    assert SearchSpace.from_text(kept.resolved_yaml()).evaluation == kept.evaluation
 
 
 def test_frequent_slips_are_told_what_to_write(make_space):

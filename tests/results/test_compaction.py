@@ -13,7 +13,7 @@ from raysweep.results.cleaning import clean
 from raysweep.results.folders import TRIALS, UNITS, compacted_file, has_rows, row_files
 from raysweep.results.reader import load_results, load_units, row_count, trial_rows, trial_states
 from raysweep.results.schema import trial_schema, unit_schema
-from raysweep.results.writer import write_rows
+from raysweep.results.writer import write_rows, write_trial_row
 
 
 def everything(folder: Path) -> tuple[object, ...]:
@@ -49,6 +49,22 @@ def sweep(tmp_path, trial_row, unit_rows) -> Path:
     write_rows(tmp_path, trial_row(8, status="failed", error="é", error_kind="other"), [], ["a"])
     write_rows(tmp_path, trial_row(9, status="stopped", rungs='{"0": 1.5}'), [], ["a"])
     return tmp_path
+
+
+def test_a_row_that_gets_columns_later_keeps_its_units(sweep):
+    """Of tasks that are measured on a finished trial, before or after its files were put together."""
+    units = len(load_units(sweep))
+    for when in ("before", "after"):
+        row = trial_rows(sweep)[f"{2:016x}"] | {f"task_{when}": 0.5}
+        names, tasks = ["a", "b"], [name.removeprefix("task_") for name in row if name.startswith("task_")]
+        write_trial_row(sweep, row, names, tasks)
+        for cleaned in (False, True):
+            if cleaned:
+                clean(sweep)
+            found = load_results(sweep).set_index("trial_id")
+            assert found[f"task_{when}"].dropna().to_dict() == {f"{2:016x}": 0.5}
+            assert found.perplexity_b[f"{2:016x}"] == row["perplexity_b"]
+            assert len(load_units(sweep)) == units
 
 
 def test_frames_are_equal_and_files_few(sweep):
