@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -69,25 +70,45 @@ ZOO = (
 )
 
 
+LARGEST = 20_000_000  # parameters of a model that is still called tiny
+
+
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
-    """The configuration of a model of two blocks, 32 wide; of one in which text is a part, with text as small."""
+    """The configuration of a model of two blocks, 32 wide; of one in which text is a part, with all parts as small."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
+    return kind(**_tiny_fields(kind) | FIELDS.get(family, {}) | changes)
+
+
+def _tiny_fields(kind: type[PretrainedConfig]) -> dict[str, Any]:
     known = {name for parent in kind.__mro__ for name in inspect.get_annotations(parent)}
     fields = {name: value for name, value in SIZES.items() if name in known}
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:  # latent attention: as many as queries
         fields["num_key_value_heads"] = fields["num_attention_heads"]
-    return kind(**fields | FIELDS.get(family, {}) | changes)
+    for name, part in kind.sub_configs.items():
+        model_type = getattr(part, "model_type", "")
+        fields[name] = _tiny_fields(part) | ({"model_type": model_type} if model_type else {})
+    return fields
 
 
 def make_zoo_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random float32 model in evaluation mode whose tensors all matter: no bias is zero, no norm is one."""
+    """A random float32 model in evaluation mode whose tensors all matter: no bias is zero, no norm is one.
+
+    Raises ValueError for a model that is large all the same.
+    """
     import transformers
+    from accelerate import init_empty_weights
 
     torch.manual_seed(seed)
     config = tiny_config(family, **changes)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    make = transformers.AutoModelForCausalLM.from_config
+    if family not in ZOO:
+        with init_empty_weights(include_buffers=False):
+            parameters = sum(parameter.numel() for parameter in make(copy.deepcopy(config)).parameters())
+        if parameters > LARGEST:
+            raise ValueError(f"{parameters:,} parameters with the sizes that are set here")
+    model: PreTrainedModel = make(config, dtype=torch.float32).eval()
     return randomize(model)
 
 

@@ -10,7 +10,6 @@ from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
 from raysweep.launching.launch import launch
 from raysweep.results.reader import load_units
-from tests.conftest import TINY_VOCABULARY
 from tests.frames import assert_same_numbers
 from tests.zoo import make_zoo_model
 
@@ -19,7 +18,7 @@ from tests.zoo import make_zoo_model
 def mixture(tiny_tokenizer, tmp_path) -> Path:
     """A folder with a Mixtral of twelve experts, which get sixteen tokens of each hundred, and a tokenizer."""
     folder = tmp_path / "mixture"
-    model = make_zoo_model("mixtral", vocab_size=TINY_VOCABULARY, num_local_experts=12)
+    model = make_zoo_model("mixtral", vocab_size=len(tiny_tokenizer), num_local_experts=12)
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -121,12 +120,7 @@ def test_what_is_read_can_be_written_back_under_the_checkpoints_names(tmp_path, 
         assert torch.equal(again, tensor), name
 
 
-def starving(family: str) -> tuple[Any, torch.Tensor]:
-    """A model and text, few of whose tokens are routed to most experts."""
-    return make_zoo_model(family), token_ids(2, 16)
-
-
-def test_experts_with_too_few_tokens_are_pruned_by_magnitude_and_left_alone(tmp_path):
+def test_experts_with_too_few_tokens_are_pruned_by_magnitude_and_left_alone():
     """Two samples of 16 tokens, of which each goes to two of four experts: none gets 32 unless all do."""
     model = make_zoo_model("mixtral")
     ids = token_ids(2, 15)
