@@ -147,7 +147,8 @@ class BlockRange:
 
     def starves(self, linear: Linear, block: Block) -> bool:
         """Whether it is of an expert that too few calibration tokens are routed to: recovery leaves it as it is."""
-        return starved(linear, block, self.statistics(CALIBRATION, linear, block))
+        routed = linear.name in block.routed
+        return routed and starved(linear, block, self.statistics(CALIBRATION, linear, block))
 
     # Masks
 
