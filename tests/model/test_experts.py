@@ -17,7 +17,7 @@ from raysweep.model.loading import Checkpoint, ModelSource, build_skeleton, layo
 from raysweep.model.shape import read_shape
 from raysweep.model.shard import ModelShard
 from tests.families import make_model, token_ids
-from tests.zoo import HIDDEN, ZOO, make_zoo_model
+from tests.zoo import HIDDEN, make_zoo_model
 
 # Of transformers' kinds: gated; transposed, with biases and a gate of its own; all tokens sorted by expert.
 KINDS = ("mixtral", "gpt_oss", "llama4_text")
@@ -204,11 +204,8 @@ def test_a_module_without_fused_experts_is_not_copied():
     assert separated(model) is model
 
 
-@pytest.mark.parametrize("family", ["dbrx", "jetmoe"])
-def test_experts_of_another_kind_are_refused_before_anything_is_read(tmp_path, family):
-    assert family not in ZOO
-    make_zoo_model(family).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="dimensions: fused experts|lie in no linear layer"):
-        read_shape(ModelSource(str(tmp_path)))
-    with pytest.raises(UsageError, match="dimensions: fused experts|lie in no linear layer"):
-        ModelShard.load(ModelSource(str(tmp_path)))
+def test_experts_of_another_kind_are_refused_before_anything_is_read(tmp_path):
+    make_zoo_model("jetmoe").save_pretrained(tmp_path)
+    for read in (read_shape, ModelShard.load):
+        with pytest.raises(UsageError, match="has 3 dimensions: fused experts of an unknown kind"):
+            read(ModelSource(str(tmp_path)))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from raysweep.errors import UsageError
-from raysweep.model.linears import find_blocks
+from raysweep.model.linears import block_linears, find_blocks
 from raysweep.model.shard import ModelShard
 from raysweep.model.structure import Block
 from tests.families import BLOCKS, FAMILIES, HIDDEN, in_family, make_model
@@ -181,6 +181,18 @@ def test_blocks_are_not_the_experts_within_one_of_them():
     model.layers = nn.ModuleList(Layer(experts=9) for _ in range(3))
     model.adapters = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
     assert find_blocks(model) == ("layers", model.layers)
+
+
+def test_a_block_with_most_weights_in_no_linear_is_refused():
+    """As fused experts in matrices of their own would be, which else would be left dense in silence."""
+    block = nn.Module()
+    block.linear, block.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 3, groups=8)
+    assert list(block_linears(block, "blocks.0")) == ["blocks.0.linear"]
+    block.experts = nn.Parameter(torch.zeros(40, 8))
+    with pytest.raises(
+        UsageError, match=r"most weights of blocks\.0 lie in no linear layer, .*experts"
+    ):
+        block_linears(block, "blocks.0")
 
 
 def test_a_model_without_blocks_is_refused():
