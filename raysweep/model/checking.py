@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from raysweep.errors import UsageError
-from raysweep.model.loading import CONFIG, Checkpoint
+from raysweep.model.layout import Layout, Part, shape_of, unused
+from raysweep.model.loading import CONFIG, Checkpoint, ModelSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+Headers = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and type of stored tensors."""
+
+FEW = 5  # names in a message
+
+log = logging.getLogger(__name__)
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads")
@@ -35,28 +47,78 @@ def check_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
             )
 
 
-def check_tensors(model: PreTrainedModel, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Refuses tensors of other shapes than the model's, and integers in place of its weights. Raises UsageError.
+def check_tensors(model: PreTrainedModel, layout: Layout, checkpoint: Checkpoint) -> None:
+    """Refuses tensors of other shapes than the model's, and integers in place of its weights; warns of tensors that the
+    model does not use. Raises UsageError.
 
-    names: own name to name in the checkpoint. Files that are still to be downloaded are checked as they are read.
+    Files that are still to be downloaded are checked as they are read.
     """
+    if extra := unused(layout, checkpoint.files, model):
+        named = ", ".join(f"{name!r} in {checkpoint.files[name]}" for name in extra[:FEW])
+        more = f", and {len(extra) - FEW} more" if len(extra) > FEW else ""
+        log.warning("model %r has tensors that it does not use: %s%s", checkpoint.source.path, named, more)
     if not checkpoint.source.is_local:
         return
     headers = checkpoint.headers()
+    shapes = {name: shape for name, (shape, _) in headers.items()}
     for own, tensor in model.state_dict(keep_vars=True).items():
-        if names[own] not in headers:
+        for part in layout[own]:
+            _check_there(part.stored, tensor, headers, checkpoint)
+        parts = layout[own]
+        found = shape_of(parts, shapes)
+        if found != tuple(tensor.shape):
             raise UsageError(
-                f"model {checkpoint.source.path!r}: {checkpoint.files[names[own]]} has no tensor {names[own]!r}"
+                f"model {checkpoint.source.path!r}: {_named(parts, own)} has shape {found}, and {CONFIG} asks for "
+                f"{tuple(tensor.shape)} ({checkpoint.files[parts[0].stored]})"
             )
-        shape, dtype = headers[names[own]]
-        if shape != tuple(tensor.shape):
+
+
+def _check_there(name: str, tensor: Tensor, headers: Headers, checkpoint: Checkpoint) -> None:
+    """A stored tensor that is part of one of the model's."""
+    if name not in headers:
+        raise UsageError(f"model {checkpoint.source.path!r}: {checkpoint.files[name]} has no tensor {name!r}")
+    dtype = headers[name][1]
+    if tensor.is_floating_point() and dtype not in REAL_DTYPES:
+        raise UsageError(
+            f"model {checkpoint.source.path!r}: {name} holds numbers of type {dtype} ({checkpoint.files[name]})",
+            allowed=", ".join(REAL_DTYPES),
+            remedy="Save the model without quantization.",
+        )
+
+
+def _named(parts: Sequence[Part], own: str) -> str:
+    if len(parts) == 1 and parts[0].index is None:
+        return parts[0].stored
+    stored = " and ".join(part.stored for part in parts)
+    return f"what is stored in {stored} for {own}"
+
+
+def check_twins(model: PreTrainedModel, layout: Layout, checkpoint: Checkpoint) -> None:
+    """Refuses two tensors that are one by config.json and hold different numbers. Raises UsageError."""
+    if not checkpoint.source.is_local:
+        return
+    for name, source in model.all_tied_weights_keys.items():
+        pair = [layout[each] for each in (name, source) if each in layout]
+        if len(pair) < 2 or pair[0] == pair[1]:
+            continue
+        first, second = (dict(checkpoint.read([parts]))[parts] for parts in pair)
+        if not torch.equal(first, second):
+            one, other = (f"{parts[0].stored!r} in {checkpoint.files[parts[0].stored]}" for parts in pair)
             raise UsageError(
-                f"model {checkpoint.source.path!r}: {names[own]} has shape {shape}, and {CONFIG} asks for "
-                f"{tuple(tensor.shape)}"
+                f"model {checkpoint.source.path!r}: {one} and {other} hold different numbers, and {CONFIG} says that "
+                "they are tied",
+                remedy=f"Set tie_word_embeddings to false in {CONFIG}, or save the model again.",
             )
-        if tensor.is_floating_point() and dtype not in REAL_DTYPES:
-            raise UsageError(
-                f"model {checkpoint.source.path!r}: {names[own]} holds numbers of type {dtype}",
-                allowed=", ".join(REAL_DTYPES),
-                remedy="Save the model without quantization.",
-            )
+
+
+def check_plain(config: PretrainedConfig, source: ModelSource) -> None:
+    """Refuses weights that are quantized. Raises UsageError."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return
+    fields = said if isinstance(said, dict) else said.to_dict()
+    raise UsageError(
+        f"model {source.path!r} is quantized ({fields.get('quant_method', 'unknown method')})",
+        allowed="weights in " + ", ".join(REAL_DTYPES),
+        remedy="Load it with transformers so that it is dequantized, and save it again.",
+    )

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from raysweep.errors import UsageError
-from raysweep.model.linears import linears_in
+from raysweep.model.experts import Experts
+from raysweep.model.linears import linears_in, routed_in
 
 RunModule = Callable[[Tensor, nn.Module], Tensor]
 """Runs a block, or one of its halves, on hidden states (B, T, H), with the model's arguments."""
@@ -24,11 +26,17 @@ TOLERANCE = (
 )
 
 
+ROUNDING = (
+    0.02  # of a token's output, that which other tokens beside it can make; assumption: bfloat16 makes 0.004
+)
+
+
 @dataclass(frozen=True)
 class Halves:
     """The two subblocks, each with its norm and residual: x + attention(norm x) and x + mlp(norm x).
 
-    Both are the block's own forward with the other half's branch giving zeros, and share its parameters.
+    Both are the block's own forward with the other half's branch giving zeros (where it adds the residual itself, the
+    residual), and share its parameters.
     parallel: both read the block's input and their branches are added; else the MLP reads what the attention
     half gives.
     """
@@ -88,11 +96,13 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Child:
-    """A direct child of a block that ran: the hidden states that it took, and what it returned."""
+    """A direct child of a block that ran: the hidden states that it took, all that it was given, what it returned."""
 
     name: str
     module: nn.Module
     input: Tensor
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
     output: Any
 
 
@@ -111,7 +121,7 @@ def _recorder(calls: list[_Child], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         taken = arguments[0] if arguments else keywords.get("hidden_states")
         if isinstance(taken, Tensor):
-            calls.append(_Child(name, module, taken.clone(), _cloned(output)))
+            calls.append(_Child(name, module, taken.clone(), arguments, keywords, _cloned(output)))
 
     return hook
 
@@ -122,9 +132,16 @@ def _cloned(output: Any) -> Any:
 
 
 def _mixes_tokens(a: _Child, b: _Child) -> bool:
-    """Same input at the last token in both runs, another output there: the child looked at other tokens."""
-    same_input = torch.equal(_last_token(a.input), _last_token(b.input))
-    return same_input and not torch.equal(_last_token(hidden_of(a.output)), _last_token(hidden_of(b.output)))
+    """Same input at the last token in both runs, another output there: the child looked at other tokens.
+
+    An expert that takes more tokens may round the same one otherwise, so there it must be more than that.
+    """
+    if not torch.equal(_last_token(a.input), _last_token(b.input)):
+        return False
+    first, second = _last_token(hidden_of(a.output)), _last_token(hidden_of(b.output))
+    if routed_in(a.module) or isinstance(a.module, Experts):
+        return _distance(first, second) > ROUNDING * float(first.float().norm())
+    return not torch.equal(first, second)
 
 
 def _last_token(x: Tensor) -> Tensor:
@@ -140,17 +157,57 @@ class _Zeros(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         x: Tensor = arguments[0] if arguments else keywords["hidden_states"]
-        zeros = x.new_zeros(*x.shape[:-1], self.width)
-        return (zeros, *[None] * (self.tuple_size - 1)) if self.tuple_size else zeros
+        return _packed(x.new_zeros(*x.shape[:-1], self.width), self.tuple_size)
+
+
+class _Residual(nn.Module):
+    """Stands in for a branch that adds the residual itself: gives the argument at that place, packed like it."""
+
+    def __init__(self, place: int | str, tuple_size: int) -> None:
+        super().__init__()
+        self.place, self.tuple_size = place, tuple_size
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        residual = arguments[self.place] if isinstance(self.place, int) else keywords[self.place]
+        return _packed(residual, self.tuple_size)
+
+
+def _packed(hidden: Tensor, tuple_size: int) -> Any:
+    return (hidden, *[None] * (tuple_size - 1)) if tuple_size else hidden
 
 
 def _silenced(block: nn.Module, branch: list[_Child]) -> nn.Module:
-    """The block with the children of `branch` giving zeros in the end; all else is shared with the block."""
+    """The block with the children of `branch` adding nothing in the end; all else is shared with the block."""
     half = copy.copy(block)
     half._modules = dict(block._modules)
     for child in branch[:-1]:
         half._modules[child.name] = nn.Identity()
     last = branch[-1]
-    size = len(last.output) if isinstance(last.output, tuple) else 0
-    half._modules[last.name] = _Zeros(hidden_of(last.output).shape[-1], size)
+    half._modules[last.name] = _stand_in(last)
     return half
+
+
+@torch.no_grad()
+def _stand_in(child: _Child) -> nn.Module:
+    """What gives what the child gives when its linears give zeros."""
+    size = len(child.output) if isinstance(child.output, tuple) else 0
+    hidden = hidden_of(child.output)
+    zeros = _Zeros(hidden.shape[-1], size)
+    given: dict[int | str, Any] = {**dict(enumerate(child.arguments)), **child.keywords}
+    places = [
+        place for place, value in given.items() if place not in (0, "hidden_states") and _like(value, hidden)
+    ]
+    if not places:
+        return zeros
+    silent = {
+        f"{name}.{leaf}" if name else leaf: torch.zeros_like(parameter)
+        for name, linear in linears_in(child.module).items()
+        for leaf, parameter in linear.named_parameters(recurse=False)
+    }
+    without = hidden_of(functional_call(child.module, silent, child.arguments, child.keywords))
+    residual = next((place for place in places if torch.equal(given[place], without)), None)
+    return zeros if residual is None else _Residual(residual, size)
+
+
+def _like(value: Any, hidden: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == hidden.shape and value.dtype == hidden.dtype

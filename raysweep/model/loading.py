@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
+from raysweep.model.conversions import find_layout
+from raysweep.model.experts import separate_experts
+from raysweep.model.layout import Layout, Part, assembled
 from raysweep.model.linears import ALLOWED_MODELS
 
 if TYPE_CHECKING:
@@ -140,14 +143,28 @@ class Checkpoint:
                     found[name] = (tuple(part.get_shape()), part.get_dtype())
         return found
 
-    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors called `names`, as stored, in the order of files."""
-        for file_name in sorted({self.files[name] for name in names}):
-            with _opened(self.path_of(file_name), self.source) as tensors:
-                for name in (name for name in names if self.files[name] == file_name):
-                    tensor = tensors.get_tensor(name)
-                    self.bytes_read += tensor.nbytes
-                    yield name, tensor
+    def read(self, wanted: Iterable[Sequence[Part]]) -> Iterator[tuple[Sequence[Part], Tensor]]:
+        """What the lists of parts are made of, each list once, in the order of files; no more than that is read."""
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for parts in sorted(wanted, key=lambda parts: self.files[parts[0].stored]):
+                read: list[Tensor] = []
+                for part in parts:
+                    file_name = self.files[part.stored]
+                    if file_name not in opened:
+                        opened[file_name] = stack.enter_context(_opened(self.path_of(file_name), self.source))
+                    read.append(part.of(opened[file_name].get_slice(part.stored)))
+                    self.bytes_read += read[-1].nbytes
+                self._check_together(parts, read)
+                yield parts, assembled(read)
+
+    def _check_together(self, parts: Sequence[Part], read: Sequence[Tensor]) -> None:
+        if len({tuple(tensor.shape[1:]) for tensor in read}) > 1:
+            shapes = ", ".join(
+                f"{part.stored} {tuple(tensor.shape)} in {self.files[part.stored]}"
+                for part, tensor in zip(parts, read, strict=True)
+            )
+            raise UsageError(f"model {self.source.path!r}: shapes do not fit together: {shapes}")
 
 
 def _indexed(path: str, source: ModelSource) -> dict[str, str]:
@@ -207,7 +224,8 @@ def resolve_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -
 
 
 def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights: parameters without storage (on `meta`), buffers real. In evaluation mode."""
+    """The model without weights: parameters without storage (on `meta`), buffers real, experts apart. In evaluation
+    mode."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -225,60 +243,44 @@ def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.d
             f"model {source.path!r} is no causal language model: {first_line(error)}", allowed=ALLOWED_MODELS
         ) from error
     model.eval()
+    separate_experts(model)
     return model
 
 
 def materialize(
-    module: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint, device: torch.device
+    module: nn.Module, layout: Mapping[str, Sequence[Part]], checkpoint: Checkpoint, device: torch.device
 ) -> None:
-    """Gives the tensors of `module` named in `keys` (own name -> tensor name) their values.
+    """Gives the tensors of `module` named in `layout` their values.
 
     Every tensor gets storage of its own on `device`, aligned as the allocator aligns it: arithmetic must not
-    depend on where in a file the tensor lay. A tensor wanted under two names is read once.
+    depend on where in a file the tensor lay. What is wanted under two names is read once.
     """
-    wanted: dict[str, list[str]] = {}
-    for own, stored in keys.items():
-        wanted.setdefault(stored, []).append(own)
-    for stored, tensor in checkpoint.read(list(wanted)):
-        for own in wanted[stored]:
-            _assign(module, own, tensor, device)
+    wanted: dict[tuple[Part, ...], list[str]] = {}
+    for own, parts in layout.items():
+        wanted.setdefault(tuple(parts), []).append(own)
+    for parts, tensor in checkpoint.read(wanted):
+        for own in wanted[tuple(parts)]:
+            _assign(module, own, tensor, device, checkpoint.files[parts[0].stored])
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device, file_name: str) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)
     if tuple(old.shape) != tuple(tensor.shape):
-        raise UsageError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(old.shape)}")
+        raise UsageError(
+            f"{name} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(old.shape)} ({file_name})"
+        )
     value = torch.empty(old.shape, dtype=old.dtype, device=device).copy_(tensor)
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     setattr(owner, leaf, value)
 
 
-def tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """For every parameter and persistent buffer of `model` the name of its tensor in the checkpoint.
+def layout_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
+    """For every parameter and persistent buffer of `model` what it is made of in the checkpoint.
 
     Older spellings are translated by transformers' own table, with or without the base model's prefix; tied
-    tensors share a name. Raises UsageError when a tensor is nowhere to be found.
+    tensors are made of the same. Raises UsageError when a tensor is nowhere to be found.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    state = dict(model.state_dict(keep_vars=True))
-    tied: dict[str, str] = model.all_tied_weights_keys
-    twins = tied | {source: target for target, source in tied.items()}
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    prefix = model.base_model_prefix
-    stored = {rename_source_key(key, renamings, [], prefix, state)[0]: key for key in checkpoint.files}
-    names: dict[str, str] = {}
-    for name in state:
-        found = stored.get(name) or stored.get(twins.get(name, ""))
-        if found is None:
-            raise UsageError(
-                f"model {checkpoint.source.path!r} has no tensor {name!r}",
-                allowed=f"a checkpoint with every weight of its {CONFIG}",
-                remedy="Save the model again with save_pretrained of an up-to-date transformers.",
-            )
-        names[name] = found
-    return names
+    return find_layout(model, checkpoint.files, checkpoint.source.path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from raysweep.errors import UsageError
-from raysweep.model.checking import check_sizes, check_tensors
-from raysweep.model.linears import block_linears, find_blocks
+from raysweep.model.checking import check_plain, check_sizes, check_tensors, check_twins
+from raysweep.model.linears import block_linears, find_blocks, routed_in
 from raysweep.model.loading import (
     CONFIG,
     Checkpoint,
     ModelSource,
     build_skeleton,
+    layout_of,
     resolve_dtype,
-    tensor_names,
 )
 
 NOT_CONTENT = ("_name_or_path", "transformers_version")  # of config.json: who wrote it, and where
@@ -32,11 +32,17 @@ NOT_CONTENT = ("_name_or_path", "transformers_version")  # of config.json: who w
 class BlockShape:
     """linears: (O, I) by full name;  parameters: of the whole block, norms and biases included
     transposed: names of linears that are stored as (I, O)
+    routed: of linears of experts, which share of the tokens they see if all experts see as many
     """
 
     linears: dict[str, tuple[int, int]]
     parameters: int
     transposed: frozenset[str] = frozenset()
+    routed: dict[str, float] = field(default_factory=dict)
+
+    def share(self, name: str) -> float:
+        """Of the tokens that a linear sees."""
+        return self.routed.get(name, 1.0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,11 @@ class ModelShape:
         return {name: shape for block in self.blocks for name, shape in block.linears.items()}
 
     @property
+    def routed(self) -> frozenset[str]:
+        """Linears of experts."""
+        return frozenset(name for block in self.blocks for name in block.routed)
+
+    @property
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every linear's weight as the model keeps it."""
         transposed = {name for block in self.blocks for name in block.transposed}
@@ -76,12 +87,17 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
     Raises UsageError for a model that is not there, has no safetensors, or has no blocks that can be pruned.
     """
     config, checkpoint = source.load_config(), Checkpoint.open(source)
+    check_plain(config, source)
     check_sizes(config, checkpoint)
     model = build_skeleton(source, config, torch.float32)
     name, modules = find_blocks(model)
-    blocks = tuple(_block_shape(module, f"{name}.{index}") for index, module in enumerate(modules))
-    check_tensors(model, tensor_names(model, checkpoint), checkpoint)
     text_config: Any = config.get_text_config()
+    blocks = tuple(
+        _block_shape(module, f"{name}.{index}", text_config) for index, module in enumerate(modules)
+    )
+    layout = layout_of(model, checkpoint)
+    check_tensors(model, layout, checkpoint)
+    check_twins(model, layout, checkpoint)
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and (type(positions) is not int or positions < 1):
         raise UsageError(
@@ -101,11 +117,17 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
     )
 
 
-def _block_shape(module: nn.Module, prefix: str) -> BlockShape:
+def _block_shape(module: nn.Module, prefix: str, config: Any) -> BlockShape:
     found = block_linears(module, prefix)
     linears = {name: (linear.weight_OI.shape[0], linear.weight_OI.shape[1]) for name, linear in found.items()}
     transposed = frozenset(name for name, linear in found.items() if linear.transposed)
-    return BlockShape(linears, sum(parameter.numel() for parameter in module.parameters()), transposed)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    routed = {
+        f"{prefix}.{name}": min(1.0, chosen / count) if isinstance(chosen, int) and chosen > 0 else 1.0
+        for name, count in routed_in(module).items()
+    }
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return BlockShape(linears, parameters, transposed, routed)
 
 
 def model_hash(source: ModelSource) -> str:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from raysweep.model.experts import separated
 from raysweep.model.frame import Frame, Surroundings, survey
 from raysweep.model.linears import block_linears, find_blocks
 from raysweep.model.loading import (
     Checkpoint,
     ModelSource,
     build_skeleton,
+    layout_of,
     materialize,
     resolve_dtype,
-    tensor_names,
 )
 from raysweep.model.structure import Block, BlockArguments
 
@@ -43,7 +44,7 @@ class ModelShard:
         hidden_size: int = model.config.get_text_config().hidden_size
         self.blocks = [
             Block(
-                self._frame.modules[index],
+                separated(self._frame.modules[index]),
                 f"{self._frame.blocks_name}.{index}",
                 index,
                 hidden_size,
@@ -75,16 +76,17 @@ class ModelShard:
         for index in range(start, stop):  # refuses what cannot be pruned before anything is read
             block_linears(modules[index], f"{name}.{index}")
         around = survey(model)
-        stored, owned = tensor_names(model, checkpoint), _owned(model, around, start, stop, head)
-        materialize(model, {own: stored[own] for own in stored if own in owned}, checkpoint, device)
-        _fill_the_rest(model, device)
+        layout, owned = layout_of(model, checkpoint), _owned(model, around, start, stop, head)
+        materialize(model, {own: layout[own] for own in layout if own in owned}, checkpoint, device)
+        _fill_the_rest(model, around, device)
         shard = cls(model, start, stop, around, head)
         shard.bytes_read = checkpoint.bytes_read
         return shard
 
     @classmethod
     def whole(cls, model: PreTrainedModel) -> ModelShard:
-        """All blocks of a model that is in memory already; it shares its weights."""
+        """All blocks of a model that is in memory already; it shares its weights, those of fused experts as well, whose
+        parts have names as if experts were apart (`experts.tensor_of`)."""
         return cls(model, 0, len(find_blocks(model)[1]), survey(model))
 
     @property
@@ -132,15 +134,14 @@ def _owned(model: PreTrainedModel, around: Surroundings, start: int, stop: int, 
     return {name for name in tensors if name.startswith(blocks) or name.rpartition(".")[0] in outside}
 
 
-def _fill_the_rest(model: PreTrainedModel, device: torch.device) -> None:
+def _fill_the_rest(model: PreTrainedModel, around: Surroundings, device: torch.device) -> None:
     """Zeros for the small modules outside the blocks that run here but belong to other shards.
 
-    Foreign blocks and foreign vocabulary matrices stay without storage: nothing here runs them.
+    Foreign blocks, foreign vocabulary matrices and what no text runs through (a vision tower) stay without storage.
     """
-    name, _ = find_blocks(model)
     vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
     for path, module in model.named_modules():
-        runs = not path.startswith(f"{name}.") and module not in vocabulary
+        runs = path in around.before | around.after and module not in vocabulary
         for leaf, old in list(module.named_parameters(recurse=False)):
             if runs and old.is_meta:
                 zeros = torch.zeros(old.shape, dtype=old.dtype, device=device)

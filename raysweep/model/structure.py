@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from raysweep.errors import UsageError
 from raysweep.model.halves import Halves, find_halves, hidden_of
-from raysweep.model.linears import block_linears
+from raysweep.model.linears import block_linears, routed_in
 
 PROBE_TOKENS = 8  # enough for attention to look at another token than its own
 
@@ -26,6 +26,7 @@ BlockArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 class Block:
     """One decoder block. Its linears are by full name; its input groups and halves are found on first use.
 
+    routed: linears of experts, which see only the tokens that are routed to them
     `arguments(B, T)` gives what the block takes besides hidden states of shape (B, T, H).
     """
 
@@ -40,6 +41,7 @@ class Block:
         self.module, self.prefix, self.index = module, prefix, index
         self.hidden_size = hidden_size
         self.linears = block_linears(module, prefix)
+        self.routed = frozenset(f"{prefix}.{name}" for name in routed_in(module))
         self.arguments = arguments
 
     def run(
@@ -75,16 +77,21 @@ class Block:
     def input_groups(self) -> list[list[str]]:
         """Names of linears that read the same tensor (q, k and v of most models), in order of execution.
 
+        Behind them, one by one, those of experts that do not run without tokens and got none of the probe.
+
         Raises UsageError when a linear does not run, so that nothing could be learned about it.
         """
         seen: list[tuple[Tensor, list[str]]] = []  # the tensors are kept, so that no address is used twice
         with self.watch_inputs(lambda name, x: _join_group(seen, name, x), self.linears), torch.no_grad():
             self.run(self.probe())
         groups = [names for _, names in seen]
-        idle = self.linears.keys() - {name for names in groups for name in names}
-        if idle:
-            raise UsageError(f"{min(idle)} is not used by its block, so nothing can be learned about it")
-        return groups
+        ran = {name for names in groups for name in names}
+        idle = [name for name in self.linears if name not in ran]
+        unused = [name for name in idle if name not in self.routed]
+        if unused or (idle and not ran & self.routed):
+            name = min(unused or idle)
+            raise UsageError(f"{name} is not used by its block, so nothing can be learned about it")
+        return groups + [[name] for name in idle]
 
     @cached_property
     def leaders(self) -> list[str]:
@@ -110,7 +117,8 @@ class Block:
 
 def _join_group(seen: list[tuple[Tensor, list[str]]], name: str, x: Tensor) -> None:
     for tensor, names in seen:
-        if tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape:
+        same_place = tensor.data_ptr() == x.data_ptr() and x.numel() > 0  # no tokens, no place
+        if same_place and tensor.shape == x.shape:
             names.append(name)
             return
     seen.append((x, [name]))

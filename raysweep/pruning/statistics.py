@@ -55,6 +55,12 @@ class InputStatistics:
         return int((self.gram_II.diagonal() == 0).sum())
 
 
+def alike(inputs: int, device: torch.device | str = "cpu") -> InputStatistics:
+    """The statistics of inputs of which nothing is known: all as large, none with another. Under them Wanda and
+    SparseGPT rank by magnitude, and SparseGPT moves no weight."""
+    return InputStatistics(torch.eye(inputs, device=device), torch.zeros(inputs, device=device), 1)
+
+
 def merge(parts: Iterable[InputStatistics]) -> InputStatistics:
     """The statistics of all rows of `parts` together. Raises ValueError when there are none."""
     parts = list(parts)

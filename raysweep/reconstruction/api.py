@@ -20,6 +20,7 @@ from raysweep.config.field_groups import MASK_FIELDS
 from raysweep.config.trial import Trial
 from raysweep.config.validation import validated
 from raysweep.errors import UsageError
+from raysweep.model.experts import tensor_of
 from raysweep.model.shard import ModelShard
 from raysweep.pruning.criteria import PrunedLayer
 from raysweep.pruning.mask_file import MaskFile
@@ -45,7 +46,8 @@ class Pruned:
     """Masks and weights of a pruned model.
 
     masks:   by linear, bool (O, I), True = kept
-    weights: by full parameter name, the pruned tensors as the model stores them
+    weights: by full parameter name, the pruned tensors as the model stores them; those of experts that it keeps in one
+        tensor each by names of their own (experts.3.down_proj), and `apply` puts them in their place
     linears: one row per linear: realized sparsity, dead inputs, error of its output on the calibration set
     """
 
@@ -232,7 +234,8 @@ def _check_dense(blocks: BlockRange, masks: Mapping[str, Tensor]) -> None:
 def _check_fit(trial: Trial, blocks: BlockRange) -> None:
     linears = {name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()}
     shapes = {name: (one.weight_OI.shape[0], one.weight_OI.shape[1]) for name, one in linears.items()}
-    check_trial(trial, shapes, len(blocks.blocks))
+    routed = frozenset[str]().union(*(block.routed for block in blocks.blocks.values()))
+    check_trial(trial, shapes, len(blocks.blocks), routed)
 
 
 def _check_same_linears(blocks: BlockRange, masks: dict[str, Tensor]) -> None:
@@ -270,4 +273,4 @@ def _checked_ids(calibration: TokenIds, vocabulary: int) -> Tensor:
 def _write(model: nn.Module, weights: Weights) -> None:
     with torch.no_grad():
         for name, tensor in weights.items():
-            model.get_parameter(name).copy_(tensor)
+            tensor_of(model, name).copy_(tensor)

@@ -39,7 +39,7 @@ class DeviceStage(UnitTraining):
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, objective: Objective) -> None:
         super().__init__(blocks, name, trial, unit, objective)
         self._full = len(self.steps[0].rows)
-        self._compiles = blocks.compiles
+        self._compiles = blocks.compiles and not self.has_experts  # which see other shapes in every step
         self.optimizer: DeviceOptimizer = DeviceOptimizer(
             self.recipe, self.trainable.parameters, self.trainable.masks, self._compiles
         )
@@ -50,7 +50,7 @@ class DeviceStage(UnitTraining):
         """All steps. Raises NumericalError when weights are not finite after."""
         device = self.blocks.device
         sources = [self._given_inputs, *([] if self._targets is None else [self._targets])]
-        records = device.type == "cuda" and len(self.steps) >= GRAPH_FROM_STEPS
+        records = device.type == "cuda" and len(self.steps) >= GRAPH_FROM_STEPS and not self.has_experts
         graph: StepGraph | None = None
         with (
             many_variants() if self._compiles else nullcontext(),
@@ -105,7 +105,8 @@ class DeviceStage(UnitTraining):
         """Of all that is trained."""
         apart = {id(norm.parameter) for norm in self._norms}
         others = [parameter for parameter in self.trainable.parameters if id(parameter) not in apart]
-        by_id = {id(p): g for p, g in zip(others, torch.autograd.grad(loss, others), strict=True)}
+        found = torch.autograd.grad(loss, others, materialize_grads=self.has_experts)
+        by_id = {id(p): g for p, g in zip(others, found, strict=True)}
         with torch.no_grad():
             for norm in self._norms:
                 behind = [by_id[id(weight)] for weight in norm.weights]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from raysweep.config.criterion import is_mask_file
 from raysweep.config.field_groups import LORA
@@ -19,15 +19,16 @@ Shapes = Mapping[str, tuple[int, int]]
 """(O, I) of linears by full name."""
 
 
-def check_trial(trial: Trial, linears: Shapes, blocks: int) -> None:
+def check_trial(trial: Trial, linears: Shapes, blocks: int, routed: Collection[str] = ()) -> None:
     """Refuses what the model has no room for. Raises UsageError, whose `where` is the field.
 
-    linears: of the decoder blocks;  blocks: how many there are
+    linears: of the decoder blocks;  blocks: how many there are;  routed: those of the linears that are of experts
     """
     _check_names(trial, list(linears))
     _check_pattern(trial, linears)
     if trial.granularity is not None:
         _check_window(trial, blocks)
+        _check_experts(trial, routed)
     if trial.trainable in LORA:
         _check_rank(trial, linears)
 
@@ -82,6 +83,24 @@ def _check_window(trial: Trial, blocks: int) -> None:
             f"granularity {trial.granularity} is longer than the model, which has {blocks} blocks",
             where="granularity",
             allowed=f"window:2 to window:{blocks}, or model",
+        )
+
+
+def _check_experts(trial: Trial, routed: Collection[str]) -> None:
+    """Samples have as many tokens each; what an expert sees of them has not."""
+    by_gram = trial.optimizer == "exact" and trial.input_stream == "dense"
+    if trial.granularity != "matrix" or by_gram:
+        return
+    recipe = MaskRecipe.of(trial)
+    name = next(
+        (name for name in sorted(routed) if is_mask_file(recipe.criterion) or recipe.prunes(name)), None
+    )
+    if name is not None:
+        raise UsageError(
+            f"granularity matrix: {name} is of an expert, which sees other numbers of tokens in every sample",
+            where="granularity",
+            allowed="subblock, block, window:K or model; or matrix with optimizer exact and input_stream dense",
+            remedy="Or leave experts dense: ignore: ['re:.*experts.*'].",
         )
 
 

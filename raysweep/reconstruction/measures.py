@@ -37,8 +37,8 @@ class TextError:
 
     @property
     def loss(self) -> float:
-        """The trial's loss over the text."""
-        return math.fsum(self.losses) / self.elements
+        """The trial's loss over the text; none where nothing of it was routed to an expert."""
+        return math.fsum(self.losses) / self.elements if self.elements else 0.0
 
     @property
     def relative(self) -> float:

@@ -95,7 +95,8 @@ class ModuleObjective:
     def parameter_names(self) -> list[str]:
         """Those that the output depends on, and at granularity subblock no other unit's output.
 
-        A norm that both halves of a parallel block read stays dense: trained by one it would spoil the other.
+        A norm that both halves of a parallel block read stays dense: trained by one it would spoil the other. Experts
+        that too few tokens are routed to stay as they are.
         """
         return self._names
 
@@ -178,7 +179,15 @@ class ModuleObjective:
 
     def _parameter_names(self) -> list[str]:
         pairs = zip(self.unit.blocks, self.profiles, strict=True)
-        names = [name for block, profile in pairs for name in _full(block, profile)]
+        left = tuple(
+            f"{linear.name}."
+            for block in self.unit.blocks
+            for linear in block.linears.values()
+            if self.blocks.starves(linear, block)
+        )
+        names = [
+            name for block, profile in pairs for name in _full(block, profile) if not name.startswith(left)
+        ]
         if self.unit.half is None:
             return names
         halves = units_of([self.unit.block], "subblock", self.blocks.shard.blocks_in_model)
@@ -196,7 +205,8 @@ class ModuleObjective:
         module = block.module if unit.half is None else unit.module
         key = ("profile", block.index, unit.half, tuple(batch_BTH.shape))
         run = partial(block.run, module=module)
-        return self.blocks.knowledge.get(key, lambda: profile_step(module, run, batch_BTH))
+        routed = tuple(f"{name.removeprefix(f'{block.prefix}.')}." for name in block.routed)
+        return self.blocks.knowledge.get(key, lambda: profile_step(module, run, batch_BTH, routed))
 
 
 def _full(block: Block, profile: UnitProfile) -> list[str]:
@@ -304,12 +314,13 @@ class MatrixOnTokens(_Matrix):
 
 
 def dense_linear_inputs(blocks: BlockRange, text: str, block: Block, linear: Linear) -> Tensor:
-    """The dense inputs (S, T, I) of a linear over a kept text, shared with the linears beside it.
+    """The dense inputs (S, T, I) of a linear over a kept text, which is none of an expert; shared with those beside it.
 
     The dense block runs once more to give them, in the batches of the dense pass: the same numbers.
     """
     hidden_STH = blocks.texts[text].activations.inputs[block.index]
-    make = partial(_linear_inputs, blocks, hidden_STH, block, block.leaders)
+    leaders = [leader for leader in block.leaders if leader not in block.routed]
+    make = partial(_linear_inputs, blocks, hidden_STH, block, leaders)
     return blocks.knowledge.get(("linear_inputs", text, block.index), make)[block.leader_of(linear.name)]
 
 

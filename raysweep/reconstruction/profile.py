@@ -31,8 +31,11 @@ class UnitProfile:
     entry_norms: tuple[EntryNorm, ...]
 
 
-def profile_step(module: nn.Module, run: Run, input_BTH: Tensor) -> UnitProfile:
-    """Takes a forward and backward pass of `run`, which runs `module`, and leaves the module as it was."""
+def profile_step(module: nn.Module, run: Run, input_BTH: Tensor, routed: tuple[str, ...] = ()) -> UnitProfile:
+    """Takes a forward and backward pass of `run`, which runs `module`, and leaves the module as it was.
+
+    routed: what names of parameters of experts begin with: other samples may be routed to them
+    """
     parameters = dict(module.named_parameters())
     try:
         for parameter in parameters.values():
@@ -40,7 +43,13 @@ def profile_step(module: nn.Module, run: Run, input_BTH: Tensor) -> UnitProfile:
         watch = Watch(module)
         with flop_counter() as counter, watch.watching(input_BTH):
             run(input_BTH).float().square().mean().backward()
-        used = tuple(name for name, parameter in parameters.items() if _matters(parameter))
+        of_experts = {name for name in parameters if name.startswith(routed)}
+        experts_run = any(parameters[name].grad is not None for name in of_experts)
+        used = tuple(
+            name
+            for name, parameter in parameters.items()
+            if _matters(parameter) or (experts_run and name in of_experts)
+        )
         entry_norms = watch.found()
         saved = saved_sizes(lambda: run(input_BTH).float().square().mean())
     finally:

@@ -7,14 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from raysweep.config.criterion import is_mask_file
+from raysweep.config.criterion import is_mask_file, reads_statistics
 from raysweep.errors import NumericalError, RaysweepError
 from raysweep.model.linears import Linear
 from raysweep.model.shard import ModelShard
@@ -23,7 +23,7 @@ from raysweep.pruning.criteria import LayerView, OwnFunction, PrunedLayer, prune
 from raysweep.pruning.mask_file import MaskFile
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.pruning.sparsegpt import InverseFactor, inverse_factor
-from raysweep.pruning.statistics import InputStatistics, output_error
+from raysweep.pruning.statistics import InputStatistics, alike, output_error
 from raysweep.reconstruction.activations import TextActivations, batches, fetch, keep_rows
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
 from raysweep.reconstruction.losses import squared_sums
@@ -36,6 +36,16 @@ Statistics = dict[str, InputStatistics]
 """Of the inputs of a block's input groups, by the group's first linear."""
 
 Run = Callable[[Tensor], Tensor]
+
+
+FEWEST_TOKENS = 32
+"""That an expert needs in the calibration set for its statistics to be used: with fewer, the norm of an input (if it is
+normal) has a standard error of more than an eighth of itself, 1 / sqrt(2 n)."""
+
+
+def starved(linear: Linear, block: Block, statistics: InputStatistics) -> bool:
+    """Whether a linear is of an expert that too few tokens of these statistics are routed to."""
+    return linear.name in block.routed and statistics.rows < FEWEST_TOKENS
 
 
 def accumulate(statistics: Statistics, name: str, x: Tensor) -> None:
@@ -132,8 +142,13 @@ class BlockRange:
         return output_BTH
 
     def statistics(self, text: str, linear: Linear, block: Block) -> InputStatistics:
-        """Of the dense inputs of a linear of the block."""
-        return self.texts[text].statistics[block.leader_of(linear.name)]
+        """Of the dense inputs of a linear of the block; of an expert that no token was routed to, those of no rows."""
+        return _of_linear(self.texts[text].statistics, block, linear)
+
+    def starves(self, linear: Linear, block: Block) -> bool:
+        """Whether it is of an expert that too few calibration tokens are routed to: recovery leaves it as it is."""
+        routed = linear.name in block.routed
+        return routed and starved(linear, block, self.statistics(CALIBRATION, linear, block))
 
     # Masks
 
@@ -155,8 +170,8 @@ class BlockRange:
             make = partial(self._factor_on_host, leader, dampening)
             return self.knowledge.get(("factor", leader, dampening), make).to(self.device)
 
-        statistics = self.texts[CALIBRATION].statistics[leader]
-        make = partial(self._pruned, recipe, linear, statistics, factor)
+        statistics = self.statistics(CALIBRATION, linear, block)
+        make = partial(self._pruned, recipe, block, linear, statistics, factor)
         return self.knowledge.get(("layer", recipe, linear.name), make)
 
     def _factor_on_host(self, leader: str, dampening: float) -> InverseFactor:
@@ -189,7 +204,8 @@ class BlockRange:
         for linear in block.linears.values():
             if recipe.prunes(linear.name):
                 leader = block.leader_of(linear.name)
-                layer = self._pruned(recipe, linear, statistics[leader], partial(factor, leader))
+                own = _of_linear(statistics, block, linear)
+                layer = self._pruned(recipe, block, linear, own, partial(factor, leader))
                 self._put(name, linear, layer)
                 if recipe.stream == "pruned":
                     self.knowledge.keep(("layer", recipe, linear.name), layer)
@@ -197,15 +213,31 @@ class BlockRange:
     def _pruned(
         self,
         recipe: MaskRecipe,
+        block: Block,
         linear: Linear,
         statistics: InputStatistics,
         factor: Callable[[float], InverseFactor],
     ) -> PrunedLayer:
         view = LayerView(linear.name, linear.weight_OI, statistics, factor)
+        if starved(linear, block, statistics) and reads_statistics(recipe.criterion):
+            return self._pruned_blindly(recipe, view)
+        return self._pruned_seeing(recipe, view)
+
+    def _pruned_seeing(self, recipe: MaskRecipe, view: LayerView) -> PrunedLayer:
         try:
             return prune_layer(recipe, view, self.own_criteria)
         except NumericalError as error:
-            raise NumericalError(f"{linear.name}: {error}") from error
+            raise NumericalError(f"{view.name}: {error}") from error
+
+    def _pruned_blindly(self, recipe: MaskRecipe, view: LayerView) -> PrunedLayer:
+        """As if all its inputs were alike; the row says so."""
+        unknown = alike(view.weight_OI.shape[1], self.device)
+        layer = self._pruned_seeing(
+            recipe, replace(view, statistics=unknown, factor=partial(inverse_factor, unknown))
+        )
+        rows, dead = view.statistics.rows, view.statistics.dead_inputs
+        said = f"inputs taken as alike: {rows} of {FEWEST_TOKENS} routed tokens"
+        return replace(layer, dead_inputs=dead, dampening=None, fallback=said)
 
     def _put(self, name: str, linear: Linear, layer: PrunedLayer) -> None:
         self.layers[name][linear.name] = layer
@@ -384,6 +416,13 @@ class BlockRange:
         self.streams.pop(name, None)
         for captured in [key for key in self.captured if key[0] == name]:
             del self.captured[captured]
+
+
+def _of_linear(statistics: Statistics, block: Block, linear: Linear) -> InputStatistics:
+    leader = block.leader_of(linear.name)
+    if leader not in statistics and linear.name in block.routed:
+        return InputStatistics.empty(linear.weight_OI.shape[1], linear.weight_OI.device)
+    return statistics[leader]
 
 
 @contextmanager

@@ -37,7 +37,8 @@ def find_unit(blocks: BlockRange, granularity: str, unit_name: str) -> Unit:
 def recover_unit(
     blocks: BlockRange, name: str, trial: Trial, unit_name: str, recovered: Weights | None = None
 ) -> UnitResult | None:
-    """Recovers a unit of the trial `name` in the place of its pruned weights; None where nothing in it is pruned.
+    """Recovers a unit of the trial `name` in the place of its pruned weights; None where nothing in it is pruned, or
+    only experts that too few tokens are routed to.
 
     recovered: what `weights_of` gave when the unit was recovered before; then it is taken over, and the result is None
     A trial whose units depend on one another has a stream of its name that has arrived at the unit: it is pruned on it
@@ -72,8 +73,9 @@ def weights_of(
 
 
 def is_pruned(blocks: BlockRange, name: str, unit: Unit) -> bool:
-    """Whether the trial prunes a linear in this part of the unit."""
-    return not unit.linears.keys().isdisjoint(blocks.layers[name])
+    """Whether the trial prunes a linear in this part of the unit that can be recovered."""
+    pruned = [linear for full, linear in unit.linears.items() if full in blocks.layers[name]]
+    return any(not blocks.starves(linear, unit.block_of(linear.name)) for linear in pruned)
 
 
 def prune_unit_on_stream(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> None:

@@ -46,6 +46,7 @@ class UnitTraining:
     def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, objective: Objective) -> None:
         self.blocks, self.unit, self.recipe = blocks, unit, TrainingRecipe.of(trial)
         self.objective = objective
+        self.has_experts = any(block.routed for block in unit.blocks)
         samples = blocks.texts[CALIBRATION].activations.samples
         self.steps = list(self.recipe.steps(samples))
         self._loss = LOSSES[str(trial.loss)]
@@ -142,9 +143,17 @@ class Stage(UnitTraining):
         else:
             output_BTH.backward(gradient_BTH.to(output_BTH))
         with torch.no_grad():
+            if self.has_experts:
+                self._fill_gradients()
             self._derive_gradients()
         self.optimizer.gather()
         return input_BTH.grad
+
+    def _fill_gradients(self) -> None:
+        """Zeros for experts that ran on none of the step's tokens."""
+        for parameter in self.trainable.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _derive_gradients(self) -> None:
         """Of the norms that are no part of the graph."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,12 +62,21 @@ def trainable_of(
 ) -> OwnTensors | LowRank:
     """What the trial trains. names: full names of what may be trained of the unit."""
     if trial.trainable in LORA:
+        names = list(names)
         norms = [full for full in names if full.rpartition(".")[0] not in unit.linears]
-        return LowRank(blocks, name, trial, unit, norms if trial.trainable == "lora+norms" else [])
+        return LowRank(
+            blocks, name, trial, unit, norms if trial.trainable == "lora+norms" else [], _changed(unit, names)
+        )
     weights = {f"{linear}.weight" for linear in unit.linears}
     return OwnTensors(
         blocks, name, unit, [full for full in names if trial.trainable == "all" or full in weights]
     )
+
+
+def _changed(unit: Unit, names: Iterable[str]) -> list[Linear]:
+    """The unit's linears whose weights are among `names`."""
+    weights = set(names)
+    return [linear for name, linear in unit.linears.items() if f"{name}.weight" in weights]
 
 
 class OwnTensors:
@@ -104,15 +113,24 @@ class LowRank:
     A (R, I) starts uniform within 1 / sqrt(I), B (O, R) at zero, both float32, so that training starts at W.
     """
 
-    def __init__(self, blocks: BlockRange, name: str, trial: Trial, unit: Unit, norms: Iterable[str]) -> None:
-        self._weights, self._unit = blocks.weights[name], unit
+    def __init__(
+        self,
+        blocks: BlockRange,
+        name: str,
+        trial: Trial,
+        unit: Unit,
+        norms: Iterable[str],
+        linears: Sequence[Linear] | None = None,
+    ) -> None:
+        linears = list(unit.linears.values()) if linears is None else linears
+        self._weights, self._unit, self._linears = blocks.weights[name], unit, linears
         self._norms = {full: _parameter(self._weights, unit, full) for full in norms}
         rank = trial.lora_rank or 1
         self._scale = (trial.lora_alpha or 0.0) / rank
-        self._factors = {
-            linear.name: low_rank_factors(linear, rank, trial.seed or 0) for linear in unit.linears.values()
+        self._factors = {linear.name: low_rank_factors(linear, rank, trial.seed or 0) for linear in linears}
+        self._masks = {
+            linear.name: stored_mask(blocks, name, unit, f"{linear.name}.weight") for linear in linears
         }
-        self._masks = {full: stored_mask(blocks, name, unit, f"{full}.weight") for full in unit.linears}
         self.parameters = [*(part for pair in self._factors.values() for part in pair), *self._norms.values()]
         self.masks: list[Tensor | None] = [None] * len(self.parameters)
 
@@ -121,7 +139,7 @@ class LowRank:
         return set(self._norms)
 
     def instead(self) -> Weights:
-        merged = {f"{name}.weight": self._merged(linear) for name, linear in self._unit.linears.items()}
+        merged = {f"{linear.name}.weight": self._merged(linear) for linear in self._linears}
         return _of_unit(self._weights, self._unit) | self._norms | merged
 
     def behind(self, norms: Iterable[EntryNorm]) -> list[TrainedNorm]:
@@ -129,8 +147,8 @@ class LowRank:
 
     def finish(self) -> None:
         with torch.no_grad():
-            for name, linear in self._unit.linears.items():
-                self._weights[f"{name}.weight"] = self._merged(linear).detach()
+            for linear in self._linears:
+                self._weights[f"{linear.name}.weight"] = self._merged(linear).detach()
 
     def _merged(self, linear: Linear) -> Tensor:
         b_OR, a_RI = self._factors[linear.name]

@@ -206,7 +206,12 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         "cost",
         "peak host memory of a worker; null where another trial shared the worker",
     ),
-    Column("fallbacks", WHOLE, "provenance", "linears and units for which a numerical fallback was used"),
+    Column(
+        "fallbacks",
+        WHOLE,
+        "provenance",
+        "linears and units for which a numerical fallback was used, or whose expert had too few tokens",
+    ),
     Column("retries", WHOLE, "provenance", "how often the trial was started again"),
     Column("model", TEXT, "provenance", "the dense model, as written in the search space"),
     Column("model_hash", TEXT, "provenance", "hash of the model's contents"),

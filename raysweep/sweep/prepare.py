@@ -196,7 +196,7 @@ class _Preparation:
                 raise self.space.refusal(one, error) from None
 
     def _check(self, trial: Trial) -> None:
-        check_trial(trial, self.shape.linears, len(self.shape.blocks))
+        check_trial(trial, self.shape.linears, len(self.shape.blocks), self.shape.routed)
         if trial.start is not None:
             try:
                 self._check(trial.start)

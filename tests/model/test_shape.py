@@ -114,17 +114,6 @@ def test_a_file_of_the_hugging_face_cache_is_known_by_its_name(tiny_llama, model
     assert model_hash(ModelSource(str(model_folder))) != by_name
 
 
-def test_fused_experts_are_refused_before_anything_is_read(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"experts\.gate_up_proj has 3 dimensions"):
-        read_shape(ModelSource(str(tmp_path)))
-
-
 @pytest.mark.parametrize("kind", ["encoder-decoder", "unknown"])
 def test_what_is_no_causal_language_model_is_refused(tmp_path, kind, model_folder):
     from transformers import T5Config

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from raysweep.errors import UsageError
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from tests.families import BLOCKS, FAMILIES, Family, make_model, token_ids
@@ -160,17 +159,6 @@ def test_the_model_has_its_blocks_back_after_an_error(tiny_llama):
     ids = token_ids(1, 4)
     with torch.no_grad():
         assert torch.equal(shard.model(ids).logits, whole_logits(tiny_llama, ids))
-
-
-def test_fused_experts_are_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"experts\.gate_up_proj has 3 dimensions .* cannot be pruned yet"):
-        ModelShard.load(ModelSource(str(tmp_path)))
 
 
 def test_a_whole_model_in_memory_shares_its_weights():

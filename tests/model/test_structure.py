@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from raysweep.errors import UsageError
-from raysweep.model.linears import find_blocks
+from raysweep.model.linears import block_linears, find_blocks
 from raysweep.model.shard import ModelShard
+from raysweep.model.structure import Block
 from tests.families import BLOCKS, FAMILIES, HIDDEN, in_family, make_model
+from tests.zoo import make_zoo_model
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -114,13 +116,49 @@ def test_halves_share_the_parameters_of_the_block(shards):
         assert {id(parameter) for parameter in half.parameters()} <= own
 
 
-def test_a_block_whose_branch_adds_the_residual_itself_is_refused_at_subblock_only():
-    from transformers import BloomConfig, BloomForCausalLM
+@pytest.mark.parametrize("after_norm", [False, True])
+def test_a_branch_may_add_the_residual_itself(after_norm):
+    """As BLOOM's do, which take it beside their input."""
+    model = make_zoo_model("bloom", apply_residual_connection_post_layernorm=after_norm)
+    if after_norm:  # then the residual is no sum of the block's input and its branches
+        with pytest.raises(UsageError, match="granularity matrix or block"):
+            _ = ModelShard.whole(model).blocks[0].halves
+        return
+    for block in ModelShard.whole(model).blocks:
+        x_BTH = some_hidden()
+        assert torch.equal(
+            block.run(block.run(x_BTH, block.halves.attention), block.halves.mlp), block.run(x_BTH)
+        )
+        for half, silent in (
+            (block.halves.attention, ("dense_h_to_4h", "dense_4h_to_h")),
+            (block.halves.mlp, ("query_key_value", "dense")),
+        ):
+            expected_BTH = block.run(x_BTH, block_with_branch_at_zero(block, silent))
+            torch.testing.assert_close(block.run(x_BTH, half), expected_BTH, rtol=1e-6, atol=1e-6)
+            assert not torch.allclose(expected_BTH, x_BTH, atol=0.01)
 
-    torch.manual_seed(0)
-    config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64, initializer_range=0.2)
-    block = ModelShard.whole(BloomForCausalLM(config).eval()).blocks[0]
-    assert len(block.input_groups) == 4
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states.cumsum(1))
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Mean(), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.attention(hidden_states) * self.mlp(hidden_states)
+
+
+def test_a_block_that_is_no_sum_of_two_branches_is_refused_at_subblock_only():
+    block = Block(Product(), "blocks.0", 0, HIDDEN, lambda _samples, _tokens: ((), {}))
+    assert block.input_groups == [["blocks.0.attention.linear"], ["blocks.0.mlp"]]
     with pytest.raises(UsageError, match="granularity matrix or block"):
         _ = block.halves
 
@@ -143,6 +181,18 @@ def test_blocks_are_not_the_experts_within_one_of_them():
     model.layers = nn.ModuleList(Layer(experts=9) for _ in range(3))
     model.adapters = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
     assert find_blocks(model) == ("layers", model.layers)
+
+
+def test_a_block_with_most_weights_in_no_linear_is_refused():
+    """As fused experts in matrices of their own would be, which else would be left dense in silence."""
+    block = nn.Module()
+    block.linear, block.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 3, groups=8)
+    assert list(block_linears(block, "blocks.0")) == ["blocks.0.linear"]
+    block.experts = nn.Parameter(torch.zeros(40, 8))
+    with pytest.raises(
+        UsageError, match=r"most weights of blocks\.0 lie in no linear layer, .*experts"
+    ):
+        block_linears(block, "blocks.0")
 
 
 def test_a_model_without_blocks_is_refused():
