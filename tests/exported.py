@@ -1,4 +1,4 @@
-"""Exported folders as others see them: by plain transformers and safetensors, without raysweep."""
+"""Exported folders as others see them: by plain transformers and safetensors. Only experts have names of ours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from raysweep.model.experts import tensor_of
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -34,7 +36,7 @@ def check_zeros(folder: Path) -> int:
     zeros = 0
     for name, mask in masks.items():
         if mask.dtype == torch.uint8:
-            weight = model.get_submodule(name).weight
+            weight = tensor_of(model, f"{name}.weight")
             assert torch.equal(weight != 0, mask.bool()), name
             zeros += int((mask == 0).sum())
     return zeros

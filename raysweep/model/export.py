@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raysweep.errors import RaysweepError, StorageError, first_line
 from raysweep.model.block_files import read_tensors
+from raysweep.model.layout import Part, uses_of, write_back
 from raysweep.model.linears import block_linears, find_blocks
 from raysweep.model.loading import (
     CONFIG,
@@ -23,7 +24,7 @@ from raysweep.model.loading import (
     Checkpoint,
     ModelSource,
     build_skeleton,
-    tensor_names,
+    layout_of,
 )
 from raysweep.pruning.mask_file import WEIGHT_SUFFIX
 
@@ -118,29 +119,36 @@ def _names_in(file: Path) -> list[str]:
 
 
 class Replacements:
-    """What the weights of a trial make of the tensors of a checkpoint.
-
-    The one place here that knows how the model's parameters lie in its files: one tensor for each.
-    """
+    """What the weights of a trial make of the tensors of a checkpoint."""
 
     def __init__(
         self, model: PreTrainedModel, checkpoint: Checkpoint, weights: BlockTensors, linears: Collection[str]
     ) -> None:
         """linears: under whose names `weights` has masks. Raises RaysweepError for weights of no tensor."""
-        names = tensor_names(model, checkpoint)
+        layout = layout_of(model, checkpoint)
         changed = [name for name in weights if name not in linears]
-        if unknown := [name for name in changed if name not in names]:
+        if unknown := [name for name in changed if name not in layout]:
             raise RaysweepError(f"{unknown[0]} lies in no tensor of model {checkpoint.source.path!r}")
+        shapes = {name: shape for name, (shape, _) in checkpoint.headers().items()}
         self._weights = weights
-        self._own = {names[own]: own for own in changed}  # tied ones are equal
+        self._uses = uses_of({name: layout[name] for name in changed}, shapes)
 
     def in_reading_order(self, stored: list[str]) -> list[str]:
         """Names of tensors of the checkpoint, those together that are read together."""
-        return sorted(stored, key=lambda name: (self._weights.place(self._own.get(name, "")), name))
+        return sorted(stored, key=lambda name: (self._place(name), name))
 
-    def of(self, stored: str) -> Tensor | None:
-        """What stands in the place of a tensor of the checkpoint; None where it is the dense model's."""
-        return self._weights[self._own[stored]] if stored in self._own else None
+    def _place(self, stored: str) -> str:
+        return self._weights.place(self._uses[stored][0].own) if stored in self._uses else ""
+
+    def of(self, name: str, stored: Tensor) -> Tensor:
+        """What stands in the place of a tensor of the checkpoint, in the dtype of the trial's weights; itself where it
+        is the dense model's."""
+        if name not in self._uses:
+            return stored
+        uses = self._uses[name]
+        new = stored.to(self._weights[uses[0].own].dtype, copy=True)
+        write_back(uses, new, self._weights)
+        return new
 
 
 def write_folder(
@@ -212,10 +220,11 @@ class _Writer:
     def write_weights(self, file_name: str) -> None:
         """One file of the checkpoint."""
         mine = [name for name, file in self._checkpoint.files.items() if file == file_name]
-        tensors = dict(self._checkpoint.read(mine))
+        whole = self._checkpoint.read([(Part(name),) for name in mine])
+        tensors = {parts[0].stored: tensor for parts, tensor in whole}
         for name in self._replacements.in_reading_order(mine):
-            stored, new = tensors[name], self._replacements.of(name)
-            tensors[name] = self._cast(name, stored if new is None else new, stored.dtype)
+            stored = tensors[name]
+            tensors[name] = self._cast(name, self._replacements.of(name, stored), stored.dtype)
             self._bytes += tensors[name].nbytes
         self._save(file_name, tensors)
 

@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raysweep.errors import RaysweepError
 from raysweep.model.block_files import write_block
+from raysweep.model.experts import tensor_of
 from raysweep.model.export import MASKS, BlockTensors, Written, write_folder
 from raysweep.model.linears import block_linears, find_blocks
 from raysweep.model.loading import ModelSource
+from raysweep.model.shard import ModelShard
 from raysweep.results.folders import OUTSIDE
 from tests.exported import check_zeros, stored_tensors
 from tests.families import FAMILIES, make_model, token_ids
+from tests.zoo import ZOO, make_zoo_model
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -67,6 +70,34 @@ def test_it_loads_as_the_model_that_was_changed(tmp_path, family_folder, family)
     stored = load_file(tmp_path / "out" / MASKS)
     assert stored.keys() == masks.keys()
     assert all(torch.equal(stored[name], mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_loads_as_the_model_that_was_changed(tmp_path, family):
+    """Experts by their own names, wherever the checkpoint keeps them."""
+    model = make_zoo_model(family)
+    model.save_pretrained(tmp_path / "dense")
+    shard = ModelShard.load(ModelSource(str(tmp_path / "dense")), dtype="float32")
+    for block in shard.blocks:
+        parameters = {f"{block.prefix}.{name}": part for name, part in block.module.named_parameters()}
+        masks = {name: torch.randint(0, 2, linear.stored_shape) for name, linear in block.linears.items()}
+        changed = {name: torch.randn(part.shape) * 0.2 for name, part in parameters.items()}
+        for name, mask in masks.items():
+            changed[f"{name}.weight"] *= mask
+        for name, value in changed.items():
+            with torch.no_grad():
+                tensor_of(model, name).copy_(value)
+        write_block(
+            tmp_path, block.index, {name: mask.to(torch.uint8) for name, mask in masks.items()} | changed
+        )
+    written = exported(tmp_path / "dense", tmp_path, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert check_zeros(tmp_path / "out") == written.zeros > 0
+    before, after = stored_tensors(tmp_path / "dense"), stored_tensors(tmp_path / "out")
+    assert {k: (t.shape, t.dtype) for k, t in before.items()} == {
+        k: (t.shape, t.dtype) for k, t in after.items()
+    }
 
 
 @families
