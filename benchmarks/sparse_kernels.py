@@ -7,8 +7,9 @@ Needs torch and transformers alone. Prints one JSON line per figure: `ratio` is 
 over tokens a second with dense ones, of medians taken in turns in one run. `prefill` passes B x 2048 tokens through
 the block. `decode` passes one token of each of B sequences: linears, norms and rotary angles, without the attention to
 a context, which takes equally long with both and so lessens the ratio. `how`: eager, compiled (torch.compile), graph
-(compiled and replayed as a CUDA graph, so that launches cost nothing). `searched`: the algorithm of cuSPARSELt that its
-own search finds fastest for the batch, in place of its first. What cannot run is a line with its `error`.
+(compiled and replayed as a CUDA graph, so that launches cost nothing). `ours`: as `raysweep evaluate --kernels sparse`
+multiplies, with results in rows and the algorithm that cuSPARSELt's own search finds fastest for the batch; without it
+as torch's tensor does. What cannot run is a line with its `error`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raysweep.model.linears import block_linears
 from raysweep.model.shard import ModelShard
-from raysweep.model.sparse_kernels import BACKENDS, GROUP, KEPT, Backend, as_sparse, stored_bytes
+from raysweep.model.sparse_kernels import (
+    BACKENDS,
+    GROUP,
+    KEPT,
+    Backend,
+    SparseLinear,
+    as_sparse,
+    stored_bytes,
+)
 
 # B samples, T tokens of a sample, N tokens of a batch, H hidden, O outputs, I inputs of a linear
 
@@ -67,13 +76,13 @@ class Variant:
     """How 2:4 weights are multiplied."""
 
     backend: Backend
-    searched: bool = False
+    ours: bool = False
 
     def named(self) -> dict[str, Any]:
-        return {"backend": self.backend} | ({"searched": True} if self.searched else {})
+        return {"backend": self.backend} | ({"ours": True} if self.ours else {})
 
 
-VARIANTS = (*(Variant(backend) for backend in BACKENDS), Variant("cusparselt", searched=True))
+VARIANTS = (Variant("cusparselt", ours=True), *(Variant(backend) for backend in BACKENDS))
 
 
 class Bench:
@@ -101,24 +110,18 @@ class Bench:
             dense_mib=round(sum(linear.weight_OI.nbytes for linear in linears) / 2**20, 1),
         )
 
-    def sparse_weight(self, weight_OI: Tensor, variant: Variant, tokens: int) -> Tensor:
-        """tokens: of the batch, which the search for an algorithm is for"""
-        if self.rehearses:
-            return weight_OI
-        sparse = as_sparse(weight_OI, variant.backend)
-        if variant.searched:
-            x_NI = torch.randn(
-                tokens + -tokens % 16, weight_OI.shape[1], device=self.device, dtype=self.dtype
-            )
-            found = torch._cslt_sparse_mm_search(sparse.packed, x_NI.t())  # type: ignore[attr-defined]
-            sparse.alg_id_cusparselt = int(found)  # type: ignore[attr-defined]
-        return sparse
+    def sparse_linear(self, weight_OI: Tensor, variant: Variant) -> nn.Module:
+        if variant.ours and not self.rehearses:
+            return SparseLinear(weight_OI)
+        linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+        weight = weight_OI if self.rehearses else as_sparse(weight_OI, variant.backend)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
 
-    def sparse_block(self, variant: Variant, tokens: int) -> nn.Module:
+    def sparse_block(self, variant: Variant) -> nn.Module:
         block = copy.deepcopy(self.dense)
-        for linear in block_linears(block, "block").values():
-            weight = self.sparse_weight(linear.weight_OI, variant, tokens)
-            linear.module.weight = nn.Parameter(weight, requires_grad=False)
+        for name, linear in block_linears(block, "block").items():
+            block.set_submodule(name.removeprefix("block."), self.sparse_linear(linear.weight_OI, variant))
         return block
 
     # Single linears
@@ -136,13 +139,14 @@ class Bench:
     def _linear(self, figure: str, weight_OI: Tensor, x_NI: Tensor, variant: Variant) -> None:
         about = {"tokens": len(x_NI), **variant.named()}
         try:
-            sparse = self.sparse_weight(weight_OI, variant, len(x_NI))
-            nbytes = weight_OI.nbytes if self.rehearses else stored_bytes(sparse)
+            sparse = self.sparse_linear(weight_OI, variant)
+            nbytes = (
+                weight_OI.nbytes if self.rehearses else stored_bytes(as_sparse(weight_OI, variant.backend))
+            )
             self._compare(
                 figure,
-                len(x_NI),
                 lambda: functional.linear(x_NI, weight_OI),
-                lambda: functional.linear(x_NI, sparse),
+                lambda: sparse(x_NI),
                 bytes_ratio=round(nbytes / weight_OI.nbytes, 4),
                 **about,
             )
@@ -152,19 +156,23 @@ class Bench:
     # The block
 
     def blocks(self) -> None:
-        batches = [("prefill", batch, self.shape.tokens) for batch in self.shape.prefill]
-        batches += [("decode", batch, 1) for batch in self.shape.decode]
+        """Tokens of sequences that decode are given as those of one sample: what they see of each other is little."""
+        batches = [
+            (f"prefill {batch} x {self.shape.tokens}", batch, self.shape.tokens)
+            for batch in self.shape.prefill
+        ]
+        batches += [(f"decode {batch} x 1", 1, batch) for batch in self.shape.decode]
         for what, batch, tokens in batches:
             arguments = self.shard.blocks[0].arguments(batch, tokens)
             x_BTH = torch.randn(batch, tokens, self.shape.hidden, device=self.device, dtype=self.dtype)
             for variant in VARIANTS:
-                self._block(f"{what} {batch} x {tokens}", x_BTH, arguments, variant)
+                self._block(what, x_BTH, arguments, variant)
 
     def _block(self, figure: str, x_BTH: Tensor, arguments: Any, variant: Variant) -> None:
         tokens = x_BTH.shape[0] * x_BTH.shape[1]
         torch._dynamo.reset()  # which else gives up after some shapes
         try:
-            sparse = self.sparse_block(variant, tokens)
+            sparse = self.sparse_block(variant)
         except Exception as error:
             self.report(figure, **variant.named(), error=first_line(error))
             return
@@ -172,9 +180,9 @@ class Bench:
             self._ways(self.dense, x_BTH, arguments), self._ways(sparse, x_BTH, arguments), strict=True
         )
         for (how, dense_run), (_, sparse_run) in ways:
-            about = {"how": how, **variant.named()}
+            about = {"tokens": tokens, "how": how, **variant.named()}
             try:
-                self._compare(figure, tokens, dense_run(), sparse_run(), **about)
+                self._compare(figure, dense_run(), sparse_run(), **about)
             except Exception as error:
                 self.report(figure, **about, error=first_line(error))
 
@@ -193,7 +201,7 @@ class Bench:
 
         yield "eager", eager
         yield "compiled", compiled
-        if x_BTH.shape[1] == 1:
+        if x_BTH.shape[1] < self.shape.tokens:
             yield "graph", lambda: self._graph(compiled())
 
     def _graph(self, run: Run) -> Run:
@@ -217,7 +225,7 @@ class Bench:
 
     # Timing
 
-    def _compare(self, figure: str, tokens: int, dense: Run, sparse: Run, **about: Any) -> None:
+    def _compare(self, figure: str, dense: Run, sparse: Run, *, tokens: int, **about: Any) -> None:
         """Reports medians of rounds in which both take turns. Raises RuntimeError where outputs differ."""
         difference = relative_difference(first_tensor(sparse()), first_tensor(dense()))
         if difference > TOLERANCE:
@@ -231,6 +239,7 @@ class Bench:
         self.report(
             figure,
             ratio=round(dense_s / sparse_s, 3),
+            tokens=tokens,
             dense_tokens_per_second=round(tokens / dense_s),
             sparse_tokens_per_second=round(tokens / sparse_s),
             dense_us=round(dense_s * 1e6, 1),

@@ -17,7 +17,7 @@ from raysweep.errors import CapacityError
 from raysweep.model.linears import Linear
 from raysweep.model.shape import ModelShape
 from raysweep.model.shard import ModelShard
-from raysweep.model.sparse_kernels import check_any, choose_linears, exchange_weights
+from raysweep.model.sparse_kernels import check_any, choose_linears, exchange_linears
 from raysweep.model.tokens import TokenSet
 from raysweep.shards.alone import perplexities
 
@@ -63,7 +63,7 @@ def compare_kernels(
     tell("Measuring sparse kernels")
     chosen = set(choice.sparse)
     dense_bytes = sum(linear.weight_OI.nbytes for linear in linears if linear.name in chosen)
-    sparse_bytes = exchange_weights(linears, choice)
+    sparse_bytes = sum(exchange_linears(block.module, block.prefix, choice) for block in shard.blocks)
     torch.cuda.empty_cache()
     sparse_perplexity = perplexities([shard], texts)
     sparse = prefill_speeds(shard, window, shape.vocabulary)

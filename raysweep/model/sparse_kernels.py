@@ -3,7 +3,7 @@
 Imports little, so that a benchmark runs where no more than torch and transformers are installed.
 """
 
-# O outputs, I inputs of a linear
+# O outputs, I inputs of a linear, N tokens of a batch
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from raysweep.errors import UsageError
-from raysweep.model.linears import Linear
+from raysweep.model.linears import Linear, block_linears
 
 Backend = Literal["cusparselt", "cutlass"]
 BACKENDS: tuple[Backend, ...] = ("cusparselt", "cutlass")
 SPARSE_DTYPES = (torch.bfloat16, torch.float16)
 GROUP, KEPT = 4, 2  # of that many consecutive inputs at most this many are not zero
 OLDEST_CAPABILITY = (8, 0)  # of GPUs with sparse tensor cores (NVIDIA Ampere)
+TILE = 16  # tokens; products of other numbers are padded
 NAMED = 3  # linears that a message names before it only counts
 
 NOT_2_4, FOREIGN, SHAPE = "not 2:4", "stored by inputs, as GPT-2's", "of a shape that the kernels do not take"
@@ -106,18 +107,56 @@ def check_any(choice: Choice) -> None:
         )
 
 
-def exchange_weights(linears: Iterable[Linear], choice: Choice, backend: Backend = "cusparselt") -> int:
-    """Gives the chosen linears sparse weights in place of the dense ones, one after another; returns the bytes that
-    these take now. The modules run as before, and can be compiled.
-
-    Raises UsageError where torch cannot make them.
-    """
+def exchange_linears(block: nn.Module, prefix: str, choice: Choice) -> int:
+    """Puts SparseLinears in the place of the chosen linears of a block, one after another; returns the bytes that their
+    weights take. prefix: the block's name. Raises UsageError where torch cannot make them."""
     wanted, taken = set(choice.sparse), 0
-    for linear in (linear for linear in linears if linear.name in wanted):
-        sparse = as_sparse(linear.weight_OI, backend)
-        linear.module.weight = nn.Parameter(sparse, requires_grad=False)
-        taken += stored_bytes(sparse)
+    for name, linear in block_linears(block, prefix).items():
+        if name in wanted:
+            sparse = SparseLinear(linear.weight_OI, linear.bias_O)
+            block.set_submodule(name.removeprefix(f"{prefix}."), sparse)
+            taken += sparse.packed.nbytes
     return taken
+
+
+class SparseLinear(nn.Module):
+    """x W^T + b with a 2:4 weight, by cuSPARSELt.
+
+    As torch's sparse tensor alone multiplies, results lie column by column, which makes attention behind them take a
+    path that is several times slower; and the first algorithm is not the fastest one. Here rows are rows, and the
+    library's own search chooses, once for every number of tokens.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        """Raises UsageError where torch cannot make the weight sparse."""
+        super().__init__()
+        self.outputs = weight_OI.shape[0]
+        self.register_buffer("packed", as_sparse(weight_OI).packed)  # type: ignore[attr-defined]
+        self.register_buffer("bias", None if bias_O is None else bias_O.clone())
+        self._algorithms: dict[int, dict[str, int]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        tokens = len(x_NI)
+        x_NI = nn.functional.pad(x_NI, (0, 0, 0, -tokens % TILE))
+        algorithm = self._algorithm(x_NI)
+        out_NO = torch._cslt_sparse_mm(
+            self.packed, x_NI.t(), bias=self.bias, transpose_result=True, **algorithm
+        )
+        result: Tensor = out_NO[:tokens].reshape(*x.shape[:-1], self.outputs)
+        return result
+
+    @torch._dynamo.disable
+    def _algorithm(self, x_NI: Tensor) -> dict[str, int]:
+        if len(x_NI) not in self._algorithms:
+            library: Any = torch._C._cusparselt
+            found = library.mm_search(self.packed, x_NI.t(), self.bias, None, None, True)
+            names = ("alg_id", "split_k", "split_k_mode")
+            self._algorithms[len(x_NI)] = dict(zip(names, map(int, found), strict=False))
+        return self._algorithms[len(x_NI)]
 
 
 def as_sparse(weight_OI: Tensor, backend: Backend = "cusparselt") -> Tensor:

@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from raysweep.errors import UsageError
-from raysweep.model.linears import Linear
+from raysweep.model.linears import Linear, block_linears
 from raysweep.model.sparse_kernels import (
     BACKENDS,
     NOT_2_4,
     SHAPE,
+    SparseLinear,
     as_sparse,
     check_any,
     check_sparse_kernels,
     choose_linears,
-    exchange_weights,
+    exchange_linears,
     fits,
     is_two_of_four,
     stored_bytes,
@@ -143,11 +144,16 @@ def test_a_build_without_the_library_is_an_error_that_says_so():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sparse_weights_give_the_products_of_dense_ones(dtype):
     weight = pruned(256, 512, dtype=dtype).cuda()
-    chosen = [linear("a", weight), linear("b", torch.ones(256, 512, dtype=dtype, device="cuda"))]
+    block = nn.Sequential(nn.Linear(512, 256), nn.Linear(512, 256, bias=False), nn.Linear(512, 256))
+    block = block.to("cuda", dtype).requires_grad_(False)
+    for pruned_one in block[:2]:
+        pruned_one.weight.copy_(weight)
     x = torch.randn(7, 33, 512, device="cuda", dtype=dtype)  # a number of tokens that no tile divides
-    expected = x.double() @ weight.double().T
-    nbytes = exchange_weights(chosen, choose_linears(chosen))
-    assert nbytes == stored_bytes(chosen[0].module.weight) < 0.6 * weight.nbytes
-    assert type(chosen[1].module.weight.data) is torch.Tensor
-    found = chosen[0].module(x)
-    assert (found.double() - expected).norm() < 0.01 * expected.norm()
+    expected = [one(x).double() for one in block]
+    nbytes = exchange_linears(block, "b", choose_linears(block_linears(block, "b").values()))
+    assert nbytes == 2 * stored_bytes(as_sparse(weight)) < 0.6 * 2 * weight.nbytes
+    assert [type(one) for one in block] == [SparseLinear, SparseLinear, nn.Linear]
+    for one, right in zip(block, expected, strict=True):
+        found = one(x)
+        assert found.is_contiguous()
+        assert (found.double() - right).norm() < 0.01 * right.norm()
