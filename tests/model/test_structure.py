@@ -189,9 +189,7 @@ def test_a_block_with_most_weights_in_no_linear_is_refused():
     block.linear, block.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 3, groups=8)
     assert list(block_linears(block, "blocks.0")) == ["blocks.0.linear"]
     block.experts = nn.Parameter(torch.zeros(40, 8))
-    with pytest.raises(
-        UsageError, match=r"most weights of blocks\.0 lie in no linear layer, .*experts"
-    ):
+    with pytest.raises(UsageError, match=r"most weights of blocks\.0 lie in no linear layer, .*experts"):
         block_linears(block, "blocks.0")
 
 
