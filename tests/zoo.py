@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 VOCABULARY, HIDDEN, BLOCKS, POSITIONS = 64, 32, 2, 64
 
@@ -113,7 +115,7 @@ def make_zoo_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedMode
 
 
 @torch.no_grad()
-def randomize(model: PreTrainedModel) -> PreTrainedModel:
+def randomize(model: Module) -> Module:
     """Vectors differ from what they are at first by up to 0.3; matrices keep the size of what passes through them."""
     for parameter in model.parameters():
         if parameter.dim() <= 1 or min(parameter.shape) == 1:

@@ -27,6 +27,10 @@ Visit = Callable[[int, Tensor, BlockArguments], Tensor]
 """What happens in a block's place: its index, the hidden states and other arguments to what it passes on."""
 
 
+# What a model's own code ends in when it is run as it cannot be.
+WRONG_RUN = (AttributeError, TypeError, RuntimeError, ValueError, LookupError)
+
+
 class _StopForward(Exception):
     """Leaves the model's forward once the wanted value has been seen."""
 
@@ -152,11 +156,11 @@ def survey(model: PreTrainedModel) -> Surroundings:
     """
     try:
         return _survey(model, tuple_output=True)
-    except (AttributeError, TypeError, RuntimeError):  # a tuple went where the model expects a tensor
+    except WRONG_RUN:  # a tuple went where the model expects a tensor
         pass
     try:
         return _survey(model, tuple_output=False)
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except WRONG_RUN as error:
         raise UsageError(
             f"{type(model).__name__} cannot be run block by block: {error}", allowed=ALLOWED_MODELS
         ) from error

@@ -193,7 +193,8 @@ def _stand_in(child: _Child) -> nn.Module:
     size = len(child.output) if isinstance(child.output, tuple) else 0
     hidden = hidden_of(child.output)
     zeros = _Zeros(hidden.shape[-1], size)
-    given: dict[int | str, Any] = dict([*enumerate(child.arguments), *child.keywords.items()])
+    given: dict[int | str, Any] = dict(enumerate(child.arguments))
+    given.update(child.keywords)
     places = [
         place for place, value in given.items() if place not in (0, "hidden_states") and _like(value, hidden)
     ]
