@@ -324,9 +324,9 @@ def refuse_mirror_of_one_node(folder: Path) -> None:
 
 def _tidy_artifacts(prepared: Launch) -> None:
     """Removes of the kept trials what was interrupted, and what better ones have replaced."""
-    finished = {identity for identity, row in prepared.rows.items() if row["status"] == "finished"}
-    remove_unfinished(prepared.folder, finished)
-    Keeping.of(prepared.held, prepared.space.search).remove_superseded(prepared.folder, finished)
+    folder, finished = prepared.folder, prepared.finished_ids
+    remove_unfinished(folder, finished)
+    Keeping.of(prepared.held, prepared.space.search).remove_superseded(folder, finished)
 
 
 def _remove_leftovers(prepared: Launch) -> None:
