@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +20,7 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def plain_perplexity(folder: Path, ids: object) -> float:
     """Of the whole model in float32, window by window."""
-    tokens = torch.as_tensor(ids).clone()
+    tokens = torch.from_numpy(np.array(ids))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     logits = torch.cat([model(window[None]).logits for window in tokens])
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())

@@ -17,6 +17,7 @@ from raysweep.config.space import SearchSpace
 from raysweep.config.trial import Trial
 
 COST = "device_seconds_standalone"
+MAPPINGS = ("sparsity", "start_from")  # fields that a trial may hold as pairs
 LEAST_SEEDS = 3  # in common with the best setting, from which on another one can be said to be as good
 
 
@@ -70,8 +71,7 @@ def recipe_yaml(space: SearchSpace, row: Mapping[str, Any]) -> str:
     space: of the sweep;  row: of the trial, as `records` gives it
     """
     trial = Trial.from_columns(dict(row)).identity()
-    if isinstance(trial.get("sparsity"), tuple):
-        trial["sparsity"] = dict(trial["sparsity"])
+    trial |= {name: dict(trial[name]) for name in MAPPINGS if isinstance(trial.get(name), tuple)}
     whole = space.to_dict()
     calibration = {
         name: row.get(f"calibration_{name}", value) for name, value in whole["calibration"].items()
@@ -84,6 +84,10 @@ def recipe_yaml(space: SearchSpace, row: Mapping[str, Any]) -> str:
         "validation": whole["validation"],
         "evaluation": whole["evaluation"],
         "sweep": [*_pruned_only(trial), trial],
+        "search": {
+            "metric": space.search.metric,
+            "mode": space.search.mode,
+        },  # without validation not the default
     }
     return dump_yaml(SearchSpace.from_dict(document).to_dict() | {"sweep": document["sweep"]})
 

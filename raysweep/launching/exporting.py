@@ -90,14 +90,14 @@ def _check_row(row: Mapping[str, Any]) -> None:
 
 def _check_output(output: Path, trial_id: str) -> None:
     """Refuses a folder that holds anything but an earlier export of the same trial. Makes nothing."""
-    try:
-        names = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
-        if output.exists() and not output.is_dir():
-            raise UsageError(
-                f"{output} is no folder", where="--output", allowed="a folder, or a path for a new one"
-            )
-    except OSError as error:
-        raise UsageError(f"{output} cannot be read: {error.strerror}", where="--output") from error
+    existing = next(parent for parent in (output, *output.absolute().parents) if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError(
+            f"{output} cannot be written: {existing} is {'read-only' if existing.is_dir() else 'no folder'}",
+            where="--output",
+            allowed="a folder that can be made and written",
+        )
+    names = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
     if not names:
         return
     earlier = _earlier(output)

@@ -256,7 +256,9 @@ def _run(
                     break
             else:
                 _measure_tasks(prepared, runner, recorder, plans[0])
-        _remove_leftovers(replace(prepared, rows=trial_rows(prepared.folder)))
+        prepared = replace(prepared, rows=trial_rows(prepared.folder))
+        _remove_leftovers(prepared)
+        _tidy_artifacts(prepared)  # of trials that were begun again and are not kept
         if tracing is not None:
             tracing.write(prepared.folder)
 
@@ -314,9 +316,9 @@ def refuse_mirror_of_one_node(folder: Path) -> None:
 
 def _tidy_artifacts(prepared: Launch) -> None:
     """Removes of the kept trials what was interrupted, and what better ones have replaced."""
-    finished = {identity for identity, row in prepared.rows.items() if row["status"] == "finished"}
-    remove_unfinished(prepared.folder, finished)
-    Keeping.of(prepared.held, prepared.space.search).remove_superseded(prepared.folder, finished)
+    folder, space, finished = prepared.folder, prepared.space, prepared.finished_ids
+    remove_unfinished(folder, finished)
+    Keeping.of(prepared.held, space.search).remove_superseded(folder, finished)
 
 
 def _remove_leftovers(prepared: Launch) -> None:

@@ -217,7 +217,8 @@ class ModelRun:
     def _hear(self, proposals: Proposals | None, row: dict[str, Any]) -> None:
         self._heard_of.add(row["trial_id"])
         self.recorder.row(row)
-        self._keeping.remove_superseded(self.prepared.folder, self._heard_of | self.prepared.rows.keys())
+        if row.get("status") == "finished":
+            self._keeping.remove_superseded(self.prepared.folder, self._heard_of | self.prepared.finished_ids)
         self.has_failed |= row.get("status") == "failed"
         if self._is_over and proposals is not None:
             proposals.end()

@@ -69,6 +69,11 @@ class Launch:
             if identity in self.settled or self._stays(row)
         }
 
+    @cached_property
+    def finished_ids(self) -> frozenset[str]:
+        """Of the trials whose rows say that they have finished."""
+        return frozenset(identity for identity, row in self.rows.items() if row["status"] == "finished")
+
     def _stays(self, row: Mapping[str, Any]) -> bool:
         """Finished trials and those that a scheduler stopped are never run again; failed ones are, or may be."""
         return row["status"] != "failed" or (row.get("error_kind") == NUMERICAL and not self.retry_failed)

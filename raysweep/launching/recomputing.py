@@ -122,10 +122,11 @@ def compared(row: Row, again: Row) -> str:
     """In words how a trial that was computed again compares with its row. Raises RaysweepError where it differs.
 
     On a CPU in float32 with the versions, the processor and the threads of the row its perplexities are equal to the
-    bit; else they may differ by rounding.
+    bit; else they may differ by rounding. Threads and workers of a retraining are in no row.
     """
-    bitwise = row["dtype"] == "float32" and all(row.get(name) == again.get(name) for name in SAME)
-    bitwise = bitwise and row.get("threads") is not None and device_here() == "cpu"
+    alike = all(row.get(name) == again.get(name) for name in SAME) and row.get("threads") is not None
+    on_cpu = row["dtype"] == "float32" and device_here() == "cpu"
+    bitwise = alike and on_cpu and row["recovery"] != "retrain"
     columns = [name for name in row if name == "perplexity" or name.startswith(PERPLEXITY_PREFIX)]
     pairs = {name: (float(row[name]), float(again[name])) for name in columns if name in again}
     furthest = max(pairs, key=lambda name: abs(pairs[name][1] / pairs[name][0] - 1.0))

@@ -104,3 +104,23 @@ def test_the_space_of_a_recipe_runs_that_trial(tmp_path, fields):
     assert made.name == "a-recipe"
     behind = {one.trial.recovery for one in made.expand()}
     assert behind == {"dense", "reconstruct"} | (set() if "statistics_stream" in fields else {"none"})
+
+
+def test_the_recipe_of_a_retraining_behind_a_reconstruction_and_of_a_sweep_without_validation(tmp_path):
+    space = SearchSpace.from_dict(
+        {
+            "name": "a",
+            "model": {"path": "builtin:pystdlib"},
+            "calibration": {"dataset": "builtin:pystdlib"},
+            "validation": {"samples": 0},
+            "search": {"metric": "output_error_calibration"},
+            "sweep": [{"recovery": "none", "criterion": "wanda", "sparsity": 0.5}],
+        }
+    )
+    start = {"granularity": "block", "learning_rate": 1e-3}
+    (wanted,) = records(sweep_of([row(1, "retrain", learning_rate=1e-4, start_from=start, seed=0)], tmp_path))
+    made = SearchSpace.from_text(recipe_yaml(space, wanted))
+    assert [one.trial for one in made.expand() if one.trial.recovery == "retrain"] == [
+        Trial.from_columns(wanted)
+    ]
+    assert made.search.metric == "output_error_calibration"

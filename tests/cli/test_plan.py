@@ -18,7 +18,8 @@ from raysweep.shards.plan import make_plan
 
 
 def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
-    document = raysweep("plan", space_file, "--set", "execution.shards=2", "--json").json
+    settings = ("--set", "execution.shards=2", "--set", "execution.keep=none")
+    document = raysweep("plan", space_file, *settings, "--json").json
     assert document["trials"] == {
         "planned": 4,
         "finished": 0,
@@ -40,7 +41,25 @@ def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
         assert memory["total"] == memory["device"] + memory["host"]
     assert model["host_bytes"] == sum(shard["memory"]["total"] for shard in model["shards"])
     assert model["storage_bytes"] == model["concurrent_trials"] * model["parameters"] * 4
+    assert model["kept_bytes"] == 0
     assert list(here.iterdir()) == []
+
+
+def test_kept_trials_are_counted(raysweep, space_file):
+    """Two pruned trials and one recovered are in two cells; while it runs, one in flight may lie there as well."""
+
+    def planned(keep: str) -> tuple[int, int]:
+        settings = ("--set", f"execution.keep={keep}", "--set", "execution.concurrent_trials=1", "--json")
+        (model,) = raysweep("plan", space_file, *settings).json["models"]
+        return model["kept_bytes"], model["storage_bytes"]
+
+    (none, without), (best, _), (every, whole) = planned("none"), planned("best"), planned("all")
+    linears = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)  # blocks of q, o, k, v and the MLP
+    one = linears + 4 * (linears + 4 * 2 * 32)  # masks in bytes; weights with two norms in float32
+    assert (none, best, every) == (0, 2 * one, 3 * one)
+    assert whole == without + every
+    text = raysweep("plan", space_file).out
+    assert "stays, of kept trials" in text
 
 
 def test_what_a_study_chooses_is_named(raysweep, space_file):

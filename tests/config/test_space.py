@@ -169,7 +169,7 @@ def test_mistakes_are_refused_with_their_place(old, new, where, said):
         ("execution.shards=0", "auto, or a whole number from 1"),
         ("execution.shards=two", "auto, or a whole number from 1"),
         ("execution.shards=true", "auto, or a whole number from 1"),
-        ("execution.keep=best", "unknown key 'keep'"),
+        ("execution.keep=some", "none | best | all"),
         ("execution.activation_store=disk", "auto | device | host"),
         ("execution=3", "keys"),
         ("sweep=[]", "no trial at all"),

@@ -58,12 +58,9 @@ def kept_ids(folder: Path) -> set[str]:
     return {kept.trial_id for kept in kept_trials(folder)}
 
 
-def test_ids(space) -> Any:
+def ids_of(space) -> Any:
     """Token ids of the text that the column `perplexity` is measured on."""
     return prepare(space, "cpu")[0].evaluation["test"].input_ids
-
-
-test_ids.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -90,7 +87,7 @@ def test_every_kind_reloads_with_the_perplexity_of_its_row(make_space, tmp_path,
     (row,) = rows[rows.recovery != "dense"].to_dict("records")
     output, done = exporting(row["trial_id"], tmp_path)
     assert done.recomputed is None
-    assert plain_perplexity(output, test_ids(space)) == pytest.approx(row["perplexity"], rel=1e-6)
+    assert plain_perplexity(output, ids_of(space)) == pytest.approx(row["perplexity"], rel=1e-6)
     masks = load_file(output / "masks.safetensors")
     pruned = {name: mask for name, mask in masks.items() if mask.dtype == torch.uint8}
     share = check_zeros(output) / sum(mask.numel() for mask in pruned.values())
@@ -323,7 +320,7 @@ def test_rounded_weights_are_measured(make_space, tmp_path, exporting):
     output, done = exporting(row.trial_id, tmp_path, dtype="bfloat16")
     assert done.measured is not None
     assert done.measured["perplexity"] != row.perplexity
-    assert done.measured["perplexity"] == pytest.approx(plain_perplexity(output, test_ids(space)), rel=1e-6)
+    assert done.measured["perplexity"] == pytest.approx(plain_perplexity(output, ids_of(space)), rel=1e-6)
     assert done.measured.keys() == {
         "perplexity",
         "perplexity_test",
@@ -391,3 +388,33 @@ def test_the_plan_counts_what_is_kept(make_space, tmp_path):
 
 def test_the_tolerance_is_that_of_the_contract():
     assert recomputing.TOLERANCE == 0.005
+
+
+@pytest.mark.long
+def test_the_embedded_model_over_ray(tmp_path, told):
+    """Its checkpoint is in bfloat16: the row's perplexity comes back in float32, the checkpoint's own rounds."""
+    from raysweep.config.space import SearchSpace
+    from raysweep.config.spaces import resolve_space
+
+    sweep = [KINDS["none"], BLOCK | {"learning_rate": 1e-3}, KINDS["2:4"] | {"learning_rate": 1e-3}]
+    data = SearchSpace.from_yaml(resolve_space("quickstart"), ["execution.keep=all"]).to_dict() | {
+        "sweep": sweep
+    }
+    space = SearchSpace.from_dict(data)
+    rows = launch(space, storage=tmp_path, address="local")
+    assert (rows.status == "finished").all(), rows.error.dropna().tolist()
+    ids = prepare(space, "cpu")[0].evaluation["pystdlib"].input_ids
+    for number, row in enumerate(rows[rows.recovery != "dense"].to_dict("records")):
+        output = tmp_path / f"float32-{number}"
+        assert export(row["trial_id"], output, storage=tmp_path, dtype="float32").measured is None
+        assert plain_perplexity(output, ids) == pytest.approx(row["perplexity"], rel=1e-6)
+        check_zeros(output)
+        done = export(row["trial_id"], tmp_path / f"own-{number}", storage=tmp_path)
+        assert done.dtype == "bfloat16"
+        assert (done.measured is None) == (row["recovery"] == "none")  # what is only pruned is not rounded
+        shown = (done.measured or row)["perplexity"]
+        assert plain_perplexity(tmp_path / f"own-{number}", ids) == pytest.approx(shown, rel=1e-6)
+    (last,) = rows[rows.pattern == "2:4"].trial_id
+    shutil.rmtree(tmp_path / "quickstart" / ARTIFACTS)
+    done = export(last, tmp_path / "again", storage=tmp_path, dtype="float32", tell=told.append)
+    assert "equal to the bit" in str(done.recomputed)

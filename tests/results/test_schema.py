@@ -58,6 +58,7 @@ def test_numbers_are_all_but_cost_provenance_and_shard():
         "study",
         "seconds",
         "shard",
+        "threads",
     }
     assert varying == NOT_NUMBERS
 
