@@ -217,8 +217,8 @@ class Bench:
 
     # Timing
 
-    def _compare(self, figure: str, tokens: int, dense: Run, sparse: Run, **about: Any) -> None:
-        """Reports medians of rounds in which both take turns. Raises RuntimeError where outputs differ."""
+    def _compare(self, figure: str, count: int, dense: Run, sparse: Run, **about: Any) -> None:
+        """Reports medians of rounds in which both take turns, for so many tokens a call. Raises RuntimeError where outputs differ."""
         difference = relative_difference(first_tensor(sparse()), first_tensor(dense()))
         if difference > TOLERANCE:
             raise RuntimeError(f"outputs differ by {difference:.3g} of their size")
@@ -231,8 +231,8 @@ class Bench:
         self.report(
             figure,
             ratio=round(dense_s / sparse_s, 3),
-            dense_tokens_per_second=round(tokens / dense_s),
-            sparse_tokens_per_second=round(tokens / sparse_s),
+            dense_tokens_per_second=round(count / dense_s),
+            sparse_tokens_per_second=round(count / sparse_s),
             dense_us=round(dense_s * 1e6, 1),
             sparse_us=round(sparse_s * 1e6, 1),
             difference=float(f"{difference:.2g}"),
