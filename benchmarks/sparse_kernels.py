@@ -218,7 +218,10 @@ class Bench:
     # Timing
 
     def _compare(self, figure: str, count: int, dense: Run, sparse: Run, **about: Any) -> None:
-        """Reports medians of rounds in which both take turns, for so many tokens a call. Raises RuntimeError where outputs differ."""
+        """Reports medians of rounds in which both take turns. Raises RuntimeError where outputs differ.
+
+        count: tokens of a call
+        """
         difference = relative_difference(first_tensor(sparse()), first_tensor(dense()))
         if difference > TOLERANCE:
             raise RuntimeError(f"outputs differ by {difference:.3g} of their size")
