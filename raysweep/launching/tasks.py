@@ -72,7 +72,7 @@ def measure_tasks(
     done = 0
     if jobs:
         tell(f"Measuring tasks of {_models(len(jobs))}")
-    for job, found in runner.measure(jobs, gpus, at_once):
+    for job, found in runner.measure(jobs, gpus, at_once) if jobs else ():
         done += 1
         if isinstance(found, Exception):
             failures.append(f"{job.label}: {first_line(found)}")

@@ -48,7 +48,7 @@ def test_a_builtin_model_has_its_own_text(raysweep):
     ran = raysweep("evaluate", "builtin:pystdlib", "--json")
     assert ran.status == 0, ran.err
     (protocol,) = ran.json["protocol"]
-    assert (protocol["name"], protocol["sequence_length"], protocol["windows"]) == ("pystdlib", 256, 64)
+    assert (protocol["name"], protocol["sequence_length"], protocol["windows"]) == ("pystdlib", 128, 32)
     assert ran.json["perplexity"]["pystdlib"] == pytest.approx(9.15, abs=0.005)  # as the README's table says
 
 

@@ -13,7 +13,7 @@ from raysweep.cli.main import app
 from raysweep.errors import NumericalError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("launch", "plan", "status", "results", "report", "export")
+COMMANDS = ("evaluate", "launch", "plan", "status", "results", "report", "export")
 HEAVY = ("torch", "transformers", "datasets", "ray")
 
 

@@ -59,6 +59,7 @@ def test_numbers_are_all_but_cost_provenance_and_shard():
         "seconds",
         "shard",
         "threads",
+        "tasks",
     }
     assert varying == NOT_NUMBERS
 
