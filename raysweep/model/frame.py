@@ -9,14 +9,14 @@ it does after them (norm, head, soft caps) so needs no knowledge of the family.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from raysweep.errors import UsageError
+from raysweep.errors import UsageError, first_line
 from raysweep.model.linears import ALLOWED_MODELS, find_blocks
 from raysweep.model.structure import BlockArguments
 
@@ -150,9 +150,10 @@ class Surroundings:
 
 
 def survey(model: PreTrainedModel) -> Surroundings:
-    """Finds the surroundings by running the model on two tokens, with zeros without memory for its weights.
+    """Finds the surroundings by running the model on two tokens, with weights that take no memory.
 
-    Raises UsageError for a model that cannot run with its blocks taken out.
+    Raises UsageError for a model that cannot run with its blocks taken out, and for one whose blocks are no chain: that
+    runs a block twice, does something between two, or gives them something that depends on the text.
     """
     try:
         return _survey(model, tuple_output=True)
@@ -161,9 +162,11 @@ def survey(model: PreTrainedModel) -> Surroundings:
     try:
         return _survey(model, tuple_output=False)
     except WRONG_RUN as error:
-        raise UsageError(
-            f"{type(model).__name__} cannot be run block by block: {error}", allowed=ALLOWED_MODELS
-        ) from error
+        raise _unchained(model, first_line(error)) from error
+
+
+def _unchained(model: nn.Module, why: str) -> UsageError:
+    return UsageError(f"{type(model).__name__} cannot be run block by block: {why}", allowed=ALLOWED_MODELS)
 
 
 def _survey(model: PreTrainedModel, tuple_output: bool) -> Surroundings:
@@ -171,19 +174,12 @@ def _survey(model: PreTrainedModel, tuple_output: bool) -> Surroundings:
     frame, head = Frame(ghost, tuple_output), ghost.get_output_embeddings()
     before: set[str] = set()
     after: set[str] = set()
-    phase = before
+    passing = _Passing(frame)
 
     def note(module: nn.Module, name: str) -> None:
-        phase.add(name)
+        (after if passing.seen else before).add(name)
         if module is head:
             raise _StopForward
-
-    def advance(_index: int, hidden: Tensor, _arguments: BlockArguments) -> Tensor:
-        nonlocal phase
-        phase = after
-        if not isinstance(hidden, Tensor):
-            raise TypeError("the model takes what a block returns for its hidden states")
-        return hidden
 
     for name, module in ghost.named_modules():
         if not name.startswith(f"{frame.blocks_name}.") and any(
@@ -191,18 +187,73 @@ def _survey(model: PreTrainedModel, tuple_output: bool) -> Surroundings:
         ):
             module.register_forward_pre_hook(lambda module, _arguments, name=name: note(module, name))
     with torch.no_grad():
-        frame.run(advance, input_ids=torch.zeros(1, 2, dtype=torch.int64))
-    return Surroundings(frozenset(before), frozenset(after), tuple_output)
+        known = passing.run(input_ids=torch.tensor([[0, 0]]))
+        surroundings = Surroundings(frozenset(before), frozenset(after), tuple_output)
+        words = frame._no_words(1, 2, next(ghost.parameters()))
+        for inputs in ({"input_ids": torch.tensor([[1, 2]])}, {"inputs_embeds": words}):
+            for index, (these, those) in enumerate(zip(passing.run(**inputs), known, strict=True)):
+                if not _alike(these, those):
+                    raise _unchained(model, f"what block {index} takes depends on the text")
+    return surroundings
+
+
+class _Passing:
+    """Passes through the blocks of a frame, and refuses a way that no chain of blocks has.
+
+    seen: arguments of the blocks that were passed, in order
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+        self.seen: list[BlockArguments] = []
+        self._given: Tensor | None = None
+
+    def run(self, **inputs: Tensor) -> list[BlockArguments]:
+        """What every block takes besides hidden states."""
+        self.seen, self._given = [], None
+        self._frame.run(self._pass, **inputs)
+        if len(self.seen) < len(self._frame.modules):
+            raise _unchained(self._frame.model, f"it leaves block {len(self.seen)} out")
+        return self.seen
+
+    def _pass(self, index: int, hidden: Tensor, arguments: BlockArguments) -> Tensor:
+        if not isinstance(hidden, Tensor):
+            raise TypeError("the model takes what a block returns for its hidden states")
+        if index != len(self.seen):
+            raise _unchained(self._frame.model, f"it comes to block {index} after {len(self.seen)} others")
+        if self._given is not None and not torch.equal(hidden, self._given):
+            raise _unchained(self._frame.model, f"it changes what block {index - 1} gives to block {index}")
+        self.seen.append(arguments)
+        self._given = hidden + (index + 1)
+        return self._given
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether blocks can be given either: equal numbers, and of anything else the same kind."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    return one == other if isinstance(one, (str, int, float)) else type(one) is type(other)
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on the CPU whose parameters are zeros of the right shape without storage of their own."""
-    zeros: dict[int, Any] = {
-        id(parameter): nn.Parameter(
-            torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False
-        )
+    """A copy on the CPU whose parameters have the right shape, and one small number for each row: tokens can be told
+    apart by it, and it takes no memory."""
+    rows: dict[int, Any] = {
+        id(parameter): nn.Parameter(_one_number_a_row(parameter), requires_grad=False)
         for parameter in model.parameters()
     }
-    ghost = copy.deepcopy(model, memo=zeros)
+    ghost = copy.deepcopy(model, memo=rows)
     nn.Module.to(ghost, "cpu")  # buffers
     return ghost
+
+
+def _one_number_a_row(parameter: Tensor) -> Tensor:
+    shape = parameter.shape
+    if not shape:
+        return torch.zeros((), dtype=parameter.dtype)
+    numbers = (torch.arange(shape[0]) % 7 + 1) / 64
+    return numbers.to(parameter.dtype).view(-1, *[1] * (len(shape) - 1)).expand(shape)

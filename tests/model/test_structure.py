@@ -204,3 +204,35 @@ def test_a_linear_that_does_not_run_is_refused():
     whole = ModelShard.whole(shard.model)
     with pytest.raises(UsageError, match=r"model\.layers\.0\.spare is not used by its block"):
         _ = whole.blocks[0].input_groups
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("dory", "comes to block 0 after 2 others"),  # passes through its blocks several times
+        ("deepseek_v4", "what block 0 takes depends on the text"),
+    ],
+)
+def test_a_model_whose_blocks_are_no_chain_is_refused(family, reason):
+    with pytest.raises(UsageError, match=reason):
+        ModelShard.whole(make_zoo_model(family))
+
+
+def test_what_is_done_between_blocks_would_be_lost_and_is_refused():
+    model = make_model("llama")
+    forward = type(model.model).forward
+
+    class Scaling(type(model.model)):
+        """Scales what its second block takes."""
+
+        def forward(self, *arguments, **keywords):
+            second = self.layers[1]
+            handle = second.register_forward_pre_hook(lambda _, given: (given[0] * 2, *given[1:]))
+            try:
+                return forward(self, *arguments, **keywords)
+            finally:
+                handle.remove()
+
+    model.model.__class__ = Scaling
+    with pytest.raises(UsageError, match="changes what block 0 gives to block 1"):
+        ModelShard.whole(model)
