@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raysweep.baseline.extensions import load_extensions
 from raysweep.baseline.job import CHECKPOINT, RetrainJob
 from raysweep.baseline.network import (
     MaskedLowRank,
@@ -133,6 +134,8 @@ class _Retraining:
         return masks
 
     def _engine(self, trained: list[nn.Parameter]) -> Any:
+        if self.device.type == "cpu":
+            load_extensions()
         import deepspeed
 
         optimizer = torch.optim.AdamW(trained, lr=self.recipe.learning_rate, weight_decay=0.0)
