@@ -6,6 +6,7 @@ import copy
 import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import pytest
 import torch
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ ZOO = (
     *("cohere", "nemotron", "smollm3", "gpt_oss", "llama4_text", "stablelm", "qwen2_moe", "mpt"),
 )
 
+# What these do differently covers the rest: parallel halves, inputs first, residuals added by branches, all kinds of
+# experts, latent attention. The others are long tests.
+SHORT = ("llama", "gpt2", "gpt_neox", "bloom", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
+each_family = pytest.mark.parametrize(
+    "family", [family if family in SHORT else pytest.param(family, marks=pytest.mark.long) for family in ZOO]
+)
 
 LARGEST = 20_000_000  # parameters of a model that is still called tiny
 

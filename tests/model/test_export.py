@@ -21,7 +21,7 @@ from raysweep.model.shard import ModelShard
 from raysweep.results.folders import OUTSIDE
 from tests.exported import check_zeros, stored_tensors
 from tests.families import FAMILIES, make_model, token_ids
-from tests.zoo import ZOO, make_zoo_model
+from tests.zoo import each_family, make_zoo_model
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -72,7 +72,7 @@ def test_it_loads_as_the_model_that_was_changed(tmp_path, family_folder, family)
     assert all(torch.equal(stored[name], mask) for name, mask in masks.items())
 
 
-@pytest.mark.parametrize("family", ZOO)
+@each_family
 def test_every_family_loads_as_the_model_that_was_changed(tmp_path, family):
     """Experts by their own names, wherever the checkpoint keeps them."""
     model = make_zoo_model(family)

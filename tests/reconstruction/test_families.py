@@ -21,15 +21,13 @@ from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.range import BlockRange
 from tests.reconstruction.ranges import load_ranges, prune_all, reconstruct_trial, recover_all
-from tests.zoo import BLOCKS, ZOO, make_zoo_model
+from tests.zoo import BLOCKS, each_family, make_zoo_model
 
 if TYPE_CHECKING:
     from raysweep.config.trial import Trial
 
 IDS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(5))
 SPARSITY, COLUMNS = 0.37, 8
-
-families = pytest.mark.parametrize("family", ZOO)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def logits_of(shards: list[ModelShard]) -> torch.Tensor:
     return shards[-1].logits(hidden)
 
 
-@families
+@each_family
 def test_logits_through_two_shards_are_the_whole_models(saved, family):
     model = AutoModelForCausalLM.from_pretrained(saved(family).folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -72,7 +70,7 @@ def test_logits_through_two_shards_are_the_whole_models(saved, family):
     assert float(expected.std()) > 0.02
 
 
-@families
+@each_family
 def test_a_checkpoint_in_several_files_and_in_bfloat16(saved, family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved(family).folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -88,7 +86,7 @@ def test_a_checkpoint_in_several_files_and_in_bfloat16(saved, family, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@families
+@each_family
 def test_masks_have_exact_counts(saved, family):
     for blocks in saved(family).ranges:
         for block in blocks.blocks.values():
@@ -109,7 +107,7 @@ def mask_of(blocks: BlockRange, trial: Trial, name: str) -> torch.Tensor:
     return layer.mask_OI
 
 
-@families
+@each_family
 def test_reconstruction_of_subblocks_lowers_their_losses(saved, family):
     trial = reconstruct_trial(learning_rate=0.003, epochs=3)
     results = [result for blocks in saved(family).ranges for result in recover_all(blocks, "trial", trial)]
@@ -126,7 +124,7 @@ def test_reconstruction_of_subblocks_lowers_their_losses(saved, family):
         blocks.release("trial")
 
 
-@families
+@each_family
 def test_masks_read_from_a_file_give_the_same_weights(saved, family, tmp_path):
     trial = reconstruct_trial(criterion="sparsegpt", sparsity=SPARSITY)
     tensors: dict[str, torch.Tensor] = {}
@@ -151,7 +149,7 @@ def test_masks_read_from_a_file_give_the_same_weights(saved, family, tmp_path):
         blocks.release("again")
 
 
-@families
+@each_family
 def test_no_router_is_a_linear(saved, family):
     """Nothing that has as many outputs as there are experts, or one, may be among them."""
     for blocks in saved(family).ranges:
