@@ -125,7 +125,7 @@ def _entries(
         )
     if path.startswith(BUILTIN_PREFIX):
         return (_builtin_text(path),)
-    if options.tasks:
+    if _task_names(options):
         return ()
     raise UsageError(
         f"nothing to measure {path} on",

@@ -118,9 +118,11 @@ def _check_output(output: Path, trial_id: str) -> None:
 
 def _earlier(output: Path) -> Export | None:
     try:
-        return Export(**json.loads((output / MARKER).read_text(encoding="utf-8")))
+        earlier = Export(**json.loads((output / MARKER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    named = isinstance(earlier.files, list) and all(isinstance(name, str) for name in earlier.files)
+    return earlier if named else None
 
 
 @contextmanager
@@ -205,6 +207,8 @@ class _Exporting:
         kept = Kept.read(folder)
         if kept is not None and kept.recovery_id == self._row["recovery_id"]:
             try:
+                if missing := kept.missing(folder):
+                    raise RaysweepError(f"{missing[0]} is not there")
                 weights = BlockTensors(folder)
                 weights.check()
                 return weights, None

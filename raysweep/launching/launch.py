@@ -16,7 +16,7 @@ from raysweep.cluster.nodes import this_node
 from raysweep.config.paths import typed_path
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
-from raysweep.errors import CapacityError, StorageError, UsageError, first_line
+from raysweep.errors import CapacityError, RaysweepError, UsageError, first_line
 from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
@@ -266,8 +266,9 @@ def _run(
         if tracing is not None:
             tracing.write(prepared.folder)
     try:
+        held()
         put_many_together(prepared.folder)
-    except StorageError as error:  # the sweep is finished all the same
+    except RaysweepError as error:  # the sweep is finished all the same
         log.warning("The files of finished trials stay apart: %s", first_line(error))
 
 

@@ -186,7 +186,7 @@ class ModelRun:
         goes_on = len(self._nodes) == 1 or is_shared(prepared.folder)
         rows = RowContext(prepared.folder, tuple(model.evaluation), columns, keep, goes_on)
         self._keeping = self._kept_by(prepared.rows.values(), goes_on)
-        rows = replace(rows, keeping=self._keeping, blocks=info.blocks, tasks=prepared.space.evaluation.tasks)
+        rows = replace(rows, keeping=self._keeping, tasks=prepared.space.evaluation.tasks)
         self.recorder.begin(self.plan)
         while True:
             proposals = self._proposals(phase, retrained)
@@ -267,6 +267,7 @@ def _phase_columns(
         "dtype": model.dtype,
         "model_hash": model.model_hash,
         "calibration_hash": phase.tokens.content_hash,
+        "validation_hash": None if model.validation is None else model.validation.content_hash,
         "evaluation_protocol": json.dumps(space.evaluation_protocol(), sort_keys=True),
         "raysweep_version": __version__,
         "torch_version": str(

@@ -61,6 +61,7 @@ def prepared_alone(row: Row, space: SearchSpace, tell: Callable[[str], None]) ->
         "execution.shards=1",
         "execution.concurrent_trials=1",
         f"execution.keep={ALL}",
+        *([] if space.tasks_of_all else ["evaluation.tasks=[]"]),  # they are no part of the trial
     ]
     alone = SearchSpace.from_text(recipe_yaml(space, dict(row)), settings, "the trial's own space")
     models = prepare(alone, device_here())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import CapacityError
-from raysweep.model.linears import Linear
+from raysweep.model.linears import Linear, block_linears
 from raysweep.model.shape import ModelShape
 from raysweep.model.shard import ModelShard
 from raysweep.model.sparse_kernels import check_any, choose_linears, exchange_linears
@@ -64,6 +64,9 @@ def compare_kernels(
     chosen = set(choice.sparse)
     dense_bytes = sum(linear.weight_OI.nbytes for linear in linears if linear.name in chosen)
     sparse_bytes = sum(exchange_linears(block.module, block.prefix, choice) for block in shard.blocks)
+    del linears
+    for block in shard.blocks:  # whose dense weights are gone with the last that knows them
+        block.linears = block_linears(block.module, block.prefix)
     torch.cuda.empty_cache()
     sparse_perplexity = perplexities([shard], texts)
     sparse = prefill_speeds(shard, window, shape.vocabulary)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.cluster.nodes import Node
-from raysweep.errors import CapacityError, RaysweepError, first_line
+from raysweep.errors import CapacityError, RaysweepError, StorageError, first_line
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import Runner
 from raysweep.launching.task_job import Scores, TaskJob
@@ -77,7 +77,13 @@ def measure_tasks(
         if isinstance(found, Exception):
             failures.append(f"{job.label}: {first_line(found)}")
             continue
-        _write(prepared, job, found)
+        try:
+            _write(prepared, job, found)
+        except StorageError:
+            raise
+        except RaysweepError as error:
+            failures.append(f"{job.label}: {first_line(error)}")
+            continue
         tell(f"Measured tasks of {done} of {_models(len(jobs))}")
     if failures:
         raise RaysweepError(

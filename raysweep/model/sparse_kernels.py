@@ -141,6 +141,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         tokens = len(x_NI)
+        if not tokens:  # of an expert to which none is routed
+            return x.new_zeros(*x.shape[:-1], self.outputs)
         x_NI = nn.functional.pad(x_NI, (0, 0, 0, -tokens % TILE))
         algorithm = self._algorithm(x_NI)
         out_NO = torch._cslt_sparse_mm(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,9 +132,10 @@ def score_of(name: str, found: Mapping[str, Any]) -> TaskScore:
     first = next(
         (key for key in values if key.split(",")[0] == listed[0].get("metric")), next(iter(values), None)
     )
-    if first is None:
-        raise RaysweepError(f"{PACKAGE} gives no number for task {name!r}")
-    errors = {key: error for key, error in errors.items() if key in values}
+    if first is None or not math.isfinite(values[first]):
+        raise RaysweepError(f"{PACKAGE} gives {values.get(first or '', 'no number')} for task {name!r}")
+    values = {key: value for key, value in values.items() if math.isfinite(value)}
+    errors = {key: error for key, error in errors.items() if key in values and math.isfinite(error)}
     documents = int(measured.get("sample_len") or measured.get("sample_count") or 0)
     return TaskScore(first, values[first], values, errors, documents, metadata.version("lm-eval"))
 

@@ -8,6 +8,7 @@ is nothing.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,11 +19,16 @@ from typing import Any
 
 from raysweep.config.sections import CELL_COLUMNS, METRICS, SearchConfig
 from raysweep.fingerprint import fingerprint, is_identity
-from raysweep.results.folders import ARTIFACTS, TRIALS
+from raysweep.results.folders import ARTIFACTS, TRIALS, block_file
 from raysweep.results.writer import write_atomically
 
 MARKER = "kept.json"
 NONE, BEST, ALL = "none", "best", "all"
+COMPARABLE = (
+    "model_hash",
+    "dtype",
+    "validation_hash",
+)  # beside the cell: of rows of other launches they may differ
 
 Row = Mapping[str, Any]
 
@@ -36,18 +42,26 @@ def artifact_folder(sweep: Path, trial_id: str) -> Path:
 class Kept:
     """What is said of a kept trial: whose weights these are, and what tells its cell and how good it is.
 
-    blocks: of the model, each with a file
+    files: names of the files with its weights
     """
 
     trial_id: str
     recovery_id: str
-    blocks: int
+    files: tuple[str, ...]
     row: dict[str, Any]
 
     @classmethod
-    def of(cls, row: Row, blocks: int) -> Kept:
-        told = {name: row[name] for name in (*CELL_COLUMNS, *METRICS) if row.get(name) is not None}
-        return cls(row["trial_id"], row["recovery_id"], blocks, told)
+    def of(cls, row: Row, folder: Path) -> Kept:
+        """folder: that holds all its files"""
+        told = {
+            name: row[name] for name in (*CELL_COLUMNS, *COMPARABLE, *METRICS) if row.get(name) is not None
+        }
+        files = sorted(path.name for path in folder.glob(block_file(folder, "*").name))
+        return cls(row["trial_id"], row["recovery_id"], tuple(files), told)
+
+    def missing(self, folder: Path) -> list[str]:
+        """Of its files those that are not in the folder (any more)."""
+        return [name for name in self.files if not (folder / name).exists()]
 
     def write(self, folder: Path) -> None:
         """Makes what lies in the folder a kept trial. Raises StorageError."""
@@ -57,10 +71,11 @@ class Kept:
     def read(cls, folder: Path) -> Kept | None:
         """The kept trial in a folder; None where there is none, or not all of it."""
         try:
-            kept = cls(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
-            texts = isinstance(kept.trial_id, str) and isinstance(kept.recovery_id, str)
-            fits = texts and type(kept.blocks) is int and isinstance(kept.row, dict)
-        except (OSError, ValueError, TypeError, RecursionError):
+            said = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+            kept = cls(**said | {"files": tuple(said["files"])})
+            texts = (kept.trial_id, kept.recovery_id, *kept.files)
+            fits = all(isinstance(text, str) for text in texts) and isinstance(kept.row, dict)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
         return kept if fits and kept.trial_id == folder.name else None
 
@@ -120,8 +135,8 @@ class Keeping:
         return cls(keep, search.metric, search.mode, search.compare_within, best)
 
     def cell(self, row: Row) -> str:
-        """Equal for trials that may be compared."""
-        return fingerprint([row.get(name) for name in self.within])
+        """Equal for trials that may be compared: of one cell of the space, and measured alike."""
+        return fingerprint([row.get(name) for name in (*self.within, *COMPARABLE)])
 
     def wants(self, sweep: Path, row: Row) -> bool:
         """Whether a trial is to be kept, as far as it can be known: `best` one that is better than every other one of
@@ -132,7 +147,7 @@ class Keeping:
         if self.keep != BEST:
             return self.keep == ALL
         value = row.get(self.metric)
-        if value is None:
+        if value is None or not math.isfinite(value):
             return False
         cell = self.cell(row)
         others = [self.best.get(cell)]

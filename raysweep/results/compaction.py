@@ -31,8 +31,10 @@ def compact(folder: Path) -> list[Path]:
         for path, table in in_threads(read_table, [units[i] for i in sorted(wanted & set(units))])
         if table is not None and table.schema.equals(unit_schema())
     }
-    fresh = [row for row in fresh if row["trial_id"] in tables]
-    if len(tables) + compacted_file(folder, TRIALS).exists() < 2:
+    # Of trials that were put together before, and whose rows were written again since, the units lie there.
+    together = set(read_compacted(folder, TRIALS, (), ["trial_id"])["trial_id"].to_pylist())
+    fresh = [row for row in fresh if row["trial_id"] in tables or row["trial_id"] in together]
+    if len({*tables, *(row["trial_id"] for row in fresh)}) + compacted_file(folder, TRIALS).exists() < 2:
         return []  # one file would become one
     kept = read_compacted(folder, UNITS, tables)
     kept = kept.filter(pc.is_in(kept["trial_id"], pa.array(sorted(wanted), pa.string())))

@@ -216,6 +216,7 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("model", TEXT, "provenance", "the dense model, as written in the search space"),
     Column("model_hash", TEXT, "provenance", "hash of the model's contents"),
     Column("calibration_hash", TEXT, "provenance", "hash of the calibration tokens"),
+    Column("validation_hash", TEXT, "provenance", "hash of the validation tokens"),
     Column("evaluation_protocol", TEXT, "provenance", "how perplexity was measured, as JSON"),
     Column(
         "tasks",

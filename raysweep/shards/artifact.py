@@ -46,7 +46,7 @@ class Artifact:
             self._check_whole(calls.info.blocks)
         except ShardLostError:
             raise
-        except (RaysweepError, OSError) as error:
+        except Exception as error:  # whatever it is, the trial is measured
             calls.settle()  # shards may still be writing
             remove_artifact(self.folder)
             return first_line(error)

@@ -13,7 +13,7 @@ from typing import Any
 
 from raysweep.config.field_groups import MASK_FIELDS
 from raysweep.config.trial import Trial
-from raysweep.errors import NumericalError, RaysweepError, ShardLostError
+from raysweep.errors import NumericalError, RaysweepError, ShardLostError, first_line
 from raysweep.fingerprint import fingerprint
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.artifact import Artifact
@@ -275,6 +275,10 @@ class _Run:
             self.calls.everywhere("begin", name)
             self._prune(name, trial)
             self._fill(name)
+        except ShardLostError:
+            raise
+        except Exception as error:  # whatever it is, the trial is measured
+            self._not_kept = first_line(error)
         finally:
             self.calls.release(name)
 

@@ -43,7 +43,6 @@ class RowContext:
     retries: Mapping[str, int] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     keeping: Keeping = field(default_factory=Keeping)
-    blocks: int = 0
 
     def write(
         self, trial: SweepTrial, outcome: Outcome, rungs: Sequence[Rung], started_at: datetime
@@ -59,7 +58,7 @@ class RowContext:
         """Where the weights of the trial stay if it is one of those that are kept."""
         if self.keeping.keep == NONE or trial.trial.is_dense:
             return None
-        known = {**planned_columns(trial.planned), "trial_id": trial.trial_id}
+        known = {**planned_columns(trial.planned), **self.columns, "trial_id": trial.trial_id}
         folder = artifact_folder(self.folder, trial.trial_id)
         return Artifact(folder, lambda columns: self.keeping.wants(self.folder, known | dict(columns)))
 
@@ -68,8 +67,11 @@ class RowContext:
         not be told from one that is not kept. Returns why that could not be done."""
         folder = artifact_folder(self.folder, row["trial_id"])
         try:
-            Kept.of(row, self.blocks).write(folder)
-        except StorageError as error:
+            Kept.of(row, folder).write(folder)
+        except (
+            StorageError,
+            ValueError,
+        ) as error:  # the latter for numbers that are none: the row will say so
             remove_artifact(folder)
             return first_line(error)
         return None

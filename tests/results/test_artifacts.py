@@ -37,7 +37,7 @@ def keep(sweep: Path, row: dict[str, Any], has_row: bool = True) -> Path:
     folder = artifact_folder(sweep, row["trial_id"])
     folder.mkdir(parents=True)
     (folder / "block-0.safetensors").write_bytes(b"weights")
-    Kept.of(row, 1).write(folder)
+    Kept.of(row, folder).write(folder)
     if has_row:
         (sweep / "trials").mkdir(exist_ok=True)
         (sweep / "trials" / f"{row['trial_id']}.parquet").touch()
@@ -52,7 +52,11 @@ def test_what_is_written_is_read(tmp_path):
     folder = keep(tmp_path, trial(1, 3.5))
     kept = Kept.read(folder)
     assert kept is not None
-    assert (kept.trial_id, kept.recovery_id, kept.blocks) == (f"{1:016x}", f"{257:016x}", 1)
+    assert (kept.trial_id, kept.recovery_id) == (f"{1:016x}", f"{257:016x}")
+    assert kept.files == ("block-0.safetensors",)
+    assert kept.missing(folder) == []
+    (folder / "block-0.safetensors").unlink()
+    assert kept.missing(folder) == ["block-0.safetensors"]
     assert kept.row == {"model": "m", "sparsity": 0.5, "recovery": "none", "validation_perplexity": 3.5}
 
 
@@ -87,6 +91,23 @@ def test_the_best_of_a_cell_is_wanted(tmp_path, mode, better, worse):
     assert not keeping.wants(tmp_path, trial(9, worse))
     assert not keeping.wants(tmp_path, trial(9, 3.0))  # the first one stays
     assert keeping.wants(tmp_path, trial(9, worse, recovery="reconstruct"))
+
+
+@pytest.mark.parametrize("name", ["model_hash", "dtype", "validation_hash"])
+def test_what_was_measured_otherwise_is_not_compared(tmp_path, name):
+    """Rows of earlier launches, on another validation text, of other weights under the same path, of another dtype."""
+    keeping = Keeping.of(BEST, SEARCH, [trial(1, 1.0, **{name: "before"})])
+    keep(tmp_path, trial(1, 1.0, **{name: "before"}))
+    now = trial(2, 3.0, **{name: "now"})
+    assert keeping.wants(tmp_path, now)
+    keep(tmp_path, now)
+    keeping.remove_superseded(tmp_path, {f"{1:016x}", f"{2:016x}"})
+    assert ids(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("keeps", [BEST, ALL])
+def test_numbers_that_are_none_keep_nothing(tmp_path, keeps):
+    assert Keeping.of(keeps, SEARCH).wants(tmp_path, trial(1, float("nan"))) == (keeps == ALL)
 
 
 def test_trials_of_this_launch_count_once_they_have_rows(tmp_path):

@@ -102,6 +102,21 @@ def test_later_trials_join_at_the_next_clean(sweep, trial_row, unit_rows):
     assert set(before[3].values()) == {"finished", "stopped"}
 
 
+def test_a_row_that_was_written_again_is_put_together_again(sweep):
+    """Else pandas alone would see its trial twice, and none of the columns that it got."""
+    clean(sweep)
+    for number in (1, 2):
+        row = trial_rows(sweep)[f"{number:016x}"] | {"task_quiz": 0.5}
+        write_trial_row(sweep, row, ["a", "b"], ["quiz"])
+    before = everything(sweep)
+    clean(sweep)
+    assert_same(everything(sweep), before)
+    alone = pd.read_parquet(compacted_file(sweep, TRIALS)).set_index("trial_id")
+    assert alone.index.is_unique
+    assert alone.task_quiz.notna().sum() == 2
+    assert not {f"{1:016x}", f"{2:016x}"} & {*own_files(sweep, TRIALS)}
+
+
 def test_a_row_of_its_own_counts(sweep, trial_row, unit_rows):
     clean(sweep)
     write_rows(sweep, trial_row(1, perplexity=1.25), unit_rows(7), [])
