@@ -20,9 +20,10 @@ from raysweep.errors import RaysweepError, StorageError, UsageError
 from raysweep.launching import recomputing
 from raysweep.launching.exporting import Export, export
 from raysweep.launching.launch import launch, prepare_launch
-from raysweep.results.artifacts import kept_trials
+from raysweep.results.artifacts import artifact_folder, kept_trials
 from raysweep.results.folders import ARTIFACTS
 from raysweep.results.writer import write_rows
+from raysweep.shards import trial as trials
 from raysweep.shards.worker import ShardWorker
 from raysweep.sweep.prepare import prepare
 from tests.exported import check_zeros, plain_perplexity
@@ -344,6 +345,31 @@ def test_exported_masks_give_the_same_rows(make_space, tmp_path, exporting, crit
     columns = ["perplexity", "perplexity_short", "validation_perplexity", "realized_sparsity"]
     for recovery in ("none", "reconstruct"):
         assert again.loc[recovery, columns].tolist() == rows.loc[recovery, columns].tolist()
+
+
+def test_what_is_to_be_kept_never_fails_a_trial(make_space, tmp_path, monkeypatch):
+    prune = trials._Run._prune
+
+    def failing(run, name, trial):
+        if name.startswith("kept@"):
+            raise RuntimeError("out of memory")
+        return prune(run, name, trial)
+
+    monkeypatch.setattr(trials._Run, "_prune", failing)
+    rows = launched(make_space(sweep=[KINDS["none"]], execution={"keep": "all"}), tmp_path)
+    assert (rows.status == "finished").all()
+    assert kept_ids(tmp_path / "tiny") == set()
+
+
+def test_a_kept_trial_of_which_a_file_is_gone_is_computed_again(make_space, tmp_path, exporting, told):
+    rows = launched(make_space(sweep=[KINDS["none"]], execution={"keep": "all"}), tmp_path)
+    row = rows[rows.recovery == "none"].iloc[0]
+    whole, _ = exporting(row.trial_id, tmp_path)
+    (artifact_folder(tmp_path / "tiny", row.trial_id) / "block-1.safetensors").unlink()
+    again, done = exporting(row.trial_id, tmp_path)
+    assert done.recomputed is not None
+    assert any("block-1.safetensors is not there" in text for text in told)
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sparsegpt", "retrain"])

@@ -24,8 +24,9 @@ unit_error_after output_error_calibration output_error_validation requested_spar
 COST = """seconds_total seconds_statistics seconds_mask seconds_recovery seconds_evaluation device_seconds
 device_seconds_standalone training_flops optimizer_steps tokens_unique tokens_trained trainable_parameters
 devices peak_recovery_bytes peak_device_bytes peak_host_bytes"""
-PROVENANCE = """fallbacks retries model model_hash calibration_hash validation_hash evaluation_protocol started_at finished_at
-raysweep_version torch_version transformers_version ray_version device_name shards schema_version"""
+PROVENANCE = """fallbacks retries model model_hash calibration_hash validation_hash evaluation_protocol
+started_at finished_at raysweep_version torch_version transformers_version ray_version
+device_name shards schema_version"""
 IDENTITY = "trial_id recovery_id sweep status error"
 CALIBRATION = """calibration_dataset calibration_num_samples calibration_sequence_length calibration_sampling
 calibration_seed"""
