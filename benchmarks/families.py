@@ -78,7 +78,10 @@ def judge(family: str) -> Verdict:
     except Exception as error:  # whatever a configuration that is too small ends in
         return Verdict(family, "not tried", reason=f"no tiny model of it: {first_line(error)}"[:160])
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except Exception as error:
+            return Verdict(family, "not tried", reason=f"cannot be saved so small: {first_line(error)}"[:160])
         try:
             return _tried(family, ModelSource(folder), expected)
         except UsageError as error:

@@ -38,13 +38,21 @@ def check_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
         largest = max((math.prod(shape) for shape, _ in checkpoint.headers().values()), default=0)
         limits |= dict.fromkeys(SIZES, largest)
     for name, most in limits.items():
-        size = getattr(text, name, None)
+        size = _setting(text, name)
         if isinstance(size, int | float) and size > most:
             raise UsageError(
                 f"{CONFIG} of model {checkpoint.source.path!r} says {name}: {str(size)[:40]}",
                 allowed=f"at most {most}, for which its weights have room",
                 remedy="Take configuration and weights from the same model.",
             )
+
+
+def _setting(config: PretrainedConfig, name: str) -> Any:
+    """None where the configuration has no such setting, or one for each block."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # of transformers', about settings that differ between blocks; not an AttributeError
+        return None
 
 
 def check_tensors(model: PreTrainedModel, layout: Layout, checkpoint: Checkpoint) -> None:
