@@ -153,7 +153,8 @@ def _made(row: Mapping[str, Any]) -> str:
         if isinstance(fields.get(name), tuple):
             fields[name] = dict(fields[name])
     if "data" in fields:
-        fields["data"] = dict(fields["data"], dataset=public_name(fields["data"]["dataset"]))
+        named = {key: fields["data"][key] for key in ("dataset", "data_files") if fields["data"].get(key)}
+        fields["data"] = dict(fields["data"]) | {key: public_name(str(text)) for key, text in named.items()}
     kind, colon, rest = str(fields["criterion"]).partition(":")
     fields["criterion"] = f"{kind}{colon}{Path(rest).name}"  # of a file without its folders
     text = dump_yaml(json.loads(json.dumps(fields)))  # tuples as lists

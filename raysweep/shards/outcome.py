@@ -131,6 +131,9 @@ def fallbacks_of(rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def unit_columns(units: list[dict[str, Any]]) -> dict[str, Any]:
+    """Raises NumericalError where there is none: too few tokens are routed to all experts that are pruned."""
+    if not units:
+        raise NumericalError("nothing that is pruned could be recovered: no expert of it has enough tokens")
     return {
         f"unit_error_{when}": math.fsum(unit[f"error_{when}"] for unit in units) / len(units)
         for when in ("before", "after")
