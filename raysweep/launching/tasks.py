@@ -16,7 +16,6 @@ from raysweep.launching.runners import Runner
 from raysweep.launching.task_job import Scores, TaskJob
 from raysweep.model.tasks import TaskSet
 from raysweep.results.artifacts import artifact_folder, kept_trials
-from raysweep.results.reader import trial_rows
 from raysweep.results.schema import PERPLEXITY_PREFIX, TASK_PREFIX
 from raysweep.results.writer import write_trial_row
 from raysweep.shards.memory import PROCESS_BYTES, SIZES
@@ -173,8 +172,8 @@ def _job(
 
 
 def _write(prepared: Launch, job: TaskJob, scores: Scores) -> None:
-    """Puts scores into the row as it is now."""
-    row = trial_rows(prepared.folder)[job.trial_id]
+    """Puts scores into the row, which nobody else writes by now. A trial has one job, so that its row is as it was."""
+    row = prepared.rows[job.trial_id]
     known = json.loads(row.get("tasks") or "{}")
     told = {name: score.told() | {"hash": job.tasks.hashes[name]} for name, score in scores.items()}
     columns = {f"{TASK_PREFIX}{name}": score.value for name, score in scores.items()}
