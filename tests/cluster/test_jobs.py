@@ -152,8 +152,14 @@ def test_the_dashboard_shows_shards_and_trials_by_name(outside, make_space, tmp_
         page.open(f"{outside.address}/#/actors")
         group = r"raysweep/tiny-[0-9a-f]{4}/[0-9a-f]{4}"
         wait_for_words(page, rf"{group}/0", rf"{group}/1", r"SweepTrial\s+-\s+-\s+ALIVE")
-        told = page.eval("fetch('/api/v0/tasks?limit=10000').then(answer => answer.text())")
-        assert re.search(r'"name": ?"wanda/row 0.5 (subblock|block): recover [0-3]', told), told[:2000]
+        tasks, deadline = (
+            "fetch('/api/v0/tasks?limit=10000').then(answer => answer.text())",
+            time.monotonic() + 90,
+        )
+        call = r'"name": ?"wanda/row 0.5 (subblock|block): recover [0-3]'
+        while not re.search(call, told := page.eval(tasks)):
+            assert time.monotonic() < deadline, re.findall(r'"name": ?"[^"]*"', told)
+            time.sleep(1)
     assert "has ended" in outside.says("stop", "tiny")
     client.communicate(timeout=60)
 
