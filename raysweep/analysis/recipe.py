@@ -77,6 +77,8 @@ def recipe_yaml(space: SearchSpace, row: Mapping[str, Any]) -> str:
         name: row.get(f"calibration_{name}", value) for name, value in whole["calibration"].items()
     }
     model = {name: value for name, value in whole["model"].items() if not isinstance(value, list)}
+    if "dtype" not in model:  # the one of several
+        model["dtype"] = row["dtype"]
     document = {
         "name": f"{whole['name']}-recipe",
         "model": model | {"path": row["model"]},

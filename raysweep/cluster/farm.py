@@ -27,7 +27,8 @@ def run_each(
     listening, calls that are at work are ended.
     """
     reserved: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)
-    call = reserved(function).options(name=name)
+    # What reserves no GPU is bound by memory, of which Ray knows nothing, so that nodes take turns.
+    call = reserved(function).options(name=name, scheduling_strategy="DEFAULT" if gpus else "SPREAD")
     waiting, running = list(reversed(arguments)), dict[Any, Argument]()
     try:
         while waiting or running:

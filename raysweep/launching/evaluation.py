@@ -10,15 +10,17 @@ import torch
 
 from raysweep.cluster.nodes import this_node
 from raysweep.config.sections import ModelConfig, PerplexityConfig
-from raysweep.errors import UsageError
+from raysweep.errors import CapacityError, UsageError
+from raysweep.launching.task_job import working_bytes
 from raysweep.model.loading import DTYPES, ModelSource
 from raysweep.model.shape import ModelShape, read_shape
 from raysweep.model.shard import ModelShard
 from raysweep.model.tasks import TaskScore, TaskSet, score_tasks
 from raysweep.model.tokenizer import load_tokenizer
 from raysweep.model.tokens import TokenSet
-from raysweep.model.whole import load_whole
+from raysweep.model.whole import load_whole, spread
 from raysweep.shards.alone import perplexities, ranges_that_fit, shards_one_by_one
+from raysweep.shards.plan import format_bytes
 from raysweep.sweep.prepare import entry_tokens
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
     texts = {entry.name: entry_tokens(entry, tokenizer, shape) for entry in wanted.entries}
     measuring = _Measuring(source, shape, dtype, device, tokenizer, tell)
+    spreads = wanted.tasks is not None and measuring.spreads(wanted.device)
     found = Measured(
         dtype,
         _device_name(device),
@@ -94,7 +97,7 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
         return replace(found, sparse=sparse)
     found.perplexity.update(measuring.perplexities(texts))
     if wanted.tasks is not None:
-        found.tasks.update(measuring.tasks(wanted.tasks, wanted.batch_size))
+        found.tasks.update(measuring.tasks(wanted.tasks, wanted.batch_size, spreads))
     return found
 
 
@@ -135,9 +138,29 @@ class _Measuring:
         self.tell(f"Measuring perplexity of {self.source.path}{parts}")
         return perplexities(shards_one_by_one(self.source, self.dtype, self.device, ranges), texts)
 
-    def tasks(self, tasks: TaskSet, batch_size: int) -> dict[str, TaskScore]:
+    def spreads(self, asked: str) -> bool:
+        """Whether a whole model takes all GPUs. Raises CapacityError where it does not fit at all."""
+        needed, free = working_bytes(self.shape, self.dtype), free_bytes(self.device)
+        if not free or needed <= free:
+            return False
+        where, remedy = str(self.device), "Leave --tasks out: texts are measured part by part."
+        if self.device.type == "cuda" and asked in ("auto", "cuda"):
+            gpus = torch.cuda.device_count()
+            free = sum(free_bytes(torch.device("cuda", gpu)) for gpu in range(gpus))
+            if needed <= free and gpus > 1:
+                return True
+            where, remedy = f"{gpus} GPU{'s' * (gpus != 1)}", f"Try --device cpu. {remedy}"
+        raise CapacityError(
+            f"tasks need a whole model in memory: {format_bytes(needed)}, and {where} "
+            f"ha{'ve' if where.endswith('s') else 's'} {format_bytes(free)} free",
+            where="--tasks",
+            remedy=remedy,
+        )
+
+    def tasks(self, tasks: TaskSet, batch_size: int, spreads: bool) -> dict[str, TaskScore]:
         self.tell(f"Loading {self.source.path}")
-        model = load_whole(self.source, self.dtype, self.device)
+        model = load_whole(self.source, self.dtype, "cpu" if spreads else self.device)
+        model = spread(model) if spreads else model
         self.tell(f"Measuring {', '.join(tasks.names)}")
         return score_tasks(model, self.tokenizer, tasks, batch_size)
 

@@ -91,14 +91,13 @@ def _check_row(row: Mapping[str, Any]) -> None:
 def _check_output(output: Path, trial_id: str) -> None:
     """Refuses a folder that holds anything but an earlier export of the same trial. Makes nothing."""
     existing = next(parent for parent in (output, *output.absolute().parents) if os.path.lexists(parent))
-    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+    if problem := _unwritable(existing) or (os.path.ismount(output) and "it is a mount point"):
         raise UsageError(
-            f"{output} cannot be written: {existing} is {'read-only' if existing.is_dir() else 'no folder'}",
+            f"{output} cannot be written: {problem}",
             where="--output",
-            allowed="a folder that can be made and written",
+            allowed="a folder that can be made and written; the finished model takes its place",
         )
-    names = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
-    if not names:
+    if existing != output or not any(output.iterdir()):
         return
     earlier = _earlier(output)
     if earlier is None or earlier.trial_id != trial_id:
@@ -108,12 +107,19 @@ def _check_output(output: Path, trial_id: str) -> None:
             where="--output",
             allowed="a new folder, or an earlier export of the same trial",
         )
+    names = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
     if others := sorted(names - set(earlier.files)):
         raise UsageError(
             f"{output} also holds {others[0]}, which export did not write and would remove",
             where="--output",
             remedy="Move it, or name another folder.",
         )
+
+
+def _unwritable(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    return None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"{folder} is read-only"
 
 
 def _earlier(output: Path) -> Export | None:
@@ -191,15 +197,16 @@ class _Exporting:
     def _source(self) -> ModelSource:
         """The dense model. Raises UsageError where it is not the one that was pruned."""
         path = self._row["model"]
-        config = next((one for one in self._space.models if one.path == path), ModelConfig(path=path))
-        source = ModelSource(path, config.revision, config.trust_remote_code)
+        configs = [one for one in self._space.models if one.path == path] or [ModelConfig(path=path)]
+        sources = {ModelSource(path, config.revision, config.trust_remote_code): None for config in configs}
         self._tell("Checking the model")
-        if model_hash(source) != self._row.get("model_hash"):
-            raise UsageError(
-                f"model {path!r} is not the one that was pruned: its weights or its configuration have changed since",
-                remedy="Bring back the model, or launch the sweep again, which makes new trials.",
-            )
-        return source
+        for source in sources:  # several where the space has several revisions
+            if model_hash(source) == self._row.get("model_hash"):
+                return source
+        raise UsageError(
+            f"model {path!r} is not the one that was pruned: its weights or its configuration have changed since",
+            remedy="Bring back the model, or launch the sweep again, which makes new trials.",
+        )
 
     def _weights(self) -> tuple[BlockTensors, str | None]:
         """The trial's weights, and in words how they compare with the row where they are computed again."""

@@ -16,7 +16,7 @@ from raysweep.cluster.nodes import this_node
 from raysweep.config.paths import typed_path
 from raysweep.config.space import SearchSpace
 from raysweep.config.spaces import resolve_space
-from raysweep.errors import CapacityError, RaysweepError, UsageError, first_line
+from raysweep.errors import CapacityError, RaysweepError, StorageError, UsageError, first_line
 from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
@@ -27,7 +27,6 @@ from raysweep.launching.stopping import stoppable
 from raysweep.launching.tasks import kept_weights, measure_tasks, places, task_jobs
 from raysweep.launching.tracing import Tracing
 from raysweep.results.artifacts import (
-    NONE,
     Keeping,
     artifact_folder,
     kept_trials,
@@ -236,15 +235,15 @@ def _run(
     if not _is_anything_left(prepared):
         _say_done(prepared, progress)
         return
-    nodes = runner.nodes()
+    nodes, unmeasured = runner.nodes(), None
     plans = make_plans(prepared.models, prepared.space, nodes)
     if prepared.tasks is not None:
         places(prepared.models, nodes)
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
     if len(nodes) > 1:
         refuse_unshared(prepared.folder, runner)
-        if any(retrain_plans):
-            refuse_mirror_of_one_node(prepared.folder)
+        if (reader := reads_weights(prepared, any(retrain_plans))) is not None:
+            refuse_mirror_of_one_node(prepared.folder, reader)
     with pushing(prepared.folder, held) as check:
         remove_stale_temporaries(prepared.folder)
         write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
@@ -259,7 +258,7 @@ def _run(
                 if fail_fast and run.has_failed:
                     break
             else:
-                _measure_tasks(prepared, runner, recorder, plans[0])
+                unmeasured = _measure_tasks(prepared, runner, recorder, plans[0])
         prepared = replace(prepared, rows=trial_rows(prepared.folder))
         _remove_leftovers(prepared)
         _tidy_artifacts(prepared)  # of trials that were begun again and are not kept
@@ -270,29 +269,42 @@ def _run(
         put_many_together(prepared.folder)
     except RaysweepError as error:  # the sweep is finished all the same
         log.warning("The files of finished trials stay apart: %s", first_line(error))
+    if unmeasured is not None:
+        raise unmeasured
 
 
 def _is_anything_left(prepared: Launch) -> bool:
     return bool(prepared.to_run or task_jobs(prepared, kept_weights(prepared.folder)))
 
 
-def _measure_tasks(prepared: Launch, runner: Runner, recorder: Recorder, plan: ShardPlan) -> None:
-    """The devices are free by then: shards and retraining have ended."""
+def _measure_tasks(
+    prepared: Launch, runner: Runner, recorder: Recorder, plan: ShardPlan
+) -> RaysweepError | None:
+    """The devices are free by then: shards and retraining have ended. Returns why some could not be measured: all else
+    of the sweep is finished, and is left as such."""
     if prepared.tasks is None:
-        return
+        return None
     recorder.begin(plan)
     there = _with_rows(prepared)
-    measure_tasks(there, kept_weights(prepared.folder), runner, runner.nodes(), recorder.progress.stage)
+    try:
+        measure_tasks(there, kept_weights(prepared.folder), runner, runner.nodes(), recorder.progress.stage)
+    except StorageError:
+        raise
+    except RaysweepError as error:
+        return error
     if prepared.space.tasks_of_all:
         _let_go(there)
+    return None
 
 
 def _let_go(prepared: Launch) -> None:
-    """Removes the weights that have waited for tasks alone."""
-    keep = prepared.space.execution.keep
-    Keeping.of(keep, prepared.space.search).remove_superseded(prepared.folder, prepared.rows.keys())
-    for kept in kept_trials(prepared.folder) if keep == NONE else ():
-        remove_artifact(artifact_folder(prepared.folder, kept.trial_id))
+    """Removes the weights that have waited for tasks alone; those of trials that an earlier launch kept stay."""
+    Keeping.of(prepared.space.execution.keep, prepared.space.search).remove_superseded(
+        prepared.folder, prepared.rows.keys()
+    )
+    for kept in kept_trials(prepared.folder):
+        if kept.waits:
+            remove_artifact(artifact_folder(prepared.folder, kept.trial_id))
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:
@@ -312,14 +324,22 @@ def refuse_unshared(folder: Path, runner: Runner) -> None:
         )
 
 
-def refuse_mirror_of_one_node(folder: Path) -> None:
-    """Raises UsageError where retraining on several nodes would look for its weights in mirrors that each has apart."""
+def reads_weights(prepared: Launch, retrains: bool) -> str | None:
+    """What of a sweep reads weights that shards have written, in words; None where nothing does."""
+    if retrains:
+        return "retraining"
+    return "tasks on all trials" if prepared.space.tasks_of_all else None
+
+
+def refuse_mirror_of_one_node(folder: Path, reader: str = "retraining") -> None:
+    """Raises UsageError where what reads weights, on several nodes, would look for them in mirrors that each has
+    apart."""
     if not is_shared(folder):
         raise UsageError(
-            f"retraining on several nodes into {place_of(folder)}: weights and checkpoints lie in the mirror of the "
+            f"{reader} on several nodes into {place_of(folder)}: weights and checkpoints lie in the mirror of the "
             "storage, and every node would have one of its own",
-            remedy=f"Set {CACHE_VARIABLE} to a folder that all nodes share, use such a one as --storage, or retrain on "
-            "one node.",
+            remedy=f"Set {CACHE_VARIABLE} to a folder that all nodes share, use such a one as --storage, or run on one "
+            "node.",
         )
 
 

@@ -207,7 +207,8 @@ class ModelRun:
             self.progress.stage(
                 f"No trial is kept: the mirror of the storage is each node's own ({CACHE_VARIABLE})"
             )
-        return Keeping.of(held if goes_on else NONE, search, rows)
+        until_tasks = held != self.prepared.space.execution.keep == NONE
+        return replace(Keeping.of(held if goes_on else NONE, search, rows), until_tasks=until_tasks)
 
     def _hear(self, proposals: Proposals | None, row: dict[str, Any]) -> None:
         self._heard_of.add(row["trial_id"])

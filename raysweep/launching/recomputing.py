@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raysweep.analysis.recipe import recipe_yaml
 from raysweep.cluster.nodes import this_node
+from raysweep.config.dialect import dump_yaml
 from raysweep.config.space import SearchSpace
 from raysweep.config.trial import Trial
 from raysweep.errors import RaysweepError, UsageError
@@ -29,6 +31,7 @@ from raysweep.shards.trial import run_trial
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import Phase, PreparedModel, prepare
+from raysweep.sweep.proposals import chosen_by
 
 TOLERANCE = 0.005  # of the perplexity, where nothing says that it must be equal to the bit
 SAME = ("raysweep_version", "torch_version", "transformers_version", "device_name", "threads")
@@ -53,6 +56,9 @@ def prepared_alone(row: Row, space: SearchSpace, tell: Callable[[str], None]) ->
     """Model and texts of a trial, checked to be those of its row.
 
     row: without what is null;  space: of its sweep. Raises UsageError, also where something has changed since.
+
+    A space of the trial alone reads the least, and knows trials that the sweep's space no longer has. Not all of them
+    are in it as they were: validation text comes from the first of several calibration data sets, for one.
     """
     tell("Reading model and data")
     settings = [
@@ -63,18 +69,38 @@ def prepared_alone(row: Row, space: SearchSpace, tell: Callable[[str], None]) ->
         f"execution.keep={ALL}",
         *([] if space.tasks_of_all else ["evaluation.tasks=[]"]),  # they are no part of the trial
     ]
-    alone = SearchSpace.from_text(recipe_yaml(space, dict(row)), settings, "the trial's own space")
-    models = prepare(alone, device_here())
-    for model in models:
-        for phase in model.phases:
-            for trial in phase.trials:
-                if trial.trial_id == row["trial_id"]:
-                    mine = replace(phase, trials=(trial,), studies=())
-                    return Alone(alone, replace(model, phases=(mine,)), trial)
+    own = SearchSpace.from_text(recipe_yaml(space, dict(row)), settings, "the trial's own space")
+    models = prepare(own, device_here())
+    if (found := _alone(row, own, models)) is not None:
+        return found
+    with suppress(UsageError):  # of what other trials need; what this one needs is said below
+        document = space.to_dict()
+        document["model"] |= {"path": row["model"]}
+        whole = SearchSpace.from_text(dump_yaml(document), settings, "its sweep's space")
+        if (found := _alone(row, whole, prepare(whole, device_here()))) is not None:
+            return found
     raise UsageError(
         f"trial {row['trial_id']} cannot be computed again: {_what_changed(row, models)} since it was measured",
         remedy="Launch the sweep again: what has changed makes new trials.",
     )
+
+
+def _alone(row: Row, space: SearchSpace, models: list[PreparedModel]) -> Alone | None:
+    """The trial of a row among those of a space; None where it is none of them."""
+    for model in models:
+        for phase in model.phases:
+            for trial in (*phase.trials, *_chosen(row, model, phase)):
+                if trial.trial_id == row["trial_id"]:
+                    mine = replace(phase, trials=(trial,), studies=())
+                    return Alone(space, replace(model, phases=(mine,)), trial)
+    return None
+
+
+def _chosen(row: Row, model: PreparedModel, phase: Phase) -> Iterator[SweepTrial]:
+    """The trial of a row where one of the phase's studies chose it."""
+    for study in phase.studies:
+        for chosen, _ in chosen_by(study, model.identify, {row["trial_id"]: dict(row)}).values():
+            yield model.identify(study.planned(chosen), 0)
 
 
 def _what_changed(row: Row, models: list[PreparedModel]) -> str:

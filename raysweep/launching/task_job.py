@@ -9,12 +9,21 @@ from pathlib import Path
 import torch
 
 from raysweep.model.loading import ModelSource
+from raysweep.model.shape import ModelShape
 from raysweep.model.tasks import TaskScore, TaskSet, score_tasks
 from raysweep.model.tokenizer import load_tokenizer
 from raysweep.model.whole import load_whole, spread
+from raysweep.shards.memory import SIZES
+
+WORKING = 1.25  # of a model's weights while it runs: activations and logits of a batch; assumption
 
 Scores = dict[str, TaskScore]
 """By task."""
+
+
+def working_bytes(shape: ModelShape, dtype: str) -> int:
+    """What a whole model takes while it is measured on tasks."""
+    return int((shape.parameters + shape.vocabulary_parameters) * SIZES[dtype] * WORKING)
 
 
 @dataclass(frozen=True)

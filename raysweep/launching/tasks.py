@@ -13,16 +13,14 @@ from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError, RaysweepError, StorageError, first_line
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import Runner
-from raysweep.launching.task_job import Scores, TaskJob
+from raysweep.launching.task_job import Scores, TaskJob, working_bytes
 from raysweep.model.tasks import TaskSet
 from raysweep.results.artifacts import artifact_folder, kept_trials
 from raysweep.results.schema import PERPLEXITY_PREFIX, TASK_PREFIX
 from raysweep.results.writer import write_trial_row
-from raysweep.shards.memory import PROCESS_BYTES, SIZES
+from raysweep.shards.memory import PROCESS_BYTES
 from raysweep.shards.plan import format_bytes
 from raysweep.sweep.prepare import PreparedModel
-
-WORKING = 1.25  # of a model's weights while it runs: activations and logits of a batch; assumption
 
 Row = Mapping[str, Any]
 
@@ -109,7 +107,7 @@ def places(models: Sequence[PreparedModel], nodes: Sequence[Node]) -> tuple[int,
 
     Raises CapacityError where the largest fits on no node.
     """
-    needed = max(_bytes(model) for model in models)
+    needed = max(working_bytes(model.shape, model.dtype) for model in models)
     most = max(node.gpus for node in nodes)
     if most:
         room = min(node.gpu_bytes for node in nodes if node.gpus)
@@ -128,11 +126,6 @@ def places(models: Sequence[PreparedModel], nodes: Sequence[Node]) -> tuple[int,
             remedy="Leave evaluation.tasks out, or choose a smaller dtype.",
         )
     return 0, sum(each)
-
-
-def _bytes(model: PreparedModel) -> int:
-    parameters = model.shape.parameters + model.shape.vocabulary_parameters
-    return int(parameters * SIZES[model.dtype] * WORKING)
 
 
 def _model_of(prepared: Launch, row: Row) -> PreparedModel | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raysweep.errors import RaysweepError, StorageError, first_line
+from raysweep.errors import RaysweepError, StorageError, UsageError, first_line
 from raysweep.model.block_files import read_tensors
 from raysweep.model.layout import Part, uses_of, write_back
 from raysweep.model.linears import block_linears, find_blocks
@@ -26,6 +26,7 @@ from raysweep.model.loading import (
     build_skeleton,
     layout_of,
 )
+from raysweep.model.tokenizer import load_tokenizer
 from raysweep.pruning.mask_file import WEIGHT_SUFFIX
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ BESIDE = (  # what else makes a model usable, where it has it: generation, token
     "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
@@ -184,6 +187,15 @@ def write_folder(
     return writer.written()
 
 
+def _vocabulary_files(source: ModelSource) -> list[str]:
+    """Names of the files that the tokenizer's class reads; none where there is no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(source.path, source.revision, source.trust_remote_code)
+    except UsageError:
+        return []
+    return [name for name in tokenizer.vocab_files_names.values() if isinstance(name, str)]
+
+
 def _linear_names(model: PreTrainedModel) -> set[str]:
     name, blocks = find_blocks(model)
     return {full for index, block in enumerate(blocks) for full in block_linears(block, f"{name}.{index}")}
@@ -263,7 +275,7 @@ class _Writer:
 
     def copy_the_rest(self) -> None:
         """Tokenizer, generation and licence; and the model's own code, where that was trusted."""
-        for name in BESIDE:
+        for name in dict.fromkeys((*BESIDE, *_vocabulary_files(self._checkpoint.source))):
             if (path := self._checkpoint.find(name)) is not None:
                 self._copy(Path(path))
         if self._checkpoint.source.trust_remote_code:
@@ -275,11 +287,14 @@ class _Writer:
         return Written(self._files, dtypes, self._rounded, self._zeros, self._prunable)
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, self._add(name), {"format": "pt"}
-        )
+        own, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, self._add(name)
+        try:
+            save_file(own, file, {"format": "pt"})
+        except SafetensorError as error:  # of a full disk too
+            raise StorageError(f"{file} cannot be written: {first_line(error)}") from error
 
     def _copy(self, path: Path) -> None:
         shutil.copyfile(path, self._add(path.name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,12 +123,15 @@ class SparseLinear(nn.Module):
     """x W^T + b with a 2:4 weight, by cuSPARSELt.
 
     As torch's sparse tensor alone multiplies, results lie column by column, which makes attention behind them take a
-    path that is several times slower; and the first algorithm is not the fastest one. Here rows are rows, and the
-    library's own search chooses, once for every number of tokens.
+    path that is several times slower; and the first algorithm is not the fastest one. Here rows are rows, and in
+    bfloat16 the library's own search chooses, once for every shape and number of tokens. In float16 that search ends in
+    an internal error, after which nothing else of the library works (torch 2.11 on an H200), so that there the first
+    algorithm multiplies.
     """
 
     packed: Tensor
     bias: Tensor | None
+    _algorithms: ClassVar[dict[tuple[Any, ...], dict[str, int]]] = {}
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         """Raises UsageError where torch cannot make the weight sparse."""
@@ -136,7 +139,6 @@ class SparseLinear(nn.Module):
         self.outputs = weight_OI.shape[0]
         self.register_buffer("packed", as_sparse(weight_OI).packed)  # type: ignore[attr-defined]
         self.register_buffer("bias", None if bias_O is None else bias_O.clone())
-        self._algorithms: dict[int, dict[str, int]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
@@ -153,12 +155,15 @@ class SparseLinear(nn.Module):
 
     @torch._dynamo.disable
     def _algorithm(self, x_NI: Tensor) -> dict[str, int]:
-        if len(x_NI) not in self._algorithms:
+        if x_NI.dtype != torch.bfloat16:
+            return {}
+        key = (x_NI.device, x_NI.shape, self.outputs, self.bias is None)
+        if key not in self._algorithms:
             library: Any = torch._C._cusparselt
             found = library.mm_search(self.packed, x_NI.t(), self.bias, None, None, True)
             names = ("alg_id", "split_k", "split_k_mode")
-            self._algorithms[len(x_NI)] = dict(zip(names, map(int, found), strict=False))
-        return self._algorithms[len(x_NI)]
+            self._algorithms[key] = dict(zip(names, map(int, found), strict=False))
+        return self._algorithms[key]
 
 
 def as_sparse(weight_OI: Tensor, backend: Backend = "cusparselt") -> Tensor:

@@ -43,21 +43,23 @@ class Kept:
     """What is said of a kept trial: whose weights these are, and what tells its cell and how good it is.
 
     files: names of the files with its weights
+    waits: whether they are there for its tasks alone
     """
 
     trial_id: str
     recovery_id: str
     files: tuple[str, ...]
     row: dict[str, Any]
+    waits: bool = False
 
     @classmethod
-    def of(cls, row: Row, folder: Path) -> Kept:
+    def of(cls, row: Row, folder: Path, waits: bool = False) -> Kept:
         """folder: that holds all its files"""
         told = {
             name: row[name] for name in (*CELL_COLUMNS, *COMPARABLE, *METRICS) if row.get(name) is not None
         }
         files = sorted(path.name for path in folder.glob(block_file(folder, "*").name))
-        return cls(row["trial_id"], row["recovery_id"], tuple(files), told)
+        return cls(row["trial_id"], row["recovery_id"], tuple(files), told, waits)
 
     def missing(self, folder: Path) -> list[str]:
         """Of its files those that are not in the folder (any more)."""
@@ -112,6 +114,7 @@ class Keeping:
 
     metric, mode, within: what best means, and the columns that are equal in a cell, as of `search`
     best: by cell the best value of the rows that were there before, whether their trials are kept or not
+    until_tasks: whether what is kept goes once its tasks are measured
     """
 
     keep: str = NONE
@@ -119,6 +122,7 @@ class Keeping:
     mode: str = "min"
     within: tuple[str, ...] = ()
     best: Mapping[str, float] = field(default_factory=dict)
+    until_tasks: bool = False
 
     @classmethod
     def of(cls, keep: str, search: SearchConfig, rows: Iterable[Row] = ()) -> Keeping:

@@ -67,7 +67,7 @@ class RowContext:
         not be told from one that is not kept. Returns why that could not be done."""
         folder = artifact_folder(self.folder, row["trial_id"])
         try:
-            Kept.of(row, folder).write(folder)
+            Kept.of(row, folder, self.keeping.until_tasks).write(folder)
         except (
             StorageError,
             ValueError,

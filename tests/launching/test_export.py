@@ -314,6 +314,34 @@ def test_outputs_that_hold_something_else_are_refused_and_earlier_exports_replac
     assert (tmp_path / "empty" / "config.json").exists()
 
 
+def test_a_mount_point_and_a_full_disk_are_refused_and_nothing_is_left(make_space, tmp_path, small_disk):
+    rows = launched(make_space(sweep=[BLOCK]), tmp_path)
+    (trial,) = rows[rows.recovery == "reconstruct"].trial_id
+    with pytest.raises(UsageError, match="is a mount point"):
+        export(trial, small_disk, storage=tmp_path)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(free - (64 << 10)))  # room for folders, for no model
+    with pytest.raises(StorageError, match="cannot be written"):
+        export(trial, small_disk / "out", storage=tmp_path)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_a_trial_on_the_second_of_several_data_sets_is_computed_again(
+    make_space, space_dict, tmp_path, tiny_text, exporting
+):
+    """Validation text comes from the first, which a space of this trial alone would not know."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_text, other)
+    train = pd.read_parquet(other / "train.parquet")
+    train.iloc[::-1].to_parquet(other / "train.parquet")
+    space_dict["calibration"]["dataset"] = [space_dict["calibration"]["dataset"], str(other)]
+    rows = launched(make_space(sweep=[KINDS["none"]], execution={"keep": "none"}), tmp_path)
+    pruned = rows[rows.recovery == "none"]
+    assert len(pruned) == 2
+    for trial in pruned.trial_id:
+        assert "equal to the bit" in str(exporting(trial, tmp_path)[1].recomputed)
+
+
 def test_rounded_weights_are_measured(make_space, tmp_path, exporting):
     space = make_space(sweep=[BLOCK])
     rows = launched(space, tmp_path)

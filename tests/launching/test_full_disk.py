@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -15,20 +11,6 @@ from raysweep.launching.launch import launch
 from raysweep.launching.progress import Silent
 from raysweep.results.reader import load_results
 from tests.frames import assert_same_numbers
-
-SIZE = 4 << 20
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own with room for little."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("cannot mount a file system here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("in_process", [True, pytest.param(False, marks=pytest.mark.long)])
@@ -39,17 +21,17 @@ def test_a_sweep_survives_a_full_disk(make_space, tmp_path, small_disk, in_proce
 
     def row(row) -> None:
         rows.append(row["status"])
-        if len(rows) == 3:  # to the last byte
+        if len(rows) == 1:  # to the last byte, and fast: trials in other processes go on
             with suppress(OSError), open(filler, "wb", buffering=0) as stream:
                 while True:
-                    stream.write(bytes(512))
+                    stream.write(bytes(1 << 20))  # as much of it as fits
 
     progress.row = row
     with pytest.raises(StorageError, match="No space left on device"):
         launch(make_space(), storage=small_disk, progress=progress, **options)
     kept = load_results("tiny", small_disk)
     assert (kept.status == "finished").all()
-    assert 3 <= len(kept) < 9
+    assert 1 <= len(kept) < 9
     filler.unlink()
     launch(make_space(), storage=small_disk, **options)
     assert_same_numbers(tmp_path / "whole" / "tiny", small_disk / "tiny")

@@ -194,6 +194,19 @@ def test_every_trial_waits_for_its_tasks_where_all_are_to_be_measured(make_tasks
 
 
 @pytest.mark.long
+def test_what_an_earlier_launch_kept_stays_when_tasks_have_been_measured(make_tasks_space, tmp_path):
+    space = make_tasks_space(tasks=[])
+    kept = replace(space, execution=space.execution.model_copy(update={"keep": "all"}))
+    launch(kept, storage=tmp_path, in_process=True)
+    before = {one.trial_id for one in kept_trials(tmp_path / "tiny")}
+    space = make_tasks_space(tasks_on="all")
+    space = replace(space, execution=space.execution.model_copy(update={"keep": "none"}))
+    launch(space, storage=tmp_path, in_process=True)
+    assert {one.trial_id for one in kept_trials(tmp_path / "tiny")} == before
+    assert before
+
+
+@pytest.mark.long
 def test_what_cannot_be_measured_fails_no_trial_and_is_tried_again(make_tasks_space, tmp_path, monkeypatch):
     def broken(job):
         raise RaysweepError("no luck")
@@ -207,6 +220,7 @@ def test_what_cannot_be_measured_fails_no_trial_and_is_tried_again(make_tasks_sp
     rows = load_results("tiny", tmp_path)
     assert set(rows.status) == {"finished"}
     assert rows[f"task_{NAME}"].isna().all()
+    assert not list((tmp_path / "tiny").rglob("*.lock"))
     rows = launch(make_tasks_space(), storage=tmp_path, in_process=True)
     assert rows[rows.recovery == "dense"][f"task_{NAME}"].notna().all()
 
