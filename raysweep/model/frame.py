@@ -153,7 +153,8 @@ def survey(model: PreTrainedModel) -> Surroundings:
     """Finds the surroundings by running the model on two tokens, with weights that take no memory.
 
     Raises UsageError for a model that cannot run with its blocks taken out, and for one whose blocks are no chain: that
-    runs a block twice, does something between two, or gives them something that depends on the text.
+    runs a block twice, does something between two, gives them something that depends on the text or on weights, which a
+    shard has only where they lie, or passes on more than the hidden states of one stream.
     """
     try:
         return _survey(model, tuple_output=True)
@@ -170,7 +171,7 @@ def _unchained(model: nn.Module, why: str) -> UsageError:
 
 
 def _survey(model: PreTrainedModel, tuple_output: bool) -> Surroundings:
-    ghost = _without_weights(model)
+    ghost, other = _without_weights(model), _without_weights(model, first=2)
     frame, head = Frame(ghost, tuple_output), ghost.get_output_embeddings()
     before: set[str] = set()
     after: set[str] = set()
@@ -194,6 +195,10 @@ def _survey(model: PreTrainedModel, tuple_output: bool) -> Surroundings:
             for index, (these, those) in enumerate(zip(passing.run(**inputs), known, strict=True)):
                 if not _alike(these, those):
                     raise _unchained(model, f"what block {index} takes depends on the text")
+        others = _Passing(Frame(other, tuple_output)).run(input_ids=torch.tensor([[0, 0]]))
+        for index, (these, those) in enumerate(zip(others, known, strict=True)):
+            if not _alike(these, those):
+                raise _unchained(model, f"what block {index} takes depends on weights outside of it")
     return surroundings
 
 
@@ -219,6 +224,12 @@ class _Passing:
     def _pass(self, index: int, hidden: Tensor, arguments: BlockArguments) -> Tensor:
         if not isinstance(hidden, Tensor):
             raise TypeError("the model takes what a block returns for its hidden states")
+        width = self._frame.model.config.get_text_config().hidden_size
+        if hidden.shape[-1] != width:
+            raise _unchained(
+                self._frame.model,
+                f"block {index} takes {hidden.shape[-1]} features a token, of {width} hidden ones",
+            )
         if index != len(self.seen):
             raise _unchained(self._frame.model, f"it comes to block {index} after {len(self.seen)} others")
         if self._given is not None and not torch.equal(hidden, self._given):
@@ -239,11 +250,11 @@ def _alike(one: Any, other: Any) -> bool:
     return one == other if isinstance(one, (str, int, float)) else type(one) is type(other)
 
 
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+def _without_weights(model: PreTrainedModel, first: int = 1) -> PreTrainedModel:
     """A copy on the CPU whose parameters have the right shape, and one small number for each row: tokens can be told
-    apart by it, and it takes no memory."""
+    apart by it, and it takes no memory. first: that of the first row, in 64ths"""
     rows: dict[int, Any] = {
-        id(parameter): nn.Parameter(_one_number_a_row(parameter), requires_grad=False)
+        id(parameter): nn.Parameter(_one_number_a_row(parameter, first), requires_grad=False)
         for parameter in model.parameters()
     }
     ghost = copy.deepcopy(model, memo=rows)
@@ -251,9 +262,9 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return ghost
 
 
-def _one_number_a_row(parameter: Tensor) -> Tensor:
+def _one_number_a_row(parameter: Tensor, first: int) -> Tensor:
     shape = parameter.shape
     if not shape:
         return torch.zeros((), dtype=parameter.dtype)
-    numbers = (torch.arange(shape[0]) % 7 + 1) / 64
+    numbers = (torch.arange(shape[0]) % 7 + first) / 64
     return numbers.to(parameter.dtype).view(-1, *[1] * (len(shape) - 1)).expand(shape)

@@ -21,6 +21,9 @@ from raysweep.model.linears import linears_in, routed_in
 RunModule = Callable[[Tensor, nn.Module], Tensor]
 """Runs a block, or one of its halves, on hidden states (B, T, H), with the model's arguments."""
 
+Form = tuple[type[list[Any]] | type[tuple[Any, ...]], int] | None
+"""What hidden states come first in, and its size; None where they come alone."""
+
 TOLERANCE = (
     0.05  # of what the block changes; assumption: bfloat16 rounds far less, a wrong split is far worse
 )
@@ -47,8 +50,8 @@ class Halves:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states that a module returned, alone or first in a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    """The hidden states that a module returned, alone or first in a tuple or list."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return hidden
 
 
@@ -128,6 +131,8 @@ def _recorder(calls: list[_Child], name: str) -> Callable[..., None]:
 
 def _cloned(output: Any) -> Any:
     """Cloned, because some blocks add to a branch's output in place."""
+    if isinstance(output, list):
+        return [output[0].clone(), *output[1:]]
     return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
 
 
@@ -151,29 +156,39 @@ def _last_token(x: Tensor) -> Tensor:
 class _Zeros(nn.Module):
     """Stands in for a branch: zeros of the branch's width, packed like its output."""
 
-    def __init__(self, width: int, tuple_size: int) -> None:
+    def __init__(self, width: int, form: Form) -> None:
         super().__init__()
-        self.width, self.tuple_size = width, tuple_size
+        self.width, self.form = width, form
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         x: Tensor = arguments[0] if arguments else keywords["hidden_states"]
-        return _packed(x.new_zeros(*x.shape[:-1], self.width), self.tuple_size)
+        return _packed(x.new_zeros(*x.shape[:-1], self.width), self.form)
 
 
 class _Residual(nn.Module):
     """Stands in for a branch that adds the residual itself: gives the argument at that place, packed like it."""
 
-    def __init__(self, place: int | str, tuple_size: int) -> None:
+    def __init__(self, place: int | str, form: Form) -> None:
         super().__init__()
-        self.place, self.tuple_size = place, tuple_size
+        self.place, self.form = place, form
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         residual = arguments[self.place] if isinstance(self.place, int) else keywords[self.place]
-        return _packed(residual, self.tuple_size)
+        return _packed(residual, self.form)
 
 
-def _packed(hidden: Tensor, tuple_size: int) -> Any:
-    return (hidden, *[None] * (tuple_size - 1)) if tuple_size else hidden
+def _form(output: Any) -> Form:
+    """How a module packs its hidden states."""
+    if isinstance(output, list):
+        return list, len(output)
+    return (tuple, len(output)) if isinstance(output, tuple) else None
+
+
+def _packed(hidden: Tensor, form: Form) -> Any:
+    if form is None:
+        return hidden
+    kind, size = form
+    return kind([hidden, *[None] * (size - 1)])
 
 
 def _silenced(block: nn.Module, branch: list[_Child]) -> nn.Module:
@@ -190,9 +205,9 @@ def _silenced(block: nn.Module, branch: list[_Child]) -> nn.Module:
 @torch.no_grad()
 def _stand_in(child: _Child) -> nn.Module:
     """What gives what the child gives when its linears give zeros."""
-    size = len(child.output) if isinstance(child.output, tuple) else 0
+    form = _form(child.output)
     hidden = hidden_of(child.output)
-    zeros = _Zeros(hidden.shape[-1], size)
+    zeros = _Zeros(hidden.shape[-1], form)
     given: dict[int | str, Any] = dict(enumerate(child.arguments))
     given.update(child.keywords)
     places = [
@@ -207,7 +222,7 @@ def _stand_in(child: _Child) -> nn.Module:
     }
     without = hidden_of(functional_call(child.module, silent, child.arguments, child.keywords))
     residual = next((place for place in places if torch.equal(given[place], without)), None)
-    return zeros if residual is None else _Residual(residual, size)
+    return zeros if residual is None else _Residual(residual, form)
 
 
 def _like(value: Any, hidden: Tensor) -> bool:
