@@ -445,6 +445,42 @@ def test_the_tolerance_is_that_of_the_contract():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("model", ["embedded", "stories260K"])
+def test_every_kind_of_real_models_reloads_with_the_perplexity_of_its_row(
+    make_space, tmp_path, exporting, told, request, model
+):
+    path, text = "builtin:pystdlib", "builtin:pystdlib"
+    if model != "embedded":
+        data = request.getfixturevalue("shared") / "data"
+        path, text = str(data / "models" / model), str(data / "text" / "tinystories")
+    entry = {"name": "test", "dataset": text, "sequence_length": 64, "max_windows": 8}
+    space = make_space(
+        model={"path": path},
+        calibration={"dataset": text, "num_samples": 8, "sequence_length": 64},
+        evaluation={"perplexity": [entry]},
+        sweep=list(KINDS.values()),
+        execution={"keep": "all"},
+    )
+    rows = launched(space, tmp_path)
+    assert (rows.status == "finished").all(), rows.error.dropna().tolist()
+    pruned = rows[rows.recovery != "dense"]
+    assert len(pruned) == len(KINDS)
+    for row in pruned.to_dict("records"):
+        output, done = exporting(row["trial_id"], tmp_path, dtype="float32")
+        assert done.recomputed is None
+        assert plain_perplexity(output, ids_of(space)) == pytest.approx(row["perplexity"], rel=1e-6)
+        masks = load_file(output / "masks.safetensors")
+        pruned_ones = [mask for mask in masks.values() if mask.dtype == torch.uint8]
+        share = check_zeros(output) / sum(mask.numel() for mask in pruned_ones)
+        assert share == pytest.approx(row["realized_sparsity"])
+        assert row["pattern"] != "2:4" or all((mask.view(-1, 4).sum(1) == 2).all() for mask in pruned_ones)
+    shutil.rmtree(tmp_path / "tiny" / ARTIFACTS)
+    _, done = exporting(pruned.iloc[-1].trial_id, tmp_path, dtype="float32")
+    assert "This trial was not kept, so it is computed again" in told
+    assert "equal to the bit" in str(done.recomputed)
+
+
+@pytest.mark.long
 def test_the_embedded_model_over_ray(tmp_path, told):
     """Its checkpoint is in bfloat16: the row's perplexity comes back in float32, the checkpoint's own rounds."""
     from raysweep.config.space import SearchSpace
