@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +92,14 @@ class Cluster:
         """Runs the sweep on the head; returns what that says, and the hosts on which shards were seen."""
         launched = self.laptop.start("ray", "exec", self.file, f"raysweep launch ~/{name}.yaml")
         seen: set[str] = set()
-        while launched.poll() is None:
-            seen |= self.with_shards()
-            time.sleep(0.2)
-        said, _ = launched.communicate()
+        with ThreadPoolExecutor(1) as pool:
+            heard = pool.submit(
+                launched.communicate
+            )  # all the time: what nobody reads blocks it after 64 KiB
+            while not heard.done():
+                seen |= self.with_shards()
+                time.sleep(0.2)
+        said, _ = heard.result()
         assert launched.returncode == 0, said
         return said, seen
 
