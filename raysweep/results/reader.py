@@ -129,7 +129,8 @@ def read_compacted(
     path = compacted_file(folder, part)
     if not path.exists():
         schema = trial_schema() if part == TRIALS else unit_schema()
-        return schema.empty_table() if columns is None else schema.empty_table().select(columns)
+        nothing = pa.Table.from_batches([], schema)  # `schema.empty_table()` would import pandas
+        return nothing if columns is None else nothing.select(columns)
     try:
         with pq.ParquetFile(path) as file:
             table = file.read(columns)

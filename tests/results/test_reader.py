@@ -216,6 +216,14 @@ def test_reading_imports_neither_torch_nor_ray():
     assert run.stdout == "[]\n"
 
 
+def test_a_launch_reads_the_rows_of_a_new_sweep_without_pandas(tmp_path):
+    """Its import takes as long as Ray's, and Tune's imports it while Ray starts."""
+    code = "import sys; from pathlib import Path; from raysweep.results.reader import trial_rows; "
+    code += f"print(trial_rows(Path({str(tmp_path)!r})), 'pandas' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["{}", "False"]
+
+
 def test_time_to_read_two_thousand_trials(tmp_path, trial_row, unit_rows, capsys):
     write_rows(tmp_path, trial_row(0), [], ["a"])
     template = (tmp_path / "trials" / f"{0:016x}.parquet").read_bytes()
