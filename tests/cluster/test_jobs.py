@@ -156,7 +156,7 @@ def test_the_dashboard_shows_shards_and_trials_by_name(outside, make_space, tmp_
             "fetch('/api/v0/tasks?limit=10000').then(answer => answer.text())",
             time.monotonic() + 90,
         )
-        call = r'"name": ?"wanda/row 0.5 (subblock|block): recover [0-3]'
+        call = r'"name": ?"wanda/row 0\.5 (subblock|block) [^"]*: recover [0-3]'
         while not re.search(call, told := page.eval(tasks)):
             assert time.monotonic() < deadline, re.findall(r'"name": ?"[^"]*"', told)
             time.sleep(1)
