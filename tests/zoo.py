@@ -54,14 +54,29 @@ SIZES: dict[str, Any] = {
 
 # What families need beyond SIZES.
 FIELDS: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "attn_layer_indices": [1]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 4, "hidden_size_per_layer_input": 8}
+    | {"vocab_size_per_layer_input": VOCABULARY, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+    | {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 8,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+    | {"layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {"num_experts_per_tok": 1, "no_rope_layers": [1, 0]},
+    "mamba2": {"head_dim": 16},
+    "modernbert-decoder": {"pad_token_id": 0},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"use_qkv_bias": True},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 # Those that must work, each tried in `tests/reconstruction/test_families.py`; of the others
@@ -95,7 +110,8 @@ def _tiny_fields(kind: type[PretrainedConfig]) -> dict[str, Any]:
     fields = {name: value for name, value in SIZES.items() if name in known}
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:  # latent attention: as many as queries
         fields["num_key_value_heads"] = fields["num_attention_heads"]
-    for name, part in kind.sub_configs.items():
+    parts = {name: part for name, part in kind.sub_configs.items() if hasattr(part, "sub_configs")}
+    for name, part in parts.items():  # others are of any kind, and stay as large as they are
         model_type = getattr(part, "model_type", "")
         fields[name] = _tiny_fields(part) | ({"model_type": model_type} if model_type else {})
     return fields

@@ -76,12 +76,12 @@ def recipe_yaml(space: SearchSpace, row: Mapping[str, Any]) -> str:
     calibration = {
         name: row.get(f"calibration_{name}", value) for name, value in whole["calibration"].items()
     }
-    model = {name: value for name, value in whole["model"].items() if not isinstance(value, list)}
-    if "dtype" not in model:  # the one of several
+    model = whole["model"] | {"path": row["model"]}  # of several revisions all: rows do not name them
+    if isinstance(model["dtype"], list):
         model["dtype"] = row["dtype"]
     document = {
         "name": f"{whole['name']}-recipe",
-        "model": model | {"path": row["model"]},
+        "model": model,
         "calibration": {name: value for name, value in calibration.items() if value is not None},
         "validation": whole["validation"],
         "evaluation": whole["evaluation"],

@@ -149,6 +149,16 @@ def nodes() -> tuple[Node, ...]:
     return tuple(_node(entry["Resources"]) for entry in entries if entry["Alive"])
 
 
+def reservable_share() -> float:
+    """Of the memory of a node, as `nodes` counts it, what calls can reserve: the smallest part of all nodes."""
+    both = [
+        (entry["Resources"].get("memory", 0.0), entry["Resources"].get("object_store_memory", 0.0))
+        for entry in ray.nodes()
+        if entry["Alive"]
+    ]
+    return min((memory / (memory + other) for memory, other in both if memory), default=0.0)
+
+
 def _node(resources: dict[str, float]) -> Node:
     gpus = int(resources.get("GPU", 0))
     memory = int(resources.get("memory", 0)) + int(resources.get("object_store_memory", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -12,23 +13,32 @@ from raysweep.errors import RaysweepError, first_line
 Argument = TypeVar("Argument")
 
 
+@dataclass(frozen=True)
+class Reserved:
+    """What a call reserves on one node: GPUs, which it alone sees, and bytes of the memory that Ray counts there."""
+
+    cpus: float
+    gpus: int = 0
+    memory: int = 0
+
+
 def run_each(
     function: Callable[[Argument], Any],
     arguments: Sequence[Argument],
-    cpus: float,
-    gpus: int,
+    reserved: Reserved,
     at_once: int,
     name: str,
 ) -> Iterator[tuple[Argument, Any]]:
     """Every argument with what the function returns, or the exception that it raises, as they are done.
 
-    cpus, gpus: that a call reserves on one node, and alone sees;  at_once: calls that are at work
+    reserved: by each call;  at_once: calls that are at work
     A call whose process ends is tried once more, then stands for itself as a RaysweepError. When the caller stops
     listening, calls that are at work are ended.
     """
-    reserved: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)
-    # What reserves no GPU is bound by memory, of which Ray knows nothing, so that nodes take turns.
-    call = reserved(function).options(name=name, scheduling_strategy="DEFAULT" if gpus else "SPREAD")
+    remote: Any = ray.remote(
+        num_cpus=reserved.cpus, num_gpus=reserved.gpus, memory=reserved.memory, max_retries=1, max_calls=1
+    )
+    call = remote(function).options(name=name)
     waiting, running = list(reversed(arguments)), dict[Any, Argument]()
     try:
         while waiting or running:

@@ -13,7 +13,7 @@ from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, StorageError, UsageError
 from raysweep.launching.examination import PORTS, SHARED_MEMORY, clock, examine, marked, taken_ports
-from raysweep.launching.launch import checked_folder, reads_weights, refuse_mirror_of_one_node
+from raysweep.launching.launch import checked_folder, refuse_mirror_of_one_node
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import ANSWER_S
 from raysweep.results.folders import there_for_now
@@ -115,7 +115,7 @@ class _Doctor:
         try:
             plans = make_plans(launch.models, self.space, nodes)
             retraining = [launch.retrain_plan(model, nodes) for model in launch.models]
-            reader = reads_weights(launch, any(retraining))
+            reader = launch.reader_of_weights(any(retraining)) if launch.to_run else None
             if reader is not None and len(nodes) > 1:
                 refuse_mirror_of_one_node(launch.folder, reader)
         except RaysweepError as error:

@@ -147,7 +147,8 @@ class _Measuring:
         if self.device.type == "cuda" and asked in ("auto", "cuda"):
             gpus = torch.cuda.device_count()
             free = sum(free_bytes(torch.device("cuda", gpu)) for gpu in range(gpus))
-            if needed <= free and gpus > 1:
+            host = this_node().memory_bytes  # through which it passes
+            if gpus > 1 and needed <= free and (not host or needed <= host):
                 return True
             where, remedy = f"{gpus} GPU{'s' * (gpus != 1)}", f"Try --device cpu. {remedy}"
         raise CapacityError(
@@ -159,6 +160,8 @@ class _Measuring:
 
     def tasks(self, tasks: TaskSet, batch_size: int, spreads: bool) -> dict[str, TaskScore]:
         self.tell(f"Loading {self.source.path}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of texts that were measured before
         model = load_whole(self.source, self.dtype, "cpu" if spreads else self.device)
         model = spread(model) if spreads else model
         self.tell(f"Measuring {', '.join(tasks.names)}")

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def export(
     was computed again is not what the row says.
     """
     folder, row = find_trial(trial, storage)
+    output = output.resolve()
     _check_row(row)
     _check_output(output, row["trial_id"])
     space = SearchSpace.from_yaml(folder / SPACE_FILE)
@@ -153,6 +155,15 @@ def _aside(output: Path) -> Iterator[Path]:
                 each.rmdir()
 
 
+@contextmanager
+def _written_to(output: Path) -> Iterator[None]:
+    """Within the context, what cannot be written is a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{output} cannot be written: {error.strerror or error}") from error
+
+
 class _Exporting:
     """One export; everything is written aside first."""
 
@@ -170,10 +181,11 @@ class _Exporting:
         self._known: Alone | None = None
 
     def write(self, output: Path) -> Export:
-        source = self._source()
+        source = self._source
         weights, recomputed = self._weights()
-        place = self._aside / "model"
-        place.mkdir()
+        with _written_to(output):
+            place = self._aside / "model"
+            place.mkdir()
         self._tell("Writing the model")
         updated = self._row["recovery"] == "none" and _may_update(self._row["criterion"])
         written = write_folder(source, weights, place, self._dtype, updated)
@@ -189,20 +201,28 @@ class _Exporting:
         )
         done = replace(done, files=[*written.files, CARD, MARKER])
         card = model_card(self._row, self._about(output.absolute().name, source, written, done))
-        (place / CARD).write_text(card, encoding="utf-8")
-        (place / MARKER).write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
+        with _written_to(output):
+            (place / CARD).write_text(card, encoding="utf-8")
+            (place / MARKER).write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
         _put(place, output, self._aside / "earlier")
         return done
 
+    @cached_property
     def _source(self) -> ModelSource:
         """The dense model. Raises UsageError where it is not the one that was pruned."""
         path = self._row["model"]
         configs = [one for one in self._space.models if one.path == path] or [ModelConfig(path=path)]
         sources = {ModelSource(path, config.revision, config.trust_remote_code): None for config in configs}
         self._tell("Checking the model")
+        unread: UsageError | None = None
         for source in sources:  # several where the space has several revisions
-            if model_hash(source) == self._row.get("model_hash"):
-                return source
+            try:
+                if model_hash(source) == self._row.get("model_hash"):
+                    return source
+            except UsageError as error:
+                unread = error
+        if unread is not None:
+            raise unread
         raise UsageError(
             f"model {path!r} is not the one that was pruned: its weights or its configuration have changed since",
             remedy="Bring back the model, or launch the sweep again, which makes new trials.",
@@ -227,7 +247,7 @@ class _Exporting:
 
     def _alone(self) -> Alone:
         if self._known is None:
-            self._known = prepared_alone(self._row, self._space, self._tell)
+            self._known = prepared_alone(self._row, self._space, self._source, self._tell)
         return self._known
 
     def _about(self, name: str, source: ModelSource, written: Written, done: Export) -> Exported:
@@ -265,11 +285,12 @@ def _licence(source: ModelSource) -> str | None:
 
 def _put(place: Path, output: Path, earlier: Path) -> None:
     """Moves a complete folder to where it belongs; what lay there is moved aside before."""
-    try:
-        if output.exists() and any(output.iterdir()):
-            os.rename(output, earlier)
-        os.rename(place, output)
-    except OSError as error:
-        if earlier.exists() and not output.exists():
-            os.rename(earlier, output)
-        raise StorageError(f"{output} cannot be written: {error.strerror or error}") from error
+    with _written_to(output):
+        try:
+            if output.exists() and any(output.iterdir()):
+                os.rename(output, earlier)
+            os.rename(place, output)
+        except OSError:
+            if earlier.exists() and not output.exists():
+                os.rename(earlier, output)
+            raise

@@ -27,6 +27,7 @@ from raysweep.launching.stopping import stoppable
 from raysweep.launching.tasks import kept_weights, measure_tasks, places, task_jobs
 from raysweep.launching.tracing import Tracing
 from raysweep.results.artifacts import (
+    NONE,
     Keeping,
     artifact_folder,
     kept_trials,
@@ -242,7 +243,7 @@ def _run(
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
     if len(nodes) > 1:
         refuse_unshared(prepared.folder, runner)
-        if (reader := reads_weights(prepared, any(retrain_plans))) is not None:
+        if (reader := prepared.reader_of_weights(any(retrain_plans))) is not None:
             refuse_mirror_of_one_node(prepared.folder, reader)
     with pushing(prepared.folder, held) as check:
         remove_stale_temporaries(prepared.folder)
@@ -259,6 +260,7 @@ def _run(
                     break
             else:
                 unmeasured = _measure_tasks(prepared, runner, recorder, plans[0])
+                recorder.is_incomplete = unmeasured is not None
         prepared = replace(prepared, rows=trial_rows(prepared.folder))
         _remove_leftovers(prepared)
         _tidy_artifacts(prepared)  # of trials that were begun again and are not kept
@@ -298,16 +300,21 @@ def _measure_tasks(
 
 
 def _let_go(prepared: Launch) -> None:
-    """Removes the weights that have waited for tasks alone; those of trials that an earlier launch kept stay."""
-    Keeping.of(prepared.space.execution.keep, prepared.space.search).remove_superseded(
-        prepared.folder, prepared.rows.keys()
-    )
+    """Of the weights that have waited for tasks, removes those that are not to be kept. What is kept without that by
+    `keep: none` was so by an earlier launch, and stays."""
+    keep = prepared.space.execution.keep
+    Keeping.of(keep, prepared.space.search).remove_superseded(prepared.folder, prepared.rows.keys())
     for kept in kept_trials(prepared.folder):
-        if kept.waits:
-            remove_artifact(artifact_folder(prepared.folder, kept.trial_id))
+        folder = artifact_folder(prepared.folder, kept.trial_id)
+        if kept.waits and keep == NONE:
+            remove_artifact(folder)
+        elif kept.waits:
+            replace(kept, waits=False).write(folder)
 
 
 def _say_done(prepared: Launch, progress: Progress) -> None:
+    if prepared.space.tasks_of_all:
+        _let_go(prepared)  # what a launch that ended before it could do so has left
     if lags(prepared.folder):
         push(prepared.folder)  # what the launch that ran them could not
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)
@@ -322,13 +329,6 @@ def refuse_unshared(folder: Path, runner: Runner) -> None:
             allowed="a folder that all nodes share under this path, or a URI such as s3://BUCKET/PREFIX",
             remedy="Mount one there, or name another by --storage; `raysweep doctor` tells more.",
         )
-
-
-def reads_weights(prepared: Launch, retrains: bool) -> str | None:
-    """What of a sweep reads weights that shards have written, in words; None where nothing does."""
-    if retrains:
-        return "retraining"
-    return "tasks on all trials" if prepared.space.tasks_of_all else None
 
 
 def refuse_mirror_of_one_node(folder: Path, reader: str = "retraining") -> None:

@@ -135,6 +135,9 @@ class ModelRun:
         folder = self.prepared.folder
         if len(nodes) > 1 and is_shared(folder) and (strangers := self.runner.strangers(folder)):
             raise CapacityError(f"these do not share the storage: {'; '.join(strangers)}")
+        reader = self.prepared.reader_of_weights(self.retrain_plan is not None)
+        if len(nodes) > 1 and reader is not None and not is_shared(folder):
+            raise CapacityError(f"{reader} would look for weights in mirrors that nodes have apart")
         used = nodes if on_gpus else [replace(node, gpus=0) for node in nodes]
         (self.plan,) = make_plans([self.model], self.prepared.space, used)
         if not retrained:
@@ -207,7 +210,7 @@ class ModelRun:
             self.progress.stage(
                 f"No trial is kept: the mirror of the storage is each node's own ({CACHE_VARIABLE})"
             )
-        until_tasks = held != self.prepared.space.execution.keep == NONE
+        until_tasks = held != self.prepared.space.execution.keep
         return replace(Keeping.of(held if goes_on else NONE, search, rows), until_tasks=until_tasks)
 
     def _hear(self, proposals: Proposals | None, row: dict[str, Any]) -> None:

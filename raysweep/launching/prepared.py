@@ -55,6 +55,15 @@ class Launch:
         them."""
         return ALL if self.space.tasks_of_all else self.space.execution.keep
 
+    def reader_of_weights(self, retrains: bool) -> str | None:
+        """What of the sweep reads weights that shards have written, in words; None where nothing does.
+
+        retrains: whether something is to be retrained
+        """
+        if retrains:
+            return "retraining"
+        return "tasks on all trials" if self.space.tasks_of_all else None
+
     @property
     def trials(self) -> list[SweepTrial]:
         """Those that are known before; studies choose others as they go."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from raysweep.cluster.nodes import this_node
 from raysweep.config.dialect import dump_yaml
 from raysweep.config.space import SearchSpace
 from raysweep.config.trial import Trial
-from raysweep.errors import RaysweepError, UsageError
+from raysweep.errors import RaysweepError, UsageError, first_line
 from raysweep.launching.launch import device_here
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
@@ -52,16 +52,18 @@ class Alone:
         return self.model.phases[0]
 
 
-def prepared_alone(row: Row, space: SearchSpace, tell: Callable[[str], None]) -> Alone:
+def prepared_alone(row: Row, space: SearchSpace, source: ModelSource, tell: Callable[[str], None]) -> Alone:
     """Model and texts of a trial, checked to be those of its row.
 
-    row: without what is null;  space: of its sweep. Raises UsageError, also where something has changed since.
+    row: without what is null;  space: of its sweep;  source: of the dense model
+    Raises UsageError, also where something has changed since.
 
     A space of the trial alone reads the least, and knows trials that the sweep's space no longer has. Not all of them
     are in it as they were: validation text comes from the first of several calibration data sets, for one.
     """
     tell("Reading model and data")
     settings = [
+        f"model.revision={json.dumps(source.revision)}",
         f"model.dtype={row['dtype']}",
         f"execution.threads_per_worker={row.get('threads') or space.execution.threads_per_worker}",
         "execution.shards=1",
@@ -69,18 +71,25 @@ def prepared_alone(row: Row, space: SearchSpace, tell: Callable[[str], None]) ->
         f"execution.keep={ALL}",
         *([] if space.tasks_of_all else ["evaluation.tasks=[]"]),  # they are no part of the trial
     ]
-    own = SearchSpace.from_text(recipe_yaml(space, dict(row)), settings, "the trial's own space")
-    models = prepare(own, device_here())
-    if (found := _alone(row, own, models)) is not None:
-        return found
-    with suppress(UsageError):  # of what other trials need; what this one needs is said below
-        document = space.to_dict()
-        document["model"] |= {"path": row["model"]}
-        whole = SearchSpace.from_text(dump_yaml(document), settings, "its sweep's space")
-        if (found := _alone(row, whole, prepare(whole, device_here()))) is not None:
+    whole = space.to_dict() | {"execution": {}}  # it runs here, by itself
+    whole["model"] |= {"path": row["model"]}
+    texts = {"the trial's own space": recipe_yaml(space, dict(row)), "its sweep's space": dump_yaml(whole)}
+    changed, errors = "", list[UsageError]()
+    for name, text in texts.items():
+        try:
+            alone = SearchSpace.from_text(text, settings, name)
+            models = prepare(alone, device_here())
+        except UsageError as error:
+            errors.append(error)
+            continue
+        if (found := _alone(row, alone, models)) is not None:
             return found
+        changed = changed or _what_changed(row, models)
+    if not changed:
+        raise errors[0]
+    also = "".join(f", and {first_line(error)}" for error in errors)
     raise UsageError(
-        f"trial {row['trial_id']} cannot be computed again: {_what_changed(row, models)} since it was measured",
+        f"trial {row['trial_id']} cannot be computed again: {changed} since it was measured{also}",
         remedy="Launch the sweep again: what has changed makes new trials.",
     )
 

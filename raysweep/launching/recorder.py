@@ -21,10 +21,13 @@ class Recorder:
     def __init__(
         self, prepared: Launch, state: SweepState, progress: Progress, check: Callable[[], None]
     ) -> None:
-        """check: raises StorageError where rows do not reach their storage"""
+        """check: raises StorageError where rows do not reach their storage
+
+        is_incomplete: whether something beside trials has failed
+        """
         self._folder, self.progress, self._check = prepared.folder, progress, check
         self.state = state.write(self._folder)
-        self._begun, self._concurrent = False, 0
+        self._begun, self._concurrent, self.is_incomplete = False, 0, False
         self._lock = threading.Lock()
 
     def begin(self, plan: ShardPlan) -> None:
@@ -75,7 +78,7 @@ def recorded(
     outcome = "failed"
     try:
         yield recorder
-        outcome = "failed" if recorder.state.failed else "finished"
+        outcome = "failed" if recorder.state.failed or recorder.is_incomplete else "finished"
     except KeyboardInterrupt:
         outcome = "interrupted"
         raise

@@ -18,7 +18,7 @@ from raysweep.launching.examination import marked, see_storage
 from raysweep.launching.metering import Metered
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress
-from raysweep.launching.task_job import Scores, TaskJob, run_here, run_job
+from raysweep.launching.task_job import Places, Scores, TaskJob, run_here, run_job
 from raysweep.results.folders import TUNE
 from raysweep.shards.group_info import ShardSpec
 from raysweep.shards.plan import ShardPlan
@@ -82,12 +82,9 @@ class Runner(Protocol):
         ...
 
     def measure(
-        self, jobs: Sequence[TaskJob], gpus: int, at_once: int
+        self, jobs: Sequence[TaskJob], places: Places
     ) -> Iterator[tuple[TaskJob, Scores | Exception]]:
-        """Measures models on tasks; what comes of each, or the error that it ended in, as they are done.
-
-        gpus: that each takes, 0 = CPUs;  at_once: models that are measured at a time
-        """
+        """Measures models on tasks; what comes of each, or the error that it ended in, as they are done."""
         ...
 
 
@@ -137,7 +134,7 @@ class InProcess:
         retrain_here(jobs, plan.threads)
 
     def measure(
-        self, jobs: Sequence[TaskJob], gpus: int, at_once: int
+        self, jobs: Sequence[TaskJob], places: Places
     ) -> Iterator[tuple[TaskJob, Scores | Exception]]:
         yield from run_here(jobs)
 
@@ -226,13 +223,19 @@ class OnRay:
         retrain_on_ray(jobs, plan, folder, name)
 
     def measure(
-        self, jobs: Sequence[TaskJob], gpus: int, at_once: int
+        self, jobs: Sequence[TaskJob], places: Places
     ) -> Iterator[tuple[TaskJob, Scores | Exception]]:
-        from raysweep.cluster.farm import run_each
+        from raysweep.cluster.connect import reservable_share
+        from raysweep.cluster.farm import Reserved, run_each
 
         fewest = min(node.cpus for node in self.nodes())
-        cpus = min(1.0, fewest) if gpus else min(float(jobs[0].threads), fewest)
-        yield from run_each(run_job, jobs, cpus, gpus, at_once, "tasks")
+        if places.gpus:
+            yield from run_each(
+                run_job, jobs, Reserved(min(1.0, fewest), places.gpus), places.at_once, "tasks"
+            )
+            return
+        needs = Reserved(min(float(jobs[0].threads), fewest), memory=int(places.memory * reservable_share()))
+        yield from run_each(run_job, jobs, needs, places.at_once, "tasks")
 
 
 def importing_tune() -> threading.Thread:

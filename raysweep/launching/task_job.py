@@ -27,6 +27,18 @@ def working_bytes(shape: ModelShape, dtype: str) -> int:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where models are measured on tasks.
+
+    gpus: that each takes, 0 = CPUs;  at_once: models that are measured at a time;  memory: bytes that the largest takes
+    """
+
+    gpus: int
+    at_once: int
+    memory: int
+
+
+@dataclass(frozen=True)
 class TaskJob:
     """The tasks that one model is still to be measured on.
 

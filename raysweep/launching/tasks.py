@@ -13,7 +13,7 @@ from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError, RaysweepError, StorageError, first_line
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import Runner
-from raysweep.launching.task_job import Scores, TaskJob, working_bytes
+from raysweep.launching.task_job import Places, Scores, TaskJob, working_bytes
 from raysweep.model.tasks import TaskSet
 from raysweep.results.artifacts import artifact_folder, kept_trials
 from raysweep.results.schema import PERPLEXITY_PREFIX, TASK_PREFIX
@@ -65,11 +65,11 @@ def measure_tasks(
     jobs, failures = task_jobs(prepared, weights), _without_weights(prepared, weights)
     if not jobs and not failures:
         return
-    gpus, at_once = places(prepared.models, nodes)
+    where = places(prepared.models, nodes)
     done = 0
     if jobs:
         tell(f"Measuring tasks of {_models(len(jobs))}")
-    for job, found in runner.measure(jobs, gpus, at_once) if jobs else ():
+    for job, found in runner.measure(jobs, where) if jobs else ():
         done += 1
         if isinstance(found, Exception):
             failures.append(f"{job.label}: {first_line(found)}")
@@ -102,11 +102,8 @@ def _without_weights(prepared: Launch, weights: Mapping[str, Path]) -> list[str]
     return found
 
 
-def places(models: Sequence[PreparedModel], nodes: Sequence[Node]) -> tuple[int, int]:
-    """GPUs that one model is spread over, 0 = it runs on CPUs, and models that are measured at once.
-
-    Raises CapacityError where the largest fits on no node.
-    """
+def places(models: Sequence[PreparedModel], nodes: Sequence[Node]) -> Places:
+    """Where models can be measured. Raises CapacityError where the largest fits on no node."""
     needed = max(working_bytes(model.shape, model.dtype) for model in models)
     most = max(node.gpus for node in nodes)
     if most:
@@ -118,14 +115,15 @@ def places(models: Sequence[PreparedModel], nodes: Sequence[Node]) -> tuple[int,
                 f"has more than {most}",
                 remedy="Leave evaluation.tasks out, or choose a smaller dtype.",
             )
-        return gpus, sum(node.gpus // gpus for node in nodes)
-    each = [int(node.memory_bytes // (needed + PROCESS_BYTES)) if node.memory_bytes else 1 for node in nodes]
+        return Places(gpus, sum(node.gpus // gpus for node in nodes), needed)
+    needed += PROCESS_BYTES
+    each = [int(node.memory_bytes // needed) if node.memory_bytes else 1 for node in nodes]
     if not any(each):
         raise CapacityError(
-            f"tasks need a whole model in memory: {format_bytes(needed + PROCESS_BYTES)}, which no node has",
+            f"tasks need a whole model in memory: {format_bytes(needed)}, which no node has",
             remedy="Leave evaluation.tasks out, or choose a smaller dtype.",
         )
-    return 0, sum(each)
+    return Places(0, sum(each), needed)
 
 
 def _model_of(prepared: Launch, row: Row) -> PreparedModel | None:

@@ -171,7 +171,7 @@ def _unchained(model: nn.Module, why: str) -> UsageError:
 
 
 def _survey(model: PreTrainedModel, tuple_output: bool) -> Surroundings:
-    ghost, other = _without_weights(model), _without_weights(model, first=2)
+    ghost, other = _without_weights(model), _without_weights(model, step=3)
     frame, head = Frame(ghost, tuple_output), ghost.get_output_embeddings()
     before: set[str] = set()
     after: set[str] = set()
@@ -195,7 +195,7 @@ def _survey(model: PreTrainedModel, tuple_output: bool) -> Surroundings:
             for index, (these, those) in enumerate(zip(passing.run(**inputs), known, strict=True)):
                 if not _alike(these, those):
                     raise _unchained(model, f"what block {index} takes depends on the text")
-        others = _Passing(Frame(other, tuple_output)).run(input_ids=torch.tensor([[0, 0]]))
+        others = _Passing(Frame(other, tuple_output), ends=True).run(input_ids=torch.tensor([[0, 0]]))
         for index, (these, those) in enumerate(zip(others, known, strict=True)):
             if not _alike(these, those):
                 raise _unchained(model, f"what block {index} takes depends on weights outside of it")
@@ -208,8 +208,9 @@ class _Passing:
     seen: arguments of the blocks that were passed, in order
     """
 
-    def __init__(self, frame: Frame) -> None:
-        self._frame = frame
+    def __init__(self, frame: Frame, ends: bool = False) -> None:
+        """ends: behind the last block, so that nothing of the head runs"""
+        self._frame, self._ends = frame, ends
         self.seen: list[BlockArguments] = []
         self._given: Tensor | None = None
 
@@ -225,10 +226,11 @@ class _Passing:
         if not isinstance(hidden, Tensor):
             raise TypeError("the model takes what a block returns for its hidden states")
         width = self._frame.model.config.get_text_config().hidden_size
-        if hidden.shape[-1] != width:
+        if hidden.dim() != 3 or hidden.shape[-1] != width:
+            sizes = " x ".join(map(str, hidden.shape[2:]))
             raise _unchained(
                 self._frame.model,
-                f"block {index} takes {hidden.shape[-1]} features a token, of {width} hidden ones",
+                f"block {index} takes {sizes} numbers a token, where its hidden size is {width}",
             )
         if index != len(self.seen):
             raise _unchained(self._frame.model, f"it comes to block {index} after {len(self.seen)} others")
@@ -236,6 +238,8 @@ class _Passing:
             raise _unchained(self._frame.model, f"it changes what block {index - 1} gives to block {index}")
         self.seen.append(arguments)
         self._given = hidden + (index + 1)
+        if self._ends and index == len(self._frame.modules) - 1:
+            raise _StopForward
         return self._given
 
 
@@ -250,11 +254,11 @@ def _alike(one: Any, other: Any) -> bool:
     return one == other if isinstance(one, (str, int, float)) else type(one) is type(other)
 
 
-def _without_weights(model: PreTrainedModel, first: int = 1) -> PreTrainedModel:
+def _without_weights(model: PreTrainedModel, step: int = 1) -> PreTrainedModel:
     """A copy on the CPU whose parameters have the right shape, and one small number for each row: tokens can be told
-    apart by it, and it takes no memory. first: that of the first row, in 64ths"""
+    apart by it, and it takes no memory. step: with another one they are others"""
     rows: dict[int, Any] = {
-        id(parameter): nn.Parameter(_one_number_a_row(parameter, first), requires_grad=False)
+        id(parameter): nn.Parameter(_one_number_a_row(parameter, step), requires_grad=False)
         for parameter in model.parameters()
     }
     ghost = copy.deepcopy(model, memo=rows)
@@ -262,9 +266,9 @@ def _without_weights(model: PreTrainedModel, first: int = 1) -> PreTrainedModel:
     return ghost
 
 
-def _one_number_a_row(parameter: Tensor, first: int) -> Tensor:
+def _one_number_a_row(parameter: Tensor, step: int) -> Tensor:
     shape = parameter.shape
     if not shape:
-        return torch.zeros((), dtype=parameter.dtype)
-    numbers = (torch.arange(shape[0]) % 7 + first) / 64
+        return torch.tensor((step - 1) / 64, dtype=parameter.dtype)
+    numbers = ((torch.arange(shape[0]) + 1) * step % 7 + 1) / 64
     return numbers.to(parameter.dtype).view(-1, *[1] * (len(shape) - 1)).expand(shape)

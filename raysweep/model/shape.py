@@ -15,6 +15,7 @@ from torch import nn
 
 from raysweep.errors import UsageError
 from raysweep.model.checking import check_plain, check_sizes, check_tensors, check_twins
+from raysweep.model.frame import survey
 from raysweep.model.linears import block_linears, find_blocks, routed_in
 from raysweep.model.loading import (
     CONFIG,
@@ -84,7 +85,8 @@ class ModelShape:
 def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
     """The shape of a model from its configuration, after checking that its checkpoint has every tensor.
 
-    Raises UsageError for a model that is not there, has no safetensors, or has no blocks that can be pruned.
+    Raises UsageError for a model that is not there, has no safetensors, has no blocks that can be pruned, or none that
+    can be run one by one.
     """
     config, checkpoint = source.load_config(), Checkpoint.open(source)
     check_plain(config, source)
@@ -95,6 +97,7 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
     blocks = tuple(
         _block_shape(module, f"{name}.{index}", text_config) for index, module in enumerate(modules)
     )
+    survey(model)
     layout = layout_of(model, checkpoint)
     check_tensors(model, layout, checkpoint)
     check_twins(model, layout, checkpoint)

@@ -13,7 +13,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,22 @@ class Kept:
 
     def write(self, folder: Path) -> None:
         """Makes what lies in the folder a kept trial. Raises StorageError."""
-        write_atomically(folder / MARKER, json.dumps(asdict(self), allow_nan=False).encode())
+        said = asdict(self)
+        if not self.waits:
+            del said["waits"]
+        write_atomically(folder / MARKER, json.dumps(said, allow_nan=False).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Kept | None:
         """The kept trial in a folder; None where there is none, or not all of it."""
         try:
             said = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-            kept = cls(**said | {"files": tuple(said["files"])})
+            known = {one.name for one in fields(cls)}  # other versions may say more
+            kept = cls(**{name: said[name] for name in known & said.keys()} | {"files": tuple(said["files"])})
             texts = (kept.trial_id, kept.recovery_id, *kept.files)
             fits = all(isinstance(text, str) for text in texts) and isinstance(kept.row, dict)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            fits = fits and isinstance(kept.waits, bool)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         return kept if fits and kept.trial_id == folder.name else None
 

@@ -69,13 +69,13 @@ def workload(model: PreparedModel) -> Workload:
 def training_flops(model: PreparedModel, space: SearchSpace) -> float:
     """Of all steps on units of more than a matrix that the space asks for on this model, finished or not: six a weight
     and token."""
-    trials = [one for one in space.typical() if one.model == model.config and one.calibration is not None]
     tokens = {phase.calibration: len(phase.tokens) * phase.tokens.sequence_length for phase in model.phases}
     weights = sum(outputs * inputs for outputs, inputs in model.shape.linears.values())
     epochs = sum(
         (one.trial.epochs or 0) * tokens[one.calibration]
-        for one in trials
-        if one.trial.recovery == "reconstruct" and one.trial.granularity != "matrix" and one.calibration
+        for one in space.typical()
+        if one.model == model.config and one.calibration in tokens
+        if one.trial.recovery == "reconstruct" and one.trial.granularity != "matrix"
     )
     return 6.0 * weights * epochs
 

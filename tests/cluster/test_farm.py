@@ -7,7 +7,7 @@ import os
 import pytest
 import ray
 
-from raysweep.cluster.farm import run_each
+from raysweep.cluster.farm import Reserved, run_each
 from raysweep.errors import RaysweepError, UsageError
 
 
@@ -22,7 +22,9 @@ def test_every_argument_has_its_answer():
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        found = dict(run_each(work, ["a", "refused", "b", "ended", "c"], 1.0, 0, at_once=2, name="work"))
+        found = dict(
+            run_each(work, ["a", "refused", "b", "ended", "c"], Reserved(1.0), at_once=2, name="work")
+        )
     finally:
         ray.shutdown()
     assert [found[name][0] for name in ("a", "b", "c")] == ["A", "B", "C"]

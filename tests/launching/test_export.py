@@ -335,9 +335,9 @@ def test_a_trial_on_the_second_of_several_data_sets_is_computed_again(
     train = pd.read_parquet(other / "train.parquet")
     train.iloc[::-1].to_parquet(other / "train.parquet")
     space_dict["calibration"]["dataset"] = [space_dict["calibration"]["dataset"], str(other)]
-    rows = launched(make_space(sweep=[KINDS["none"]], execution={"keep": "none"}), tmp_path)
-    pruned = rows[rows.recovery == "none"]
-    assert len(pruned) == 2
+    rows = launched(make_space(sweep=[KINDS["none"], BLOCK], execution={"keep": "none"}), tmp_path)
+    pruned = rows[rows.recovery != "dense"]
+    assert len(pruned) == 4
     for trial in pruned.trial_id:
         assert "equal to the bit" in str(exporting(trial, tmp_path)[1].recomputed)
 

@@ -23,6 +23,7 @@ from raysweep.model.block_files import write_block
 from raysweep.model.tasks import find_tasks
 from raysweep.results.artifacts import artifact_folder, kept_trials
 from raysweep.results.reader import load_results, load_units
+from raysweep.results.state import SweepState
 from raysweep.sweep.prepare import prepare
 
 NAME = "tiny_choice"
@@ -219,10 +220,37 @@ def test_what_cannot_be_measured_fails_no_trial_and_is_tried_again(make_tasks_sp
             launch(make_tasks_space(), storage=tmp_path, in_process=True)
     rows = load_results("tiny", tmp_path)
     assert set(rows.status) == {"finished"}
-    assert rows[f"task_{NAME}"].isna().all()
-    assert not list((tmp_path / "tiny").rglob("*.lock"))
+    assert f"task_{NAME}" not in rows
+    assert SweepState.read(tmp_path / "tiny").state == "failed"
+    assert not (tmp_path / "tiny" / "unfinished").exists()
     rows = launch(make_tasks_space(), storage=tmp_path, in_process=True)
     assert rows[rows.recovery == "dense"][f"task_{NAME}"].notna().all()
+    assert SweepState.read(tmp_path / "tiny").state == "finished"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("keep", "left"), [("none", 0), ("best", 1), ("all", 2)])
+def test_weights_that_wait_for_tasks_are_kept_as_the_last_launch_says(
+    make_tasks_space, tmp_path, monkeypatch, keep, left
+):
+    """The first one leaves them waiting, because a task fails."""
+    space = make_tasks_space(tasks_on="all")
+    pruned = [{"recovery": "none", "criterion": ["magnitude", "random"], "sparsity": 0.5}]
+    document = space.to_dict() | {"sweep": pruned}
+
+    def run(keep: str) -> None:
+        document["execution"]["keep"] = keep
+        launch(SearchSpace.from_dict(document), storage=tmp_path, in_process=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task_job.TaskJob, "run", lambda job: 1 / 0)
+        with pytest.raises(RaysweepError, match="could not be measured"):
+            run("none")
+    assert [one.waits for one in kept_trials(tmp_path / "tiny")] == [True, True]
+    run(keep)
+    assert [one.waits for one in kept_trials(tmp_path / "tiny")] == [False] * left
+    run("none")
+    assert len(list(kept_trials(tmp_path / "tiny"))) == left  # what another launch kept stays
 
 
 def test_tasks_are_hashed_by_what_they_ask_wherever_it_lies(own_tasks, tmp_path):

@@ -10,6 +10,8 @@ from torch import nn
 
 from raysweep.errors import UsageError
 from raysweep.model.linears import block_linears, find_blocks
+from raysweep.model.loading import ModelSource
+from raysweep.model.shape import read_shape
 from raysweep.model.shard import ModelShard
 from raysweep.model.structure import Block
 from tests.families import BLOCKS, FAMILIES, HIDDEN, in_family, make_model
@@ -210,12 +212,35 @@ def test_a_linear_that_does_not_run_is_refused():
     ("family", "reason"),
     [
         ("dory", "comes to block 0 after 2 others"),  # passes through its blocks several times
-        ("deepseek_v4", "what block 0 takes depends on the text"),
+        ("gemma4_text", "what block 0 takes depends on the text"),
+        ("deepseek_v4", "block 0 takes 4 x 32 numbers a token, where its hidden size is 32"),
+        ("roformer", "what block 0 takes depends on weights outside of it"),
+        ("qwen4_exp", "block 0 takes 128 numbers a token, where its hidden size is 32"),
     ],
 )
 def test_a_model_whose_blocks_are_no_chain_is_refused(family, reason):
     with pytest.raises(UsageError, match=reason):
         ModelShard.whole(make_zoo_model(family))
+
+
+def test_it_is_refused_before_anything_starts(tmp_path):
+    make_zoo_model("roformer").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="depends on weights outside of it"):
+        read_shape(ModelSource(str(tmp_path)))
+
+
+def test_blocks_may_return_lists():
+    """As the first GPT's do."""
+    model = make_zoo_model("openai-gpt")
+    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    shard = ModelShard.whole(model)
+    with torch.no_grad():
+        hidden = shard.embed(ids)
+        for block in shard.blocks:
+            hidden = block.run(hidden)
+        assert torch.equal(shard.logits(hidden), model(ids).logits)
+    with pytest.raises(UsageError, match="no sum of attention and MLP"):
+        _ = shard.blocks[0].halves
 
 
 def test_what_is_done_between_blocks_would_be_lost_and_is_refused():

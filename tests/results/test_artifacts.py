@@ -60,6 +60,16 @@ def test_what_is_written_is_read(tmp_path):
     assert kept.row == {"model": "m", "sparsity": 0.5, "recovery": "none", "validation_perplexity": 3.5}
 
 
+def test_markers_of_other_versions_are_read(tmp_path):
+    folder = keep(tmp_path, trial(1, 3.5))
+    said = json.loads((folder / MARKER).read_text())
+    assert "waits" not in said  # where it does not, versions that know nothing of it read it too
+    (folder / MARKER).write_text(json.dumps(said | {"waits": True, "later": 1}))
+    kept = Kept.read(folder)
+    assert kept is not None
+    assert kept.waits
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"trial_id": "x"', b"\xff", b'{"trial_id": 3}'])
 def test_a_damaged_marker_makes_no_kept_trial(tmp_path, content):
     folder = keep(tmp_path, trial(1, 3.5))
