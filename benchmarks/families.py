@@ -6,7 +6,7 @@
 
 A family works when its model, saved and read by raysweep in two shards, gives the whole model's logits, can be
 pruned by Wanda and SparseGPT with the counts that were asked for, and reconstructs its blocks (its attention and MLP
-halves, where it has such) to a lower loss. Otherwise the table says why not: the message with which raysweep refuses
+halves, where it has such) to a lower loss, behind routers with weights alone. Otherwise the table says why not: the message with which raysweep refuses
 it, or what transformers needs that a tiny configuration has not.
 """
 
@@ -42,9 +42,10 @@ SPARSITY = 0.37
 HEADING = """# Which models work
 
 Made by `benchmarks/families.py` with transformers {version}: every family that `AutoModelForCausalLM` knows, as a
-random model of two small blocks, saved and read back. *subblock* means that a block's attention and MLP half are found,
-so that every granularity works; *block* that the halves cannot be told apart, so that `block`, `window:K`, `model` and
-`matrix` do. Those with experts have them pruned one by one, routers never.
+random model of a few small blocks, saved and read back. *subblock* means that a block's attention and MLP half are
+found, so that every granularity works; *block* that the halves cannot be told apart, so that `block`, `window:K`,
+`model` and `matrix` do. Those with experts have them pruned one by one, routers never. *Not tried* are those of which
+a generic tiny configuration makes no model: nothing is known of them here.
 
 | family (`model_type`) | works | experts | why not, or not more |
 |---|---|---|---|
@@ -93,7 +94,7 @@ def judge(family: str) -> Verdict:
 
 
 def _tried(family: str, source: ModelSource, expected: torch.Tensor) -> Verdict:
-    cuts = pairwise((0, 1, len(read_shape(source).blocks)))
+    cuts = pairwise(sorted({0, 1, len(read_shape(source).blocks)}))
     ranges = [BlockRange(ModelShard.load(source, *cut)) for cut in cuts]
     _compare_logits(ranges, expected)
     reason, granularity = "", "subblock"

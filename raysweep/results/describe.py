@@ -53,8 +53,8 @@ this machine copies it. Credentials are those of the cloud's own tools (`AWS_ACC
 `?endpoint_override=HOST:PORT&scheme=http` behind the URI. A sweep is launched once at a time there too, by a file with
 a heartbeat: best effort, since such storages cannot lock; a machine that is gone gives it up after a minute. What is
 removed in the storage is removed from mirrors. Recovered units, checkpoints and Tune's state stay in the mirror, so a
-launch on another machine begins interrupted trials anew, and retraining on several nodes needs a `RAYSWEEP_CACHE` that
-they share.
+launch on another machine begins interrupted trials anew, and on several nodes retraining, and tasks on all trials, need
+a `RAYSWEEP_CACHE` that they share.
 
 **Kept trials** lie in the mirror alone, too: on another machine `raysweep export` computes them again. On several nodes
 nothing is kept unless they share the folder, or `RAYSWEEP_CACHE`.
@@ -119,7 +119,7 @@ as they were, and loads with the perplexity of the row.
 A trial that was not kept is computed again from its row and `space.yaml`, in this process on this machine, retrained
 ones too, and its perplexity compared with the row: to the bit in float32 on a CPU with the same versions, processor and
 threads, else (and where it was retrained) within 0.5 %. Beyond that nothing is written, and the exit status is 1.
-Command and card say so. What has changed since (model, text, criterion) is refused. DIR is new, or holds an earlier
+Command and card say so. What has changed since (model, text, criterion) is refused. DIR is new (and no mount point), or holds an earlier
 export of the same trial and nothing else; it is complete, or not there.
 
 An exported folder can be the `model.path` of another sweep, where `criterion: file:DIR/masks.safetensors` keeps its
