@@ -5,9 +5,10 @@
     python benchmarks/families.py --write docs/models.md
 
 A family works when its model, saved and read by raysweep in two shards, gives the whole model's logits, can be
-pruned by Wanda and SparseGPT with the counts that were asked for, and reconstructs its blocks (its attention and MLP
-halves, where it has such) to a lower loss, behind routers with weights alone. Otherwise the table says why not: the message with which raysweep refuses
-it, or what transformers needs that a tiny configuration has not.
+pruned by Wanda and SparseGPT with the counts that were asked for, and reconstructs its blocks (its attention
+and MLP halves, where it has such) to a lower loss, behind routers with weights alone. Otherwise the table says
+why not: the message with which raysweep refuses it, or what transformers needs that a tiny configuration has
+not.
 """
 
 from __future__ import annotations
