@@ -146,7 +146,7 @@ class _Measuring:
         where, remedy = str(self.device), "Leave --tasks out: texts are measured part by part."
         if self.device.type == "cuda" and asked in ("auto", "cuda"):
             gpus = torch.cuda.device_count()
-            free = sum(free_bytes(torch.device("cuda", gpu)) for gpu in range(gpus))
+            free = sum(free_bytes(torch.device(f"cuda:{gpu}")) for gpu in range(gpus))
             host = this_node().memory_bytes  # through which it passes
             if gpus > 1 and needed <= free and (not host or needed <= host):
                 return True
