@@ -26,6 +26,7 @@ def measuring(tiny_llama, monkeypatch):
         shape = read_shape(source)
         free = int(share * working_bytes(shape, "float32"))
         monkeypatch.setattr(evaluation, "free_bytes", lambda _: free)
+        monkeypatch.setattr(evaluation, "this_node", lambda: Node(2.0, gpus, 1 << 40, free))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         return evaluation._Measuring(source, shape, "float32", torch.device(device), None, print)
 
