@@ -198,9 +198,15 @@ def _paired(values: pd.DataFrame, references: pd.DataFrame, asked: Iterable[str]
     return _pairs(_best_of_each_context(values, columns), _best_of_each_context(references, columns))
 
 
+def _contexts(rows: pd.DataFrame, columns: Sequence[str]) -> pd.Series[str]:
+    """`keys_of` columns of the setting, once for each setting: there are few, and many rows."""
+    settings = rows.drop_duplicates("setting")
+    return rows["setting"].map(dict(zip(settings["setting"], keys_of(settings, columns), strict=True)))
+
+
 def _best_of_each_context(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """With `context`; of several settings in one the best mean of what is chosen by."""
-    frame = rows.assign(context=keys_of(rows, columns))
+    frame = rows.assign(context=_contexts(rows, columns))
     means = frame.groupby(["context", "setting"], sort=False)[CHOICE].mean().fillna(np.inf)
     best = set(means.groupby(level="context").idxmin()) if len(means) else set()
     mine = [key in best for key in zip(frame["context"], frame["setting"], strict=True)]
@@ -224,7 +230,7 @@ def _alike_in(cost: str, ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.D
     """The best reconstruction of each mask, and the best of the retrainings of it whose mean cost is alike."""
     columns = [name for name in SETTING_COLUMNS if name in ours and name not in NOT_OF_MASKS]
     ours = _best_of_each_context(ours, columns)
-    theirs = theirs.assign(context=keys_of(theirs, columns))
+    theirs = theirs.assign(context=_contexts(theirs, columns))
     means = theirs.groupby(["context", "setting"])[cost].mean()
     ratios = means / ours.groupby("context")[cost].mean().reindex(means.index, level="context")
     alike = set(ratios[(ratios <= ALIKE) & (ratios >= 1 / ALIKE)].index)

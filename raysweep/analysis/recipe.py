@@ -35,12 +35,13 @@ def recommended(rows: pd.DataFrame, margin: Margin, metric: str = METRIC) -> pd.
     behind that one's), learning_rate, and trial_id of the setting's best trial
     """
     means = setting_means(rows)
+    choices = rows[["setting", "repeat", CHOICE]]
     if not metric.endswith("perplexity"):
         margin = Margin(0.0, margin.relative)
     chosen = []
     for _, mine in means[means[CHOICE].notna()].groupby("stratum", sort=False):
         best = mine.sort_values(CHOICE, kind="stable").iloc[0]
-        good = [_is_as_good(rows, setting, best["setting"], margin) for setting in mine["setting"]]
+        good = [_is_as_good(choices, setting, best["setting"], margin) for setting in mine["setting"]]
         cheapest = mine[good].sort_values(COST, kind="stable").iloc[0].to_dict()
         trials = rows[rows["setting"] == cheapest["setting"]]
         trial = trials.sort_values(CHOICE, kind="stable").iloc[0]
