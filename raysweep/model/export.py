@@ -291,8 +291,11 @@ class _Writer:
         from safetensors.torch import save_file
 
         own, file = {key: tensor.contiguous() for key, tensor in tensors.items()}, self._add(name)
+        file.touch()  # with the permissions of any new file, which the library's own are not
+        mode = file.stat().st_mode
         try:
             save_file(own, file, {"format": "pt"})
+            file.chmod(mode)
         except SafetensorError as error:  # of a full disk too
             raise StorageError(f"{file} cannot be written: {first_line(error)}") from error
 

@@ -123,9 +123,10 @@ Command and card say so. What has changed since (model, text, criterion) is refu
 holds an earlier export of the same trial and nothing else; it is complete, or not there.
 
 An exported folder can be the `model.path` of another sweep, where `criterion: file:DIR/masks.safetensors` keeps its
-zeros. With the dense model the same file gives the pruned model that recovery began with: it also has the weights that
-the criterion itself updates (SparseGPT), as `<linear>.weight`, but only of a trial without recovery. Of others these
-would undo the recovery in the exported folder.
+zeros: to retrain it by next tokens, or to prune it further. Reconstruction has nothing to do there, since its target is
+the exported model itself. With the dense model the same file gives the pruned model that recovery began with: it also
+has the weights that the criterion itself updates (SparseGPT), as `<linear>.weight`, but only of a trial without
+recovery. Of others these would undo the recovery in the exported folder.
 
 ## The report
 

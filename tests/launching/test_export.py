@@ -115,6 +115,7 @@ def test_the_folder_says_what_it_is(make_space, tmp_path, exporting):
     row = rows[rows.recovery == "reconstruct"].iloc[0]
     output, done = exporting(row.trial_id, tmp_path)
     assert sorted(path.name for path in output.iterdir()) == sorted(done.files)
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1  # that of any new file
     assert json.loads((output / "raysweep.json").read_text())["trial_id"] == row.trial_id
     card = (output / "README.md").read_text()
     for words in (f"{row.perplexity:.4f}", f"{row.dense_perplexity:.4f}", f"{row.pruned_perplexity:.4f}"):
