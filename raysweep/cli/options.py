@@ -171,7 +171,7 @@ ParetoFront = Annotated[
         "--pareto",
         metavar="",
         help="Only trials of settings on the Pareto front: at each model and sparsity no other one has less perplexity "
-        "and takes no more device seconds by itself. Each at its best learning rate; with --where, of what that "
+        "and takes no more standalone seconds. Each at its best learning rate; with --where, of what that "
         "leaves.",
     ),
 ]

@@ -152,8 +152,8 @@ comparisons of the page.
 `raysweep results` chooses from the same rows. `--where "sparsity == 0.6 and criterion in ['wanda', 'ria']"` shows the
 trials for which that is true: columns (in backticks where they are no plain names), numbers, quoted texts and `null`,
 with `== != < <= > >= in`, `and or not`, `+ - * /` and parentheses. `--pareto` shows the trials of settings that no
-other one of their model and sparsity beats in perplexity and device seconds; `--csv` and `--json` print all columns.
-"""
+other one of their model, sparsity and pattern beats in perplexity and standalone seconds; `--csv` and `--json` print
+all columns. """
 
 _GROUPS = {
     "identity": "Identity and outcome",

@@ -26,7 +26,9 @@ MANY_POINTS, MOST_POINTS = (
 
 
 def seconds(report: Report, stratum: str, words: str, dense: float | None) -> Drawn | None:
-    return _quality_against(report, stratum, words, dense, "device_seconds_standalone", "device seconds", 1)
+    return _quality_against(
+        report, stratum, words, dense, "device_seconds_standalone", "standalone seconds", 1
+    )
 
 
 def memory(report: Report, stratum: str, words: str, dense: float | None) -> Drawn | None:

@@ -50,7 +50,7 @@ def panels(report: Report) -> Iterator[Panel]:
 
 
 TITLES = {
-    SECONDS: "Perplexity against device seconds",
+    SECONDS: "Perplexity against standalone seconds",
     MEMORY: "Perplexity against memory of recovery",
     HEAT: "Perplexity by criterion and method",
     RECOVERY: "Criteria before and after recovery",

@@ -19,7 +19,7 @@ from raysweep.config.trial import Trial
 
 SECONDS, FLOPS, TOKENS, MEMORY = COSTS
 COST_WORDS = {
-    SECONDS: "device seconds",
+    SECONDS: "standalone seconds",
     FLOPS: "training operations",
     TOKENS: "distinct tokens",
     MEMORY: "memory of recovery",
@@ -94,7 +94,7 @@ def front_table(report: Report) -> Table | None:
         Column("device s"),
         Column("recovery MiB"),
     ]
-    return Table("Settings on the front of perplexity against device seconds", columns, rows)
+    return Table("Settings on the front of perplexity against standalone seconds", columns, rows)
 
 
 def cost_table(report: Report) -> Table | None:
