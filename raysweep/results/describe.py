@@ -153,7 +153,8 @@ comparisons of the page.
 trials for which that is true: columns (in backticks where they are no plain names), numbers, quoted texts and `null`,
 with `== != < <= > >= in`, `and or not`, `+ - * /` and parentheses. `--pareto` shows the trials of settings that no
 other one of their model, sparsity and pattern beats in perplexity and standalone seconds; `--csv` and `--json` print
-all columns. """
+all columns.
+"""
 
 _GROUPS = {
     "identity": "Identity and outcome",
