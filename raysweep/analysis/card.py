@@ -195,7 +195,7 @@ def _files(row: Mapping[str, Any]) -> str:
     return (
         "`model*.safetensors` are ordinary dense weights with exact zeros. `masks.safetensors` holds for every pruned "
         f"linear layer a uint8 tensor of 0 (removed) and 1, in the layout of its weight{also}. In a search space of "
-        "raysweep this folder can be `model.path`; `criterion: file:masks.safetensors` keeps its zeros.\n"
+        "raysweep this folder, DIR, can be `model.path`; `criterion: file:DIR/masks.safetensors` keeps its zeros.\n"
     )
 
 
