@@ -229,12 +229,9 @@ class OnRay:
         from raysweep.cluster.farm import Reserved, run_each
 
         fewest = min(node.cpus for node in self.nodes())
-        if places.gpus:
-            yield from run_each(
-                run_job, jobs, Reserved(min(1.0, fewest), places.gpus), places.at_once, "tasks"
-            )
-            return
-        needs = Reserved(min(float(jobs[0].threads), fewest), memory=int(places.memory * reservable_share()))
+        cpus = 1.0 if places.gpus else float(jobs[0].threads)
+        memory = 0 if places.gpus else int(places.memory * reservable_share())
+        needs = Reserved(min(cpus, fewest), places.gpus, memory)
         yield from run_each(run_job, jobs, needs, places.at_once, "tasks")
 
 

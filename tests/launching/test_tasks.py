@@ -124,6 +124,16 @@ def test_one_accuracy_in_row_evaluate_and_plain_command(make_tasks_space, own_ta
     assert mine["documents"] == 48
 
 
+@pytest.mark.long
+def test_over_ray_the_scores_are_those_of_this_process(make_tasks_space, tmp_path):
+    found = {}
+    for name, options in {"ray": {"address": "local"}, "here": {"in_process": True}}.items():
+        rows = launch(make_tasks_space(), storage=tmp_path / name, **options)
+        found[name] = rows.set_index("trial_id")[f"task_{NAME}"]
+        assert found[name].notna().all()
+    assert found["ray"].to_dict() == found["here"].to_dict()
+
+
 def replace_kept(storage: Path, trial_id: str, tiny_llama: Path, target: Path) -> None:
     """Puts other weights in place of a kept trial's, and writes the same as a model folder."""
     import torch
