@@ -27,9 +27,11 @@ from raysweep.model.shard import ModelShard
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.pruning.statistics import InputStatistics
 from raysweep.reconstruction.activations import batches
+from raysweep.reconstruction.boundaries import INPUT
 from raysweep.reconstruction.device_stage import DeviceStage
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.objectives import objective_of
+from raysweep.reconstruction.placement import DEVICE, Placement
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import units_in
 from raysweep.reconstruction.stage import Stage, UnitTraining
@@ -76,13 +78,13 @@ def matrix_peak(size: int = 8192) -> float:
     return 20 * 2 * size**3 / seconds_of(lambda: [a @ b for _ in range(20)])
 
 
-def make_range(shape: dict[str, Any]) -> BlockRange:
+def make_range(shape: dict[str, Any], placement: Placement | None = None) -> BlockRange:
     """One block with random weights and a dense pass over random activations."""
     sizes = {name: value for name, value in shape.items() if name not in ("tokens", "samples", "batches")}
     config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=256, max_position_embeddings=4096)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval().requires_grad_(False)
-    blocks = BlockRange(ModelShard.whole(model))
+    blocks = BlockRange(ModelShard.whole(model), placement=placement)
     blocks.compiles = True
     for rows in batches(shape["samples"], shape["tokens"], blocks.device):
         size = (rows.stop - rows.start, shape["tokens"], shape["hidden_size"])
@@ -153,8 +155,8 @@ def plain_loop(
     }
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4, weight_decay=0.0, foreach=foreach)
     scaler = torch.amp.GradScaler("cuda")
-    inputs = blocks.texts[CALIBRATION].activations.inputs
-    given, target = (inputs[place][:batch].to("cuda").float() for place in (0, 1))
+    boundaries = blocks.texts[CALIBRATION].activations
+    given, target = (boundaries.get(INPUT, place)[:batch].to("cuda").float() for place in (0, 1))
     known = block.arguments
     if attention == "eager":  # which takes causality from a mask alone, made in the dtype of the model
         causal_TT = torch.full([shape["tokens"]] * 2, torch.finfo(torch.float32).min, device="cuda").triu(1)
@@ -182,14 +184,6 @@ def plain_loop(
     finally:
         block.arguments = known
         block.module.self_attn.config._attn_implementation = "sdpa"
-
-
-def on_device(blocks: BlockRange) -> None:
-    """Moves the dense activations to the GPU, to see what streaming them costs."""
-    activations = blocks.texts[CALIBRATION].activations
-    for store in (activations.inputs, activations.middles):
-        for place in store:
-            store[place] = store[place].to(blocks.device)
 
 
 def profile(blocks: BlockRange, granularity: str, **fields: Any) -> None:
@@ -271,7 +265,7 @@ def main() -> None:
                 measure(blocks, shape, peak, "subblock", place, trainable=trainable, **steps)
         for place in (0, 1, 6):
             measure(blocks, shape, peak, "matrix", place, **steps)
-    on_device(blocks)
+    blocks = make_range(shape, Placement(activations=DEVICE))
     for batch in shape["batches"]:
         report("the same with activations on the GPU")
         measure(

@@ -250,31 +250,44 @@ def build_skeleton(source: ModelSource, config: PretrainedConfig, dtype: torch.d
 def materialize(
     module: nn.Module, layout: Mapping[str, Sequence[Part]], checkpoint: Checkpoint, device: torch.device
 ) -> None:
-    """Gives the tensors of `module` named in `layout` their values.
+    """Gives the tensors of `module` named in `layout` their values on `device`, each in storage of its own."""
+    for name, value in _read(module, layout, checkpoint, device):
+        owner, leaf = _place(module, name)
+        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
-    Every tensor gets storage of its own on `device`, aligned as the allocator aligns it: arithmetic must not
-    depend on where in a file the tensor lay. What is wanted under two names is read once.
-    """
+
+def read_tensors(
+    module: nn.Module, layout: Mapping[str, Sequence[Part]], checkpoint: Checkpoint
+) -> dict[str, Tensor]:
+    """The values of the tensors of `module` named in `layout`, on the CPU; the module stays as it is."""
+    return dict(_read(module, layout, checkpoint, torch.device("cpu")))
+
+
+def _read(
+    module: nn.Module, layout: Mapping[str, Sequence[Part]], checkpoint: Checkpoint, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """In the module's dtypes. Every tensor has storage of its own, aligned as the allocator aligns it: arithmetic must
+    not depend on where in a file it lay. What is wanted under two names is read once."""
     wanted: dict[tuple[Part, ...], list[str]] = {}
     for own, parts in layout.items():
         wanted.setdefault(tuple(parts), []).append(own)
     for parts, tensor in checkpoint.read(wanted):
-        for own in wanted[tuple(parts)]:
-            _assign(module, own, tensor, device, checkpoint.files[parts[0].stored])
+        for name in wanted[tuple(parts)]:
+            owner, leaf = _place(module, name)
+            old = getattr(owner, leaf)
+            if tuple(old.shape) != tuple(tensor.shape):
+                raise UsageError(
+                    f"{name} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(old.shape)} "
+                    f"({checkpoint.files[parts[0].stored]})"
+                )
+            yield name, torch.empty(old.shape, dtype=old.dtype, device=device).copy_(tensor)
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device, file_name: str) -> None:
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a tensor, and the tensor's name there."""
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    old = getattr(owner, leaf)
-    if tuple(old.shape) != tuple(tensor.shape):
-        raise UsageError(
-            f"{name} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(old.shape)} ({file_name})"
-        )
-    value = torch.empty(old.shape, dtype=old.dtype, device=device).copy_(tensor)
-    if isinstance(old, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=False)
-    setattr(owner, leaf, value)
+    return module.get_submodule(path), leaf
 
 
 def layout_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from raysweep.model.experts import separated
 from raysweep.model.frame import Frame, Surroundings, survey
+from raysweep.model.layout import Layout
 from raysweep.model.linears import block_linears, find_blocks
 from raysweep.model.loading import (
     Checkpoint,
@@ -19,6 +22,7 @@ from raysweep.model.loading import (
     build_skeleton,
     layout_of,
     materialize,
+    read_tensors,
     resolve_dtype,
 )
 from raysweep.model.structure import Block, BlockArguments
@@ -37,7 +41,8 @@ class ModelShard:
         self, model: PreTrainedModel, start: int, stop: int, around: Surroundings, head: bool = False
     ) -> None:
         self.model, self.start, self.stop = model, start, stop
-        self.bytes_read = 0
+        self._checkpoint: Checkpoint | None = None
+        self._waiting: Layout = {}
         self._frame = Frame(model, around.tuple_output)
         self.blocks_in_model = len(self._frame.modules)
         self.has_head = head or self.is_last
@@ -62,10 +67,13 @@ class ModelShard:
         dtype: str = "auto",
         device: torch.device | str = "cpu",
         head: bool = False,
+        waits: bool = False,
     ) -> ModelShard:
         """Reads the tensors of blocks `start` to `stop` and what the ends of the chain need, no others.
 
         head: whether it has the last norm and the head also where it is not the last
+        waits: leaves the blocks' weights in their files, for `read_block`: until a caller puts some in their place,
+            they are no numbers (NaN), so that whoever forgets to has no result
         Raises UsageError for a model that is not there, is damaged, or has blocks that cannot be pruned.
         """
         device = torch.device(device)
@@ -77,10 +85,16 @@ class ModelShard:
             block_linears(modules[index], f"{name}.{index}")
         around = survey(model)
         layout, owned = layout_of(model, checkpoint), _owned(model, around, start, stop, head)
-        materialize(model, {own: layout[own] for own in layout if own in owned}, checkpoint, device)
+        mine = {own: layout[own] for own in layout if own in owned}
+        blocks = tuple(f"{name}.{index}." for index in range(start, stop))
+        later = {
+            own: mine.pop(own) for own in _parameters(model) & mine.keys() if waits and own.startswith(blocks)
+        }
+        materialize(model, mine, checkpoint, device)
+        _leave_open(model, later, device)
         _fill_the_rest(model, around, device)
         shard = cls(model, start, stop, around, head)
-        shard.bytes_read = checkpoint.bytes_read
+        shard._checkpoint, shard._waiting = checkpoint, later
         return shard
 
     @classmethod
@@ -88,6 +102,21 @@ class ModelShard:
         """All blocks of a model that is in memory already; it shares its weights, those of fused experts as well, whose
         parts have names as if experts were apart (`experts.tensor_of`)."""
         return cls(model, 0, len(find_blocks(model)[1]), survey(model))
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the model's files so far."""
+        return self._checkpoint.bytes_read if self._checkpoint is not None else 0
+
+    def read_block(self, index: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Parameters of a block whose weights wait, on the CPU, by full name; all of them without `names`."""
+        prefix = f"{self._frame.blocks_name}.{index}."
+        wanted = {own: parts for own, parts in self._waiting.items() if own.startswith(prefix)}
+        if names is not None:
+            wanted = {own: parts for own, parts in wanted.items() if own in names}
+        if self._checkpoint is None:
+            raise RuntimeError("a model that was in memory already has no files to read")
+        return read_tensors(self.model, wanted, self._checkpoint)
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +161,20 @@ def _owned(model: PreTrainedModel, around: Surroundings, start: int, stop: int, 
         outside |= around.after
     tensors = model.state_dict(keep_vars=True)
     return {name for name in tensors if name.startswith(blocks) or name.rpartition(".")[0] in outside}
+
+
+def _parameters(model: PreTrainedModel) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def _leave_open(model: PreTrainedModel, names: Iterable[str], device: torch.device) -> None:
+    """Parameters of the right shape on the device that take no memory and are no numbers."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        old = owner.get_parameter(leaf)
+        nothing = torch.full((1,), math.nan, dtype=old.dtype, device=device).expand(old.shape)
+        setattr(owner, leaf, nn.Parameter(nothing, requires_grad=False))
 
 
 def _fill_the_rest(model: PreTrainedModel, around: Surroundings, device: torch.device) -> None:

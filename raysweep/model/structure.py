@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -22,12 +22,15 @@ PROBE_TOKENS = 8  # enough for attention to look at another token than its own
 BlockArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """What a block takes besides the hidden states: positional and keyword arguments."""
 
+InHand = Callable[[], AbstractContextManager[Any]]
+
 
 class Block:
     """One decoder block. Its linears are by full name; its input groups and halves are found on first use.
 
     routed: linears of experts, which see only the tokens that are routed to them
     `arguments(B, T)` gives what the block takes besides hidden states of shape (B, T, H).
+    `in_hand()` is a context within which its dense weights are there, where they may be elsewhere.
     """
 
     def __init__(
@@ -43,6 +46,12 @@ class Block:
         self.linears = block_linears(module, prefix)
         self.routed = frozenset(f"{prefix}.{name}" for name in routed_in(module))
         self.arguments = arguments
+        self.in_hand: InHand = nullcontext
+
+    @cached_property
+    def parameter_names(self) -> list[str]:
+        """Full names of its parameters."""
+        return [f"{self.prefix}.{name}" for name, _ in self.module.named_parameters()]
 
     def run(
         self,
@@ -82,7 +91,8 @@ class Block:
         Raises UsageError when a linear does not run, so that nothing could be learned about it.
         """
         seen: list[tuple[Tensor, list[str]]] = []  # the tensors are kept, so that no address is used twice
-        with self.watch_inputs(lambda name, x: _join_group(seen, name, x), self.linears), torch.no_grad():
+        watch = self.watch_inputs(lambda name, x: _join_group(seen, name, x), self.linears)
+        with self.in_hand(), watch, torch.no_grad():
             self.run(self.probe())
         groups = [names for _, names in seen]
         ran = {name for names in groups for name in names}
@@ -105,7 +115,8 @@ class Block:
     @cached_property
     def halves(self) -> Halves:
         """The attention and the MLP half. Raises UsageError when the block is no sum of the two."""
-        return find_halves(self.module, self.prefix, self.run, self.probe())
+        with self.in_hand():
+            return find_halves(self.module, self.prefix, self.run, self.probe())
 
     def probe(self) -> Tensor:
         """Hidden states of one sample, noise of a fixed seed, on the block's device and in its dtype."""

@@ -8,7 +8,7 @@ keeps them equal. SparseGPT is none of them, because it chooses while it updates
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,15 +52,20 @@ class PrunedLayer:
     dampening: float | None = None
     fallback: str | None = None
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> PrunedLayer:
+        """The same with its tensors elsewhere."""
+        weight_OI = None if self.weight_OI is None else move(self.weight_OI)
+        return replace(self, mask_OI=move(self.mask_OI), weight_OI=weight_OI)
+
     def masked(self, dense_OI: Tensor) -> Tensor:
         """The weights (O, I) after pruning, in the dtype of the dense ones; removed ones are exactly zero.
 
         In storage of their own: trials train on them, and the layer is shared.
         """
         return (
-            dense_OI * self.mask_OI
+            dense_OI * self.mask_OI.to(dense_OI.device)
             if self.weight_OI is None
-            else self.weight_OI.to(dense_OI.dtype, copy=True)
+            else self.weight_OI.to(dense_OI.device, dense_OI.dtype, copy=True)
         )
 
 

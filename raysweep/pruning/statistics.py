@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,10 @@ class InputStatistics:
             self.gram_II.add_(wide_NI.T @ wide_NI)
         self.sum_I.add_(x_NI.sum(0, dtype=torch.float32))
         self.rows += x_NI.shape[0]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> InputStatistics:
+        """The same with its tensors elsewhere."""
+        return InputStatistics(move(self.gram_II), move(self.sum_I), self.rows)
 
     @property
     def mean_square_I(self) -> Tensor:

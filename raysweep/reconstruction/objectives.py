@@ -15,7 +15,8 @@ from torch.nn import functional
 from raysweep.config.trial import Trial
 from raysweep.model.linears import Linear
 from raysweep.model.structure import Block
-from raysweep.reconstruction.activations import TextActivations, batches, fetch, keep_rows
+from raysweep.reconstruction.activations import batches, fetch, keep_rows
+from raysweep.reconstruction.boundaries import INPUT, MIDDLE, MLP_OUTPUT, Boundaries
 from raysweep.reconstruction.entry_norm import EntryNorm
 from raysweep.reconstruction.feed import in_batches
 from raysweep.reconstruction.losses import LOSSES, batch_error
@@ -147,7 +148,7 @@ class ModuleObjective:
 
     def step_bytes(self) -> int:
         text = self._activations(CALIBRATION)
-        boundary = text.inputs[self.unit.block.index][0].nbytes * self.batch
+        boundary = text.get(INPUT, self.unit.block.index)[0].nbytes * self.batch
         saved = sum(profile.saved_bytes for profile in self.profiles)
         return saved + boundary * (self.unit.is_first + self.unit.is_last)
 
@@ -155,26 +156,26 @@ class ModuleObjective:
         """What the dense model feeds the unit, (S, T, H)."""
         unit, activations = self.unit, self._activations(text)
         sequential_mlp = unit.half == "mlp" and not unit.block.halves.parallel
-        return (activations.middles if sequential_mlp else activations.inputs)[unit.block.index]
+        return activations.get(MIDDLE if sequential_mlp else INPUT, unit.block.index)
 
     def _dense_targets(self, text: str) -> Tensor:
         """What the dense unit makes of its dense inputs, (S, T, H)."""
         unit, activations = self.unit, self._activations(text)
         if unit.half == "attention":
-            return activations.middles[unit.block.index]
+            return activations.get(MIDDLE, unit.block.index)
         if unit.half == "mlp" and unit.block.halves.parallel:
-            return activations.mlp_outputs[unit.block.index]
-        return activations.inputs[unit.stop]
+            return activations.get(MLP_OUTPUT, unit.block.index)
+        return activations.get(INPUT, unit.stop)
 
     @torch.no_grad()
     def _outputs(self, inputs_STH: Tensor) -> Tensor:
         """Of the unit with the weights that it holds now."""
-        outputs_STH = torch.empty_like(inputs_STH)
+        outputs_STH = self.blocks.store.empty(inputs_STH.shape, inputs_STH.dtype)
         for rows in batches(inputs_STH.shape[0], inputs_STH.shape[1], self.blocks.device):
             outputs_STH[rows] = self.run(fetch(inputs_STH, rows, self.blocks.device)).to(outputs_STH.device)
         return outputs_STH
 
-    def _activations(self, text: str) -> TextActivations:
+    def _activations(self, text: str) -> Boundaries:
         return self.blocks.texts[text].activations
 
     def _parameter_names(self) -> list[str]:
@@ -198,10 +199,8 @@ class ModuleObjective:
     def _profile(self, unit: Unit, block: Block) -> UnitProfile:
         """Of a half, or of one block. Shared by all trials, not by blocks of equal shape: which parameters matter may
         differ between them."""
-        batch_BTH = self._activations(CALIBRATION).inputs[block.index]
-        if unit.half == "mlp" and not block.halves.parallel:
-            batch_BTH = self._activations(CALIBRATION).middles[block.index]
-        batch_BTH = batch_BTH[: self.batch].to(self.blocks.device)
+        kind = MIDDLE if unit.half == "mlp" and not block.halves.parallel else INPUT
+        batch_BTH = self._activations(CALIBRATION).get(kind, block.index)[: self.batch].to(self.blocks.device)
         module = block.module if unit.half is None else unit.module
         key = ("profile", block.index, unit.half, tuple(batch_BTH.shape))
         run = partial(block.run, module=module)
@@ -294,7 +293,7 @@ class MatrixOnTokens(_Matrix):
         )
         samples, tokens, _ = inputs_STI.shape
         size = (samples, tokens, self.dense_OI.shape[0])
-        targets_STO = torch.empty(size, dtype=inputs_STI.dtype, device=self.blocks.store)
+        targets_STO = self.blocks.store.empty(size, inputs_STI.dtype)
         for rows in batches(samples, tokens, self.blocks.device):
             inputs_BTI = fetch(inputs_STI, rows, self.blocks.device)
             targets_STO[rows] = functional.linear(inputs_BTI, self.dense_OI, self.dense_bias_O)
@@ -318,7 +317,7 @@ def dense_linear_inputs(blocks: BlockRange, text: str, block: Block, linear: Lin
 
     The dense block runs once more to give them, in the batches of the dense pass: the same numbers.
     """
-    hidden_STH = blocks.texts[text].activations.inputs[block.index]
+    hidden_STH = blocks.texts[text].activations.get(INPUT, block.index)
     leaders = [leader for leader in block.leaders if leader not in block.routed]
     make = partial(_linear_inputs, blocks, hidden_STH, block, leaders)
     return blocks.knowledge.get(("linear_inputs", text, block.index), make)[block.leader_of(linear.name)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,14 @@ from raysweep.pruning.mask_file import MaskFile
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.pruning.sparsegpt import InverseFactor, inverse_factor
 from raysweep.pruning.statistics import InputStatistics, alike, output_error
-from raysweep.reconstruction.activations import TextActivations, batches, fetch, keep_rows
+from raysweep.reconstruction.activations import batches, fetch, keep_rows
+from raysweep.reconstruction.boundaries import INPUT, MIDDLE, MLP_OUTPUT, Boundaries
+from raysweep.reconstruction.hand import Hand, WaitingWeights
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
 from raysweep.reconstruction.losses import squared_sums
 from raysweep.reconstruction.measures import CALIBRATION, BlockErrors, ratio
+from raysweep.reconstruction.placement import ANEW, Placement
+from raysweep.reconstruction.stores import Store
 
 Weights = dict[str, Tensor]
 """A trial's tensors by full parameter name, as stored in the model; what is missing is dense."""
@@ -58,21 +62,25 @@ def accumulate(statistics: Statistics, name: str, x: Tensor) -> None:
 
 @dataclass
 class RangeText:
-    """A text's dense activations, and the statistics of every input group of every block."""
+    """A text's dense activations, and the statistics of every input group of every block: where they wait, or of the
+    one block that they were made anew of."""
 
-    activations: TextActivations
+    activations: Boundaries
     statistics: Statistics = field(default_factory=dict)
+    made_of: int | None = None
 
 
 class BlockRange:
     """The blocks of one shard, what the dense model does in them, and the trials in flight.
 
-    Texts pass once through the dense blocks (`dense_pass`), which keeps the activations at the boundaries and
-    sums up statistics. A trial is then pruned, recovered unit by unit (`recovery.recover_unit`) and evaluated
-    batch by batch, under a name of the caller's choice, until it is released.
+    Texts pass once through the dense blocks, batch by batch (`dense_pass`), or block by block where blocks come into
+    hand one after another (`enter_dense`, `pass_block`): that keeps the activations at the boundaries and sums up
+    statistics. A trial is then pruned, recovered unit by unit (`recovery.recover_unit`) and evaluated batch by batch,
+    under a name of the caller's choice, until it is released.
 
-    keep_halves: whether the dense pass keeps what flows between the halves of a block
-    store: the device that activations are kept on;  compiles: whether training on a GPU is compiled
+    keep_halves: whether the dense pass goes half by half, for trials that need what flows between
+    store, waiting: where activations are kept, and weights and masks of trials;  compiles: whether training on a GPU is
+    compiled
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
     weights, layers, recipes: by trial, its weights, what pruning did to each linear (by full name), and by which recipe
     streams: by name and text, activations (S, T, H) on their way through the blocks with a trial's weights; where they
@@ -80,14 +88,19 @@ class BlockRange:
     captured: by trial and text, the input group last looked at on a stream and its inputs (S, T, I)
     """
 
-    def __init__(self, shard: ModelShard, knowledge_bytes: int = 2 << 30) -> None:
-        self.shard = shard
+    def __init__(
+        self, shard: ModelShard, knowledge_bytes: int = 2 << 30, placement: Placement | None = None
+    ) -> None:
+        """placement: `Placement()` by default;  shard: loaded with `waits` where blocks are to come into hand one by
+        one"""
+        self.shard, self.placement = shard, placement or Placement()
         self.blocks = {block.index: block for block in shard.blocks}
         self.device = shard.device
         self.knowledge = Knowledge(self.device, knowledge_bytes)
         self.texts: dict[str, RangeText] = {}
         self.keep_halves = True
-        self.store = torch.device("cpu")
+        self.store = self._store(self.placement.activations)
+        self.waiting = self._store(self.placement.trials)
         self.compiles = False
         self.own_criteria: dict[str, OwnFunction | Path] = {}
         self.dense_seconds = 0.0
@@ -97,6 +110,16 @@ class BlockRange:
         self.recipes: dict[str, MaskRecipe] = {}
         self.streams: dict[str, dict[str, Tensor]] = {}
         self.captured: dict[tuple[str, str], tuple[str, Tensor]] = {}
+        self._statistics_in_hand: tuple[str, str, InputStatistics] | None = None
+        self._hand: Hand | None = None
+        if self.placement.streams:
+            weights = WaitingWeights(shard, self.placement.weights)
+            self._hand = Hand(weights, self.weights, self.waiting)
+            for block in self.blocks.values():
+                block.in_hand = partial(self.using, None, block)
+
+    def _store(self, kind: str) -> Store:
+        return Store(kind, self.device, self.placement.scratch)
 
     # The dense pass
 
@@ -105,22 +128,61 @@ class BlockRange:
         for store in (self.texts, self.weights, self.layers, self.recipes, self.streams, self.captured):
             store.clear()
         self.knowledge.clear()
+        self._statistics_in_hand = None
         self.dense_seconds = 0.0
 
     @torch.no_grad()
     def dense_pass(self, text: str, samples: int, rows: slice, hidden_BTH: Tensor) -> Tensor:
         """Passes one batch of a kept text through the dense blocks; keeps boundaries and statistics."""
         watch = Stopwatch(self.device)
-        entry = self.texts.setdefault(text, RangeText(TextActivations(samples)))
-        inputs = entry.activations.inputs
+        entry = self._entry(text, samples)
         hidden_BTH = hidden_BTH.to(self.device)
         for block in self.blocks.values():
-            keep_rows(inputs, block.index, samples, rows, hidden_BTH, self.store)
+            entry.activations.write((INPUT, block.index), rows, hidden_BTH)
             hidden_BTH = self._dense_block(block, entry, rows, hidden_BTH)
-        keep_rows(inputs, self.shard.stop, samples, rows, hidden_BTH, self.store)
+        entry.activations.write((INPUT, self.shard.stop), rows, hidden_BTH)
         self.dense_seconds += watch.seconds()
         self.dense_batches += 1
         return hidden_BTH
+
+    def _entry(self, text: str, samples: int) -> RangeText:
+        if text not in self.texts:
+            boundaries = Boundaries(self.blocks, samples, self.store, self.placement, self.keep_halves)
+            self.texts[text] = RangeText(boundaries)
+        return self.texts[text]
+
+    def enter_dense(self, text: str, samples: int, rows: slice, hidden_BTH: Tensor) -> None:
+        """Takes in one batch of a kept text, for `pass_block`."""
+        self._entry(text, samples).activations.write(
+            (INPUT, self.shard.start), rows, hidden_BTH.to(self.device)
+        )
+
+    @torch.no_grad()
+    def pass_block(self, text: str, index: int) -> None:
+        """Passes a kept text that has arrived at a block through it; keeps its statistics and what comes out."""
+        watch, entry, block = Stopwatch(self.device), self.texts[text], self.blocks[index]
+        activations, powers = entry.activations, list[float]()
+        source_STH = activations.get(INPUT, index)
+        is_kept = activations.keeps((INPUT, index + 1))
+        with self.using(None, block):
+            for rows in batches(source_STH.shape[0], source_STH.shape[1], self.device):
+                output_BTH = self._dense_block(block, entry, rows, fetch(source_STH, rows, self.device))
+                activations.write((INPUT, index + 1), rows, output_BTH)
+                if not is_kept:
+                    powers += squared_sums(output_BTH)
+                self.dense_batches += 1
+        if not is_kept:  # or all of it would be made anew for this one number
+            self.knowledge.keep(("target_power", text, index), math.fsum(powers))
+        self._put_statistics_away(entry, block)
+        self.dense_seconds += watch.seconds()
+
+    def _put_statistics_away(self, entry: RangeText, block: Block) -> None:
+        if self.placement.statistics == ANEW:
+            entry.statistics, entry.made_of = {}, None
+            return
+        store = self._store(self.placement.statistics)
+        for leader in entry.statistics.keys() & set(block.leaders):
+            entry.statistics[leader] = entry.statistics[leader].moved(store.put)
 
     def _dense_block(self, block: Block, entry: RangeText, rows: slice, hidden_BTH: Tensor) -> Tensor:
         """One block, every linear once under watch; with the halves' outputs where trials will need them."""
@@ -133,17 +195,46 @@ class BlockRange:
             with watched():
                 output_BTH = block.run(hidden_BTH)
             middle_BTH, mlp_BTH = block.run(hidden_BTH, halves.attention), block.run(hidden_BTH, halves.mlp)
-            keep_rows(kept.mlp_outputs, block.index, kept.samples, rows, mlp_BTH, self.store)
+            kept.write((MLP_OUTPUT, block.index), rows, mlp_BTH)
         else:
             with watched():
                 middle_BTH = block.run(hidden_BTH, halves.attention)
                 output_BTH = block.run(middle_BTH, halves.mlp)
-        keep_rows(kept.middles, block.index, kept.samples, rows, middle_BTH, self.store)
+        kept.write((MIDDLE, block.index), rows, middle_BTH)
         return output_BTH
 
     def statistics(self, text: str, linear: Linear, block: Block) -> InputStatistics:
-        """Of the dense inputs of a linear of the block; of an expert that no token was routed to, those of no rows."""
-        return _of_linear(self.texts[text].statistics, block, linear)
+        """Of the dense inputs of a linear of the block, on the device; of an expert that no token was routed to, those
+        of no rows."""
+        leader = block.leader_of(linear.name)
+        if self._statistics_in_hand is not None and self._statistics_in_hand[:2] == (text, leader):
+            return self._statistics_in_hand[2]
+        entry = self.texts[text]
+        if self.placement.statistics == ANEW and entry.made_of != block.index:
+            entry.statistics, entry.made_of = self._statistics_anew(text, block), block.index
+        found = _of_linear(entry.statistics, block, linear)
+        if self._hand is None:
+            return found
+        found = found.moved(lambda tensor: tensor.to(self.device))
+        self._statistics_in_hand = (text, leader, found)
+        return found
+
+    def put_statistics_down(self) -> None:
+        """Before a unit is trained: what it was pruned by takes no room on the device."""
+        self._statistics_in_hand = None
+        if self.placement.statistics == ANEW:
+            for entry in self.texts.values():
+                entry.statistics, entry.made_of = {}, None
+
+    @torch.no_grad()
+    def _statistics_anew(self, text: str, block: Block) -> Statistics:
+        """In the order of the dense pass, so that the sums are the same."""
+        made: Statistics = {}
+        source_STH = self.texts[text].activations.get(INPUT, block.index)
+        with self.using(None, block), block.watch_inputs(partial(accumulate, made), block.leaders):
+            for rows in batches(source_STH.shape[0], source_STH.shape[1], self.device):
+                self.texts[text].activations.through(block, fetch(source_STH, rows, self.device))
+        return made
 
     def starves(self, linear: Linear, block: Block) -> bool:
         """Whether it is of an expert that too few calibration tokens are routed to: recovery leaves it as it is."""
@@ -158,8 +249,9 @@ class BlockRange:
         Raises NumericalError when scores are not finite or a Gram matrix cannot be factorized.
         """
         if is_mask_file(recipe.criterion):
-            make_from_file = partial(_layer_of_file, self.own_criteria[recipe.criterion], linear)
-            return self.knowledge.get(("layer", recipe, linear.name), make_from_file)
+            make_from_file = partial(self._layer_of_file, self.own_criteria[recipe.criterion], linear)
+            of_file: PrunedLayer | None = self.knowledge.get(("layer", recipe, linear.name), make_from_file)
+            return of_file
         if not recipe.prunes(linear.name):
             return None
         if recipe.stream == "pruned":
@@ -167,24 +259,31 @@ class BlockRange:
         leader = block.leader_of(linear.name)
 
         def factor(dampening: float) -> InverseFactor:
-            make = partial(self._factor_on_host, leader, dampening)
+            make = partial(self._factor_on_host, linear, block, dampening)
             return self.knowledge.get(("factor", leader, dampening), make).to(self.device)
 
-        statistics = self.statistics(CALIBRATION, linear, block)
-        make = partial(self._pruned, recipe, block, linear, statistics, factor)
+        def make() -> PrunedLayer:
+            statistics = self.statistics(CALIBRATION, linear, block)
+            return self._pruned(recipe, block, linear, statistics, factor).moved(self.waiting.put)
+
         return self.knowledge.get(("layer", recipe, linear.name), make)
 
-    def _factor_on_host(self, leader: str, dampening: float) -> InverseFactor:
+    def _layer_of_file(self, path: OwnFunction | Path, linear: Linear) -> PrunedLayer | None:
+        layer = _layer_of_file(path, linear)
+        return None if layer is None else layer.moved(self.waiting.put)
+
+    def _factor_on_host(self, linear: Linear, block: Block, dampening: float) -> InverseFactor:
         """Kept where memory is plenty: copying it costs little beside making it again."""
-        return inverse_factor(self.texts[CALIBRATION].statistics[leader], dampening).to("cpu")
+        return inverse_factor(self.statistics(CALIBRATION, linear, block), dampening).to("cpu")
 
     def prune(self, name: str, recipe: MaskRecipe, block: Block) -> None:
         """Puts the pruned weights of one block under the trial `name`."""
         self.recipes[name] = recipe
-        for linear in block.linears.values():
-            layer = self.pruned_layer(recipe, block, linear)
-            if layer is not None:
-                self._put(name, linear, layer)
+        with self.using(None, block):
+            for linear in block.linears.values():
+                layer = self.pruned_layer(recipe, block, linear)
+                if layer is not None:
+                    self._put(name, linear, layer)
 
     def prune_on_stream(self, name: str, stream: str, recipe: MaskRecipe, block: Block) -> None:
         """The same with statistics of what the dense block takes in on a stream that has arrived at it.
@@ -193,6 +292,10 @@ class BlockRange:
         `pruned`) are kept for other trials.
         """
         self.recipes[name] = recipe
+        with self.using(None, block):
+            self._prune_on_stream(name, stream, recipe, block)
+
+    def _prune_on_stream(self, name: str, stream: str, recipe: MaskRecipe, block: Block) -> None:
         statistics = self._stream_statistics(stream, block)
         factors: dict[tuple[str, float], InverseFactor] = {}
 
@@ -206,6 +309,7 @@ class BlockRange:
                 leader = block.leader_of(linear.name)
                 own = _of_linear(statistics, block, linear)
                 layer = self._pruned(recipe, block, linear, own, partial(factor, leader))
+                layer = layer.moved(self.waiting.put)
                 self._put(name, linear, layer)
                 if recipe.stream == "pruned":
                     self.knowledge.keep(("layer", recipe, linear.name), layer)
@@ -256,7 +360,10 @@ class BlockRange:
         """One row per pruned linear of the block: sparsity, dead inputs, error of its output before recovery."""
         layers = self.layers[name]
         pruned = [linear for linear in block.linears.values() if linear.name in layers]
-        return [self._linear_row(self.recipes[name], block, linear, layers[linear.name]) for linear in pruned]
+        with self.using(None, block):
+            return [
+                self._linear_row(self.recipes[name], block, linear, layers[linear.name]) for linear in pruned
+            ]
 
     def _linear_row(
         self, recipe: MaskRecipe, block: Block, linear: Linear, layer: PrunedLayer
@@ -267,7 +374,7 @@ class BlockRange:
         return dict(self.knowledge.get(("row", recipe, linear.name), make))
 
     def _new_linear_row(self, block: Block, linear: Linear, layer: PrunedLayer) -> dict[str, object]:
-        mask_OI = layer.mask_OI
+        mask_OI = layer.mask_OI.to(self.device)
         return {
             "kind": "linear",
             "unit": linear.name,
@@ -308,18 +415,44 @@ class BlockRange:
         """Puts the weights that the trial `name` had before its recovery under the name `copy`."""
         self.begin(copy)
         self.recipes[copy] = self.recipes[name]
-        linears = {linear.name: linear for block in self.blocks.values() for linear in block.linears.values()}
-        for linear_name, layer in self.layers[name].items():
-            self._put(copy, linears[linear_name], layer)
+        for block in self.blocks.values():
+            mine = [linear for linear in block.linears.values() if linear.name in self.layers[name]]
+            if mine:
+                with self.using(None, block):
+                    for linear in mine:
+                        self._put(copy, linear, self.layers[name][linear.name])
 
     @contextmanager
     def using(self, name: str | None, block: Block) -> Iterator[None]:
         """The block runs with the weights of the trial `name` within the context; dense with None."""
-        weights = self.weights[name] if name is not None else {}
         prefix = f"{block.prefix}."
-        mine = {full.removeprefix(prefix): t for full, t in weights.items() if full.startswith(prefix)}
-        with _exchanged(block.module, mine):
+        with self.holding(name, block) as tensors:
+            mine = {full.removeprefix(prefix): t for full, t in tensors.items() if full.startswith(prefix)}
+            with _exchanged(block.module, mine):
+                yield
+
+    @contextmanager
+    def in_hand(self, name: str, blocks: Iterable[Block]) -> Iterator[None]:
+        """Within the context the blocks are dense, and their tensors lie on the device, those of the trial `name` as
+        well."""
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(self.using(None, block))
+                stack.enter_context(self.holding(name, block))
             yield
+
+    def holding(self, name: str | None, block: Block) -> AbstractContextManager[Weights]:
+        """Within the context the trial's tensors of the block are on the device in `weights`, and stay. Yields what
+        stands in the place of the block's own."""
+        if self._hand is None:
+            return nullcontext(self.weights[name] if name is not None else {})
+        following = self.blocks.get(block.index + 1, self.blocks[self.shard.start])
+        return self._hand.hold(name, block, following)
+
+    def changed(self, name: str, block: Block) -> None:
+        """Training has changed the trial's tensors of the block in their place."""
+        if self._hand is not None:
+            self._hand.changed(name, block)
 
     @contextmanager
     def using_outside(self, name: str | None) -> Iterator[None]:
@@ -360,7 +493,7 @@ class BlockRange:
                 errors[block.index] = [0.0] * (rows.stop - rows.start)
                 continue
             if hidden_BTH is None:
-                hidden_BTH = fetch(self.texts[text].activations.inputs[block.index], rows, self.device)
+                hidden_BTH = self.texts[text].activations.rows(block.index, rows, self.device)
             with self.using(name, block):
                 hidden_BTH = block.run(hidden_BTH)
             if compares:
@@ -369,20 +502,20 @@ class BlockRange:
 
     def dense_output(self, text: str, rows: slice) -> Tensor:
         """What leaves the range when a batch of a kept text passes through the dense model."""
-        return fetch(self.texts[text].activations.inputs[max(self.blocks) + 1], rows, self.device)
+        return self.texts[text].activations.rows(self.shard.stop, rows, self.device)
 
     def _is_dense(self, name: str | None, block: Block) -> bool:
         return name is None or not any(full.startswith(f"{block.prefix}.") for full in self.weights[name])
 
     def _block_error(self, text: str, block: Block, rows: slice, hidden_BTH: Tensor) -> list[float]:
-        dense_BTH = self.texts[text].activations.inputs[block.index + 1][rows].to(self.device)
+        dense_BTH = self.texts[text].activations.rows(block.index + 1, rows, self.device)
         return squared_sums(hidden_BTH.float() - dense_BTH.float())
 
     def target_power(self, text: str, index: int) -> float:
         """The squared dense output of a block, summed over a kept text: what errors are divided by."""
-        target_STH = self.texts[text].activations.inputs[index + 1]
 
         def make() -> float:
+            target_STH = self.texts[text].activations.get(INPUT, index + 1)
             pieces = batches(target_STH.shape[0], target_STH.shape[1], self.device)
             return math.fsum(
                 total for rows in pieces for total in squared_sums(fetch(target_STH, rows, self.device))
@@ -410,6 +543,8 @@ class BlockRange:
 
     def release(self, name: str) -> None:
         """Forgets a trial's weights, layers and stream."""
+        if self._hand is not None:
+            self._hand.forget(name)
         self.weights.pop(name, None)
         self.layers.pop(name, None)
         self.recipes.pop(name, None)

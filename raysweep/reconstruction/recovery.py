@@ -46,6 +46,14 @@ def recover_unit(
     Raises NumericalError when the weights or the errors of the unit are not finite.
     """
     unit = find_unit(blocks, str(trial.granularity), unit_name)
+    with blocks.in_hand(name, unit.blocks):
+        return _recover_in_hand(blocks, name, trial, unit, recovered)
+
+
+def _recover_in_hand(
+    blocks: BlockRange, name: str, trial: Trial, unit: Unit, recovered: Weights | None
+) -> UnitResult | None:
+    """With its blocks in hand."""
     if trial.statistics_stream == "recovered":
         prune_unit_on_stream(blocks, name, trial, unit)
     result = None
@@ -115,12 +123,15 @@ def _recovered(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> UnitR
     else:
         measured = objective_of(blocks, name, trial, unit)
         before = _errors_before(blocks, trial, unit, measured)
+        blocks.put_statistics_down()
         with _memory_peak(blocks.device) as device_peak:
             kind = Stage if blocks.device.type == "cpu" else DeviceStage
             stage = kind(blocks, name, trial, unit, measured)
             stage.train()
             cost = stage_cost(stage)
             peak_bytes = device_peak() or cost.peak_bytes
+        for block in unit.blocks:
+            blocks.changed(name, block)
         del stage  # with its targets, which are made anew
     after = {text: measured.error(text) for text in before}
     return UnitResult.of(unit.name, unit.block.index, before, after, [replace(cost, peak_bytes=peak_bytes)])

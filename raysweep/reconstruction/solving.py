@@ -43,7 +43,7 @@ class Solver:
     def solve(self) -> Solved:
         """Puts the optimum under the mask into the trial's weights; it starts at the pruned (or updated) ones."""
         weights, problem = self.blocks.weights[self.name], self.problem(CALIBRATION)
-        mask_OI = self.blocks.layers[self.name][self.linear.name].mask_OI
+        mask_OI = self.blocks.layers[self.name][self.linear.name].mask_OI.to(self.blocks.device)
         has_bias = self.linear.bias_O is not None
         free_OI = mask_OI
         if has_bias:

@@ -16,12 +16,14 @@ from raysweep.model.shape import ModelShape
 from raysweep.model.shard import ModelShard
 from raysweep.model.tokens import TokenSet
 from raysweep.reconstruction.activations import DEVICE_BATCH_TOKENS, batches, keep_rows
+from raysweep.reconstruction.placement import HOST
+from raysweep.reconstruction.stores import Store
 from raysweep.shards.group_info import TextInfo
 from raysweep.shards.memory import SIZES, Workload, shard_memory
 from raysweep.shards.outcome import perplexity
 from raysweep.shards.plan import format_bytes
 
-HOST = torch.device("cpu")
+ON_HOST = Store(HOST, torch.device("cpu"))
 USED_SHARE = 0.85  # of the memory that is free: allocators cut it into pieces; assumption
 
 
@@ -106,7 +108,7 @@ def _pass_text(shard: ModelShard, name: str, tokens: TokenSet, waiting: dict[str
         if shard.is_last:
             losses += window_losses(shard, hidden_BTH, ids_BT)
         else:
-            keep_rows(waiting, name, len(tokens), rows, hidden_BTH, HOST)
+            keep_rows(waiting, name, len(tokens), rows, hidden_BTH, ON_HOST)
     return losses
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from raysweep.reconstruction.placement import Placement
 
 EVALUATION_PREFIX = "evaluation/"
 TRIAL_CPUS = 0.01  # that a trial's process reserves: it waits for the shards nearly all of its time
@@ -17,7 +19,7 @@ class ShardSpec:
     start, stop: its blocks;  head: whether it has the head though it is not the last
     dtype: resolved;  device: cpu or cuda;  threads: of the CPU, for one operation
     knowledge_bytes: how much of what it has worked out it may keep
-    stored_on_device: whether it keeps activations on its device;  compiles: whether it compiles training there
+    placement: where what it holds lies;  compiles: whether it compiles training on its device
     traces: whether it notes what it does when
     """
 
@@ -31,7 +33,7 @@ class ShardSpec:
     device: str = "cpu"
     threads: int = 1
     knowledge_bytes: int = 2 << 30
-    stored_on_device: bool = False
+    placement: Placement = field(default_factory=Placement)
     compiles: bool = False
     traces: bool = False
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError
 from raysweep.model.shape import ModelShape
+from raysweep.reconstruction.placement import DEVICE, Placement
 from raysweep.shards.memory import SIZES, ShardMemory, Workload, keepable_bytes, shard_memory
 
 TRIALS_IN_FLIGHT = 3  # one trains, another is evaluated, a third begins; each is a process of its own
@@ -28,7 +29,7 @@ class ShardPlan:
     replicas: groups of such shards;  concurrent_trials: in flight in each of them
     memory: by shard, with what it may keep;  shares_cores: more shards than cores
     knowledge_bytes: limit of the masks and inputs of linears that one shard keeps
-    stored_on_device: whether activations are kept on the device;  compiles: whether training is compiled there
+    placement: where a shard's things lie while they are not in hand;  compiles: whether training on a device is
     shares_head: whether both ends of the chain have the head and take turns: on CPUs, where it is worth several blocks,
     and fits twice; a GPU is done with it before hidden states would have left for another one
     """
@@ -43,10 +44,15 @@ class ShardPlan:
     memory: tuple[ShardMemory, ...]
     knowledge_bytes: int
     shares_cores: bool
-    stored_on_device: bool = False
+    placement: Placement = field(default_factory=Placement)
     compiles: bool = False
     shares_head: bool = False
     replicas: int = 1
+
+    @property
+    def stored_on_device(self) -> bool:
+        """Whether activations are kept on the device."""
+        return self.placement.activations == DEVICE
 
     @property
     def shards(self) -> int:
@@ -173,7 +179,7 @@ def _with_store(
     plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload, fewer: bool, store: str
 ) -> ShardPlan:
     """The plan with its memory: activations on the device if they are to be, or where all fits there with room."""
-    on_device = replace(plan, stored_on_device=True)
+    on_device = replace(plan, placement=replace(plan.placement, activations=DEVICE))
     if plan.device == "cuda" and store == "device":
         return _with_memory(on_device, model, nodes, work, fewer)
     if plan.device == "cuda" and store == "auto":

@@ -76,7 +76,7 @@ def shard_specs(plan: ShardPlan, source: ModelSource, traces: bool = False) -> l
             device=plan.device,
             threads=plan.threads,
             knowledge_bytes=plan.knowledge_bytes,
-            stored_on_device=plan.stored_on_device,
+            placement=plan.placement,
             compiles=plan.compiles,
             traces=traces,
         )

@@ -54,11 +54,17 @@ class ShardWorker:
             torch.set_num_threads(spec.threads)
         self.spec = spec
         source = ModelSource(spec.model_path, spec.revision, spec.trust_remote_code)
-        self.shard = ModelShard.load(source, spec.start, spec.stop, spec.dtype, spec.device, spec.head)
-        self.blocks = BlockRange(self.shard, spec.knowledge_bytes)
+        self.shard = ModelShard.load(
+            source,
+            spec.start,
+            spec.stop,
+            spec.dtype,
+            spec.device,
+            spec.head,
+            waits=spec.placement.streams,
+        )
+        self.blocks = BlockRange(self.shard, spec.knowledge_bytes, spec.placement)
         self.blocks.compiles = spec.compiles
-        if spec.stored_on_device:
-            self.blocks.store = self.blocks.device
         self.counts = Counts()
         self._ids: dict[str, Tensor] = {}
         self._unfinished = UnfinishedUnits()
@@ -114,6 +120,19 @@ class ShardWorker:
         hidden_BTH = self._incoming(text, rows, hidden)
         output_BTH = self.blocks.dense_pass(text, samples, rows, hidden_BTH)
         return None if self.shard.is_last else to_wire(output_BTH)
+
+    def enter_dense(self, text: str, samples: int, start: int, stop: int, hidden: Any) -> None:
+        """Takes in a batch of a kept text, which then passes the blocks one by one."""
+        rows = slice(start, stop)
+        self.blocks.enter_dense(text, samples, rows, self._incoming(text, rows, hidden))
+
+    def pass_block(self, text: str, index: int) -> None:
+        """Passes a kept text that has arrived at a block through it."""
+        self.blocks.pass_block(text, index)
+
+    def leave_dense(self, text: str, start: int, stop: int) -> Any:
+        """A batch of a kept text that has passed all blocks, for the next shard."""
+        return to_wire(self.blocks.dense_output(text, slice(start, stop)))
 
     # What a trial asks
 
@@ -222,7 +241,7 @@ class ShardWorker:
 
     def _take(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self.blocks.weights[name] |= {
-            full: tensor.to(self.shard.device, self.shard.dtype) for full, tensor in tensors.items()
+            full: self.blocks.waiting.put(tensor.to(self.shard.dtype)) for full, tensor in tensors.items()
         }
 
     # Streams: activations on their way through the chain with a trial's weights
@@ -300,7 +319,7 @@ class ShardWorker:
         """
         with self._timed(name, "recovery"):
             part = self._parts[name]
-            output_BTH = part.stage.forward(number, self._received(hidden))
+            output_BTH = part.forward(number, self._received(hidden))
             return self._backward(part, number, None) if part.unit.is_last else to_wire(output_BTH)
 
     def step_backward(self, name: str, number: int, gradient: Any) -> Any:
@@ -353,11 +372,12 @@ class ShardWorker:
 
     def close_part(self, name: str) -> None:
         """Forgets the part."""
-        del self._parts[name], self._part_began[name]
+        self._parts.pop(name).let_go()
+        del self._part_began[name]
 
     def _backward(self, part: UnitPart, number: int, gradient_BTH: Tensor | None) -> Any:
         """Steps at once unless gradients are clipped, for which those of all parts must be known."""
-        gradient_BTH = part.stage.backward(number, gradient_BTH)
+        gradient_BTH = part.backward(number, gradient_BTH)
         if part.stage.recipe.max_grad_norm is None:
             part.stage.step(number, 1.0)
         return None if gradient_BTH is None else to_wire(gradient_BTH)
@@ -430,8 +450,9 @@ class ShardWorker:
         self._unfinished.settle(name)
         known = {*self.blocks.weights, *self.blocks.streams, *self._seconds}
         for each in {name, *(other for other in known if other.endswith(f"@{name}"))}:
+            if each in self._parts:
+                self._parts.pop(each).let_go()
             self.blocks.release(each)
-            self._parts.pop(each, None)
             self._part_began.pop(each, None)
             self.blocks.knowledge.close_account(each)
             self._seconds.pop(each, None)
@@ -472,7 +493,10 @@ class ShardWorker:
         weights = self.blocks.weights.get(name, {})
         linears = (linear for block in self.blocks.blocks.values() for linear in block.linears)
         tensors = (weights[f"{linear}.weight"] for linear in linears if f"{linear}.weight" in weights)
-        return sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in tensors)
+        there = (
+            tensor.to(self.shard.device) for tensor in tensors
+        )  # a GPU counts them sooner than they are counted here
+        return sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in there)
 
     @contextmanager
     def _timed(self, name: str, phase: str) -> Iterator[None]:

@@ -12,9 +12,11 @@ from raysweep.errors import NumericalError
 from raysweep.model.shard import ModelShard
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction import programs
+from raysweep.reconstruction.boundaries import INPUT
 from raysweep.reconstruction.device_stage import DeviceStage
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.objectives import objective_of
+from raysweep.reconstruction.placement import Placement
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import find_unit
 from raysweep.reconstruction.stage import Stage
@@ -44,10 +46,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def a_range(dtype: torch.dtype = torch.float32, store: str = "cpu") -> BlockRange:
-    blocks = range_of(make_model("llama").to(DEVICE, dtype))
-    blocks.store = torch.device(store)
-    return blocks
+def a_range(dtype: torch.dtype = torch.float32) -> BlockRange:
+    return range_of(make_model("llama").to(DEVICE, dtype))
 
 
 def trained(kind: Any, blocks: BlockRange, unit: str, fields: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -90,14 +90,15 @@ def test_divergence_is_an_error():
 def test_where_activations_lie_changes_no_number():
     model = make_model("llama").to(DEVICE)
     found = []
-    for store in ("cpu", "cuda:0"):
-        blocks = BlockRange(ModelShard.whole(model.eval().requires_grad_(False)))
-        blocks.store = torch.device(store)
+    for store, device in {"host": "cpu", "disk": "cpu", "device": "cuda:0"}.items():
+        shard = ModelShard.whole(model.eval().requires_grad_(False))
+        blocks = BlockRange(shard, placement=Placement(activations=store))
         pass_text([blocks], CALIBRATION, IDS)
-        assert str(blocks.texts[CALIBRATION].activations.inputs[0].device) == store
+        assert str(blocks.texts[CALIBRATION].activations.get(INPUT, 0).device) == device
         found.append(trained(DeviceStage, blocks, "1", {"granularity": "block", "epochs": 4}))
     for name, tensor in found[0].items():
         assert torch.equal(found[1][name], tensor), name
+        assert torch.equal(found[2][name], tensor), name
 
 
 @on_a_gpu
@@ -164,7 +165,7 @@ def test_unlike_blocks_share_no_program(monkeypatch):
     programs._forward_of.cache_clear()
     blocks = a_range()
     first, second = blocks.blocks[0], blocks.blocks[1]
-    hidden = blocks.texts[CALIBRATION].activations.inputs[1][:2].to(DEVICE)
+    hidden = blocks.texts[CALIBRATION].activations.get(INPUT, 1)[:2].to(DEVICE)
     dense = {name: tensor.detach() for name, tensor in second.module.named_parameters()}
     instead = {f"{second.prefix}.{name}": tensor for name, tensor in dense.items()}
     programs.run_compiled(first, hidden, first.module, {})

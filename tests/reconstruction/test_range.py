@@ -14,6 +14,7 @@ from raysweep.errors import NumericalError, UsageError
 from raysweep.model.structure import Block
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
+from raysweep.reconstruction.boundaries import INPUT
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION, UnitResult
 from raysweep.reconstruction.range import BlockRange
 from tests.families import BLOCKS, FAMILIES, make_model
@@ -64,17 +65,14 @@ def test_boundaries_are_the_whole_models_hidden_states(family, keep_halves):
     with torch.no_grad():
         expected = model(IDS, output_hidden_states=True).hidden_states
     kept = blocks.texts[CALIBRATION].activations
-    assert sorted(kept.inputs) == list(range(BLOCKS + 1))
     assert kept.tokens == TOKENS
     for index in range(BLOCKS):  # the last of transformers' hidden states has passed the norm
-        torch.testing.assert_close(kept.inputs[index], expected[index], rtol=1e-6, atol=1e-6)
-    logits = blocks.shard.logits(kept.inputs[BLOCKS])
+        torch.testing.assert_close(kept.get(INPUT, index), expected[index], rtol=1e-6, atol=1e-6)
+    logits = blocks.shard.logits(kept.get(INPUT, BLOCKS))
     with torch.no_grad():
         torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-6, atol=1e-6)
-    assert sorted(kept.middles) == (list(range(BLOCKS)) if keep_halves else [])
-    assert sorted(kept.mlp_outputs) == (
-        list(range(BLOCKS)) if keep_halves and FAMILIES[family].parallel else []
-    )
+    per_block = 1 + keep_halves * (1 + FAMILIES[family].parallel)
+    assert kept.nbytes == (BLOCKS * per_block + 1) * expected[0].nbytes
 
 
 @pytest.mark.parametrize("keep_halves", [True, False])
@@ -100,8 +98,8 @@ def test_a_text_in_several_batches_is_the_same_text():
     assert (at_once.dense_batches, in_parts.dense_batches) == (1, 3)
     for index in range(BLOCKS + 1):
         torch.testing.assert_close(
-            in_parts.texts[CALIBRATION].activations.inputs[index],
-            at_once.texts[CALIBRATION].activations.inputs[index],
+            in_parts.texts[CALIBRATION].activations.get(INPUT, index),
+            at_once.texts[CALIBRATION].activations.get(INPUT, index),
         )
     for name, statistics in at_once.texts[CALIBRATION].statistics.items():
         parts = in_parts.texts[CALIBRATION].statistics[name]
@@ -267,7 +265,7 @@ NO_ERRORS = {index: [0.0] * SAMPLES for index in range(BLOCKS)}
 def test_the_dense_model_has_no_errors():
     blocks = range_of(make_model("llama"))
     hidden, errors = blocks.forward(None, CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
-    assert torch.equal(hidden, blocks.texts[CALIBRATION].activations.inputs[BLOCKS])
+    assert torch.equal(hidden, blocks.texts[CALIBRATION].activations.get(INPUT, BLOCKS))
     assert errors == {}
     blocks.begin("same")
     _, errors = blocks.forward("same", CALIBRATION, slice(0, SAMPLES), blocks.shard.embed(IDS))
@@ -294,7 +292,7 @@ def test_what_is_as_in_the_dense_model_is_not_computed_again(monkeypatch):
     assert blocks.forward("dense", CALIBRATION, rows, None) == (None, NO_ERRORS)
     assert ran == list(range(1, BLOCKS))
     assert torch.equal(
-        blocks.dense_output(CALIBRATION, rows), blocks.texts[CALIBRATION].activations.inputs[BLOCKS]
+        blocks.dense_output(CALIBRATION, rows), blocks.texts[CALIBRATION].activations.get(INPUT, BLOCKS)
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from raysweep.reconstruction.boundaries import INPUT
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.optimizer import learning_rate_factor
 from raysweep.reconstruction.recovery import find_unit, recover_unit
@@ -50,8 +51,8 @@ def naive_lora(blocks, trial, unit, norms: bool) -> dict[str, torch.Tensor]:
 
     trained = [part for pair in leaves.values() for part in pair] + list(norm_leaves.values())
     optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0, foreach=False, fused=False)
-    x = blocks.texts[CALIBRATION].activations.inputs[block.index]
-    target = blocks.texts[CALIBRATION].activations.inputs[block.index + 1]
+    x = blocks.texts[CALIBRATION].activations.get(INPUT, block.index)
+    target = blocks.texts[CALIBRATION].activations.get(INPUT, block.index + 1)
     arguments = block.arguments
     steps = trial.epochs * math.ceil(SAMPLES / trial.batch_size)
     for step in range(steps):

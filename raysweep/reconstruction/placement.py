@@ -1,0 +1,35 @@
+"""Where what a shard holds lies while it is not in hand. No torch, so that plans can say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEVICE, HOST, DISK, FILES, ANEW = "device", "host", "disk", "files", "anew"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Of one shard. On a CPU `device` and `host` are the same memory.
+
+    weights: dense ones of the blocks: device, host, or files: of the model, read block by block when they are needed
+    trials: weights and masks of trials in flight: device, host or disk
+    activations: at the boundaries of blocks: device, host or disk
+    statistics: Gram matrices: device, host, disk, or anew: made again from the boundaries whenever they are needed
+    every: of the boundaries between blocks every so many-th is kept, the others are made again from the one before
+    halves: whether those within blocks are kept, where trials need them
+    scratch: folder for what lies on disk
+    """
+
+    weights: str = DEVICE
+    trials: str = DEVICE
+    activations: str = HOST
+    statistics: str = DEVICE
+    every: int = 1
+    halves: bool = True
+    scratch: Path | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether blocks come into hand one after another."""
+        return self.weights != DEVICE
