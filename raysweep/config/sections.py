@@ -259,9 +259,32 @@ class ExecutionConfig(BaseModel):
     checkpoint_steps: Count = setting(
         "steps of a retraining after which a checkpoint is written", default=200, values=WHOLE_VALUES
     )
-    activation_store: Literal["auto", "device", "host"] = setting(
-        "where activations are kept; auto = on the GPUs where all fits, else in the memory of their hosts",
+    weight_store: Literal["auto", "device", "host", "disk"] = setting(
+        "where weights and masks wait until their block is in hand: device = all are in hand; disk = dense ones in the "
+        "model's own files, those of trials in `scratch`; auto = the first of these with which all fits",
         default="auto",
+    )
+    activation_store: Literal["auto", "device", "host", "disk"] = setting(
+        "where activations are kept; disk = in `scratch`; auto = on the GPUs where all fits, else in the memory of "
+        "their hosts, else on disk",
+        default="auto",
+    )
+    statistics_store: Literal["auto", "device", "host", "disk", "anew"] = setting(
+        "where Gram matrices are kept; anew = nowhere: they are summed up again from the activations when a block is "
+        "pruned",
+        default="auto",
+    )
+    boundaries: Literal["auto", "all"] | Count = setting(
+        "activations that are kept: all = between blocks and within them; N = every N-th of those between blocks, "
+        "while others are computed anew; auto = all where they have room",
+        default="auto",
+        values=f"auto, all, or {WHOLE_VALUES}",
+    )
+    scratch: Text | None = setting(
+        "folder, of every node its own, for what is kept on disk while a sweep runs, and is gone with it; null = the "
+        "node's temporary folder (TMPDIR)",
+        default=None,
+        values="a folder, or null",
     )
     compile: Literal["auto", "always", "never"] = setting(
         "whether the training of units is compiled on GPUs, which takes each shard half a minute and makes every step "

@@ -181,7 +181,10 @@ class ModelRun:
         granularities = sorted({trial.granularity for trial in model.possible if trial.granularity})
         self.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
         texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
-        info = set_up(group, self.plan.ranges, texts, granularities, model.shape, model.own_criteria)
+        by_block = self.plan.placement.by_block
+        info = set_up(
+            group, self.plan.ranges, texts, granularities, model.shape, model.own_criteria, by_block
+        )
         for key, value in _known_results(prepared, model, phase, info).items():
             group.share(key, "earlier launch", partial(_the_same, value))
         columns = _phase_columns(prepared.space, model, phase, self.plan, info, self.runner)

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from raysweep.model.structure import Block
 from raysweep.reconstruction.activations import batches, fetch, keep_rows
-from raysweep.reconstruction.placement import Placement
+from raysweep.reconstruction.placement import MADE, Placement
 from raysweep.reconstruction.stores import Store
 
 INPUT, MIDDLE, MLP_OUTPUT = "input", "middle", "mlp output"
@@ -20,8 +20,6 @@ INPUT, MIDDLE, MLP_OUTPUT = "input", "middle", "mlp output"
 Boundary = tuple[str, int]
 """(INPUT, i): what enters block i, and for the index behind the last block what leaves the range;
 (MIDDLE, i): what its attention half gives;  (MLP_OUTPUT, i): what the MLP half gives where the two are parallel."""
-
-MADE = 3  # boundaries of a text that are held once they are made anew: input, middle and output of one block
 
 
 class Boundaries:
@@ -58,12 +56,16 @@ class Boundaries:
         return whole if kind == INPUT else self._placement.halves and self._placement.every == 1
 
     def write(self, boundary: Boundary, rows: slice, batch_BTH: Tensor) -> None:
-        """Takes in a batch of a boundary in the dense pass. One that is not kept is held until two more have come."""
+        """Takes in a batch of a boundary in the dense pass, if it is one of those that are kept."""
         if self.keeps(boundary):
             keep_rows(self._kept, boundary, self.samples, rows, batch_BTH, self._store)
-        else:
-            keep_rows(self._made, boundary, self.samples, rows, batch_BTH, self._store)
-            self._forget_made()
+
+    def write_all(self, boundary: Boundary, batches_BTH: Iterable[tuple[slice, Tensor]]) -> None:
+        """Takes in a whole boundary. One that is not kept is held until others have come."""
+        known = self._kept if self.keeps(boundary) else self._made
+        for rows, batch_BTH in batches_BTH:
+            keep_rows(known, boundary, self.samples, rows, batch_BTH, self._store)
+        self._forget_made()
 
     def get(self, kind: str, index: int) -> Tensor:
         """One boundary of the whole text."""
@@ -115,11 +117,11 @@ class Boundaries:
             source_STH = self.get(MIDDLE if behind_halves else INPUT, index - 1)
             half = block.halves.mlp if behind_halves else block.module
         device = self._store.device
+        rows = batches(self.samples, source_STH.shape[1], device)
         with block.in_hand():
-            for rows in batches(self.samples, source_STH.shape[1], device):
-                batch_BTH = block.run(fetch(source_STH, rows, device), half)
-                keep_rows(self._made, boundary, self.samples, rows, batch_BTH, self._store)
-        self._forget_made()
+            self.write_all(
+                boundary, ((each, block.run(fetch(source_STH, each, device), half)) for each in rows)
+            )
 
     def _forget_made(self) -> None:
         while len(self._made) > MADE:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 DEVICE, HOST, DISK, FILES, ANEW = "device", "host", "disk", "files", "anew"
 
+MADE = 3  # boundaries of a text that are held once they are made anew: input, middle and output of one block
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -30,6 +32,11 @@ class Placement:
     scratch: Path | None = None
 
     @property
-    def streams(self) -> bool:
+    def waits(self) -> bool:
         """Whether blocks come into hand one after another."""
         return self.weights != DEVICE
+
+    @property
+    def by_block(self) -> bool:
+        """Whether texts pass as a whole through one block after another, because not everything has room at once."""
+        return self.waits or self.statistics != DEVICE or self.every > 1 or not self.halves

@@ -30,7 +30,7 @@ from raysweep.reconstruction.hand import Hand, WaitingWeights
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
 from raysweep.reconstruction.losses import squared_sums
 from raysweep.reconstruction.measures import CALIBRATION, BlockErrors, ratio
-from raysweep.reconstruction.placement import ANEW, Placement
+from raysweep.reconstruction.placement import ANEW, DEVICE, Placement
 from raysweep.reconstruction.stores import Store
 
 Weights = dict[str, Tensor]
@@ -112,7 +112,7 @@ class BlockRange:
         self.captured: dict[tuple[str, str], tuple[str, Tensor]] = {}
         self._statistics_in_hand: tuple[str, str, InputStatistics] | None = None
         self._hand: Hand | None = None
-        if self.placement.streams:
+        if self.placement.weights != DEVICE:
             weights = WaitingWeights(shard, self.placement.weights)
             self._hand = Hand(weights, self.weights, self.waiting)
             for block in self.blocks.values():
@@ -164,13 +164,17 @@ class BlockRange:
         activations, powers = entry.activations, list[float]()
         source_STH = activations.get(INPUT, index)
         is_kept = activations.keeps((INPUT, index + 1))
-        with self.using(None, block):
+
+        def passed() -> Iterator[tuple[slice, Tensor]]:
             for rows in batches(source_STH.shape[0], source_STH.shape[1], self.device):
                 output_BTH = self._dense_block(block, entry, rows, fetch(source_STH, rows, self.device))
-                activations.write((INPUT, index + 1), rows, output_BTH)
                 if not is_kept:
-                    powers += squared_sums(output_BTH)
+                    powers.extend(squared_sums(output_BTH))
                 self.dense_batches += 1
+                yield rows, output_BTH
+
+        with self.using(None, block):
+            activations.write_all((INPUT, index + 1), passed())
         if not is_kept:  # or all of it would be made anew for this one number
             self.knowledge.keep(("target_power", text, index), math.fsum(powers))
         self._put_statistics_away(entry, block)
@@ -213,7 +217,7 @@ class BlockRange:
         if self.placement.statistics == ANEW and entry.made_of != block.index:
             entry.statistics, entry.made_of = self._statistics_anew(text, block), block.index
         found = _of_linear(entry.statistics, block, linear)
-        if self._hand is None:
+        if self.placement.statistics in (DEVICE, ANEW):
             return found
         found = found.moved(lambda tensor: tensor.to(self.device))
         self._statistics_in_hand = (text, leader, found)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raysweep.model.shape import BlockShape, ModelShape
+from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, MADE, Placement
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # measured: 436 MiB once loaded; the rest is what calls side by side leave in the heap
@@ -70,12 +71,14 @@ DEVICE_PARTS = ("weights", "trials", "recovery", "evaluation", "statistics", "ma
 class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
 
+    weights, trials, masks, statistics: those that are in hand, which is all of them unless blocks come one by one
     masks: a byte a weight for each, and updated weights;  factoring: work on Gram matrices for these
+    waiting_on_host, waiting_on_disk: of these what waits there
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
     and what is being made
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
     what their units should give
-    stored_on_device: whether activations are, with what is kept and streams
+    store: where activations are, with what is kept and streams: device, host or disk
     """
 
     weights: int
@@ -88,7 +91,13 @@ class ShardMemory:
     factoring: int
     kept: int
     streams: int
-    stored_on_device: bool = False
+    waiting_on_host: int = 0
+    waiting_on_disk: int = 0
+    store: str = HOST
+
+    @property
+    def stored_on_device(self) -> bool:
+        return self.store == DEVICE
 
     @property
     def device(self) -> int:
@@ -97,7 +106,12 @@ class ShardMemory:
 
     @property
     def host(self) -> int:
-        return PROCESS_BYTES + self.stored * (not self.stored_on_device)
+        return PROCESS_BYTES + self.waiting_on_host + self.stored * (self.store == HOST)
+
+    @property
+    def disk(self) -> int:
+        """Of the folder for what finds no room in memory."""
+        return self.waiting_on_disk + self.stored * (self.store == DISK)
 
     @property
     def stored(self) -> int:
@@ -118,7 +132,13 @@ class ShardMemory:
 
 
 def shard_memory(
-    model: ModelShape, start: int, stop: int, dtype: str, work: Workload, head: bool = False
+    model: ModelShape,
+    start: int,
+    stop: int,
+    dtype: str,
+    work: Workload,
+    head: bool = False,
+    placement: Placement | None = None,
 ) -> ShardMemory:
     """The least that the shard with blocks `start` to `stop` works with, keeping one block's inputs and factors.
 
@@ -127,19 +147,39 @@ def shard_memory(
     blocks, size = model.blocks[start:stop], SIZES[dtype]
     has_head = head or stop == len(model.blocks)
     vocabularies = (start == 0) + has_head
-    parameters = sum(block.parameters for block in blocks)
-    return ShardMemory(
-        weights=(parameters + vocabularies * model.vocabulary_parameters) * size,
-        activations=_activation_bytes(model, len(blocks), size, work),
-        statistics=len(work.texts) * sum(_gram_bytes(block) for block in blocks),
-        trials=2 * work.concurrent_trials * parameters * size,
+    placement = placement or Placement()
+    parameters = [block.parameters * size for block in blocks]
+    trials = [2 * work.concurrent_trials * each for each in parameters]
+    masks = [(work.masks + size * work.updated) * _prunable(block) for block in blocks]
+    grams = [len(work.texts) * _gram_bytes(block) for block in blocks]
+    memory = ShardMemory(
+        weights=sum(parameters) + vocabularies * model.vocabulary_parameters * size,
+        activations=_activation_bytes(model, len(blocks), size, work, placement),
+        statistics=sum(grams),
+        trials=sum(trials),
         recovery=_largest_recovery(blocks, model, size, work) if work.recovery else 0,
         evaluation=_evaluation_bytes(model, size, work, has_head),
-        masks=(work.masks + size * work.updated) * sum(_prunable(block) for block in blocks),
+        masks=sum(masks),
         factoring=_factoring_bytes(blocks, work),
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
+        store=placement.activations,
     ).keeping(0, keepable_bytes(blocks, size, work))
+    waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}
+    if placement.statistics != DEVICE:
+        waiting[placement.statistics] += sum(grams)
+        memory = replace(memory, statistics=max(map(_gram_bytes, blocks)))
+    if placement.waits:
+        in_hand = min(len(blocks), work.span + 1)  # those at work, and the one that comes next
+        waiting[placement.weights] += sum(parameters)
+        waiting[placement.trials] += sum(trials) + sum(masks)
+        memory = replace(
+            memory,
+            weights=memory.weights - sum(parameters) + in_hand * max(parameters),
+            trials=in_hand * max(parameters),
+            masks=work.span * max(map(_prunable, blocks)),
+        )
+    return replace(memory, waiting_on_host=waiting[HOST], waiting_on_disk=waiting[DISK])
 
 
 def _factoring_bytes(blocks: Sequence[BlockShape], work: Workload) -> int:
@@ -183,8 +223,12 @@ def _gram_bytes(block: BlockShape) -> int:
     return STATISTICS_SIZE * sum(inputs * (inputs + 1) for _, inputs in block.linears.values())
 
 
-def _activation_bytes(model: ModelShape, blocks: int, size: int, work: Workload) -> int:
-    boundaries = blocks + 1 + (blocks if work.halves else 0)
+def _activation_bytes(model: ModelShape, blocks: int, size: int, work: Workload, placement: Placement) -> int:
+    """Of the boundaries that are kept, and of the few that are held when others are made anew."""
+    kept = -(-(blocks + 1) // placement.every)
+    halves = blocks if work.halves else 0
+    is_all = placement.every == 1 and (placement.halves or not halves)
+    boundaries = blocks + 1 + halves if is_all else min(kept + MADE + 1, blocks + 1 + halves)
     return _text_tokens(work) * boundaries * model.hidden * size
 
 

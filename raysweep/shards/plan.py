@@ -12,6 +12,7 @@ from raysweep.errors import CapacityError
 from raysweep.model.shape import ModelShape
 from raysweep.reconstruction.placement import DEVICE, Placement
 from raysweep.shards.memory import SIZES, ShardMemory, Workload, keepable_bytes, shard_memory
+from raysweep.shards.stores import AUTO, Stores
 
 TRIALS_IN_FLIGHT = 3  # one trains, another is evaluated, a third begins; each is a process of its own
 CPUS_FOR_TRIALS = 0.1  # of every node, that no shard reserves: room for the processes of trials
@@ -90,7 +91,7 @@ def make_plan(
     shards: int | None = None,
     threads: int = 1,
     concurrent_trials: int | None = None,
-    store: str = "auto",
+    stores: Stores | None = None,
     compiles: bool = False,
     replicas: int = 1,
 ) -> ShardPlan:
@@ -98,7 +99,7 @@ def make_plan(
     many fewer as fit (each is a process with libraries of its own), and three trials in flight, or fewer.
 
     shards, concurrent_trials: in each of the replicas
-    store: where activations are kept: device, host, or auto;  compiles: training on a device
+    stores: where things may lie, anywhere by default;  compiles: training on a device
     Raises CapacityError.
     """
     device = "cuda" if any(node.gpus for node in nodes) else "cpu"
@@ -112,13 +113,13 @@ def make_plan(
             remedy="Lower execution.shards" + (" or execution.replicas." if replicas > 1 else "."),
         )
 
-    def with_shards(count: int) -> ShardPlan:
+    def with_shards(count: int, placement: Placement) -> ShardPlan:
         if device == "cpu" and count > 1:
             with suppress(CapacityError):
-                return with_heads(count, shared=True)
-        return with_heads(count, shared=False)
+                return with_heads(count, placement, shared=True)
+        return with_heads(count, placement, shared=False)
 
-    def with_heads(count: int, shared: bool) -> ShardPlan:
+    def with_heads(count: int, placement: Placement, shared: bool) -> ShardPlan:
         plan = ShardPlan(
             ranges=even_ranges(len(model.blocks), count),
             device=device,
@@ -133,17 +134,24 @@ def make_plan(
             compiles=compiles and device == "cuda",
             shares_head=shared,
             replicas=replicas,
+            placement=placement,
         )
         fewer = concurrent_trials is None and not shared  # trials in flight are worth more than a second head
-        return _with_store(plan, model, nodes, work, fewer=fewer, store=store)
+        if plan.stored_on_device and (stores is None or stores.activations == AUTO):
+            roomy = [replace(node, gpu_bytes=int(node.gpu_bytes * STORE_SHARE)) for node in nodes]
+            return _with_memory(plan, model, roomy, work, fewer=False)
+        return _with_memory(plan, model, nodes, work, fewer)
 
-    try:
-        return with_shards(most)
-    except CapacityError:
-        for count in range(most - 1, 0, -1) if shards is None else ():
-            with suppress(CapacityError):
-                return with_shards(count)
-        raise
+    refused: CapacityError | None = None
+    for placement in (stores or Stores()).placements(device):
+        for count in (most,) if shards is not None else range(most, 0, -1):
+            try:
+                return with_shards(count, placement)
+            except CapacityError as error:
+                refused = error
+    raise refused or CapacityError(
+        "no placement is left", allowed="other values of execution.weight_store and its neighbours"
+    )
 
 
 def _shard_count(model: ModelShape, wanted: int | None, automatic: int) -> int:
@@ -175,32 +183,16 @@ def _reserved_cpus(nodes: Sequence[Node], shards: int, wanted: float, device: st
     return LEAST_CPUS
 
 
-def _with_store(
-    plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload, fewer: bool, store: str
-) -> ShardPlan:
-    """The plan with its memory: activations on the device if they are to be, or where all fits there with room."""
-    on_device = replace(plan, placement=replace(plan.placement, activations=DEVICE))
-    if plan.device == "cuda" and store == "device":
-        return _with_memory(on_device, model, nodes, work, fewer)
-    if plan.device == "cuda" and store == "auto":
-        roomy = [replace(node, gpu_bytes=int(node.gpu_bytes * STORE_SHARE)) for node in nodes]
-        with suppress(CapacityError):
-            return _with_memory(on_device, model, roomy, work, fewer=False)
-    return _with_memory(plan, model, nodes, work, fewer)
-
-
 def _with_memory(
     plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload, fewer: bool
 ) -> ShardPlan:
     """The plan with its memory; `fewer`: with as many fewer trials in flight as it takes to fit."""
     work = replace(work, concurrent_trials=plan.concurrent_trials)
     shards = (
-        shard_memory(model, start, stop, plan.dtype, work, head=shard in plan.heads)
-        for shard, (start, stop) in enumerate(plan.ranges)
+        shard_memory(model, *blocks, plan.dtype, work, head=shard in plan.heads, placement=plan.placement)
+        for shard, blocks in enumerate(plan.ranges)
     )
-    least = replace(
-        plan, memory=tuple(replace(memory, stored_on_device=plan.stored_on_device) for memory in shards)
-    )
+    least = replace(plan, memory=tuple(shards))
     try:
         _check_fit(least, nodes)
     except CapacityError:

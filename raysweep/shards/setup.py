@@ -91,12 +91,14 @@ def set_up(
     granularities: Sequence[str],
     model: ModelShape,
     own_criteria: Mapping[str, Any] | None = None,
+    by_block: bool = False,
 ) -> GroupInfo:
     """Passes the kept texts through the dense model and tells the group what its trials need to know; in all replicas
     at once.
 
     texts: token ids (samples, tokens) by name: calibration, perhaps validation, and those of evaluation
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
+    by_block: whether texts pass as a whole through one block after another, as of `Placement`
     May be called again with another calibration set; weights are not read again.
     """
     groups = group.replicas
@@ -110,7 +112,7 @@ def set_up(
         infos[name], *_ = [_set_text(one, name, ids_ST) for one in groups]
     for name in (CALIBRATION, VALIDATION):
         if name in infos:
-            _dense_pass(groups, infos[name])
+            _pass_blocks(groups, ranges, infos[name]) if by_block else _dense_pass(groups, infos[name])
     group.info = _describe(group, ranges, infos, granularities, model)
     return group.info
 
@@ -149,6 +151,26 @@ def _dense_pass(groups: Sequence[OwnedGroup], text: TextInfo) -> None:
             _take(ahead)
     while ahead:
         _take(ahead)
+
+
+def _pass_blocks(groups: Sequence[OwnedGroup], ranges: Sequence[tuple[int, int]], text: TextInfo) -> None:
+    """The text as a whole through one block after another, so that each is in hand once."""
+    for shard, (start, stop) in enumerate(ranges):
+        ahead: deque[tuple[OwnedGroup, Any]] = deque()
+        for first, last in text.batches:
+            for group in groups:
+                rows = (text.name, first, last)
+                given = group.submit(shard - 1, 0, "leave_dense", *rows) if shard else None
+                arguments = (text.name, text.samples, first, last, given)
+                ahead.append((group, group.submit(shard, 0, "enter_dense", *arguments)))
+            while len(ahead) > BATCHES_AHEAD * len(groups):
+                _take(ahead)
+        for index in range(start, stop):
+            for group in groups:
+                label = f"dense {text.name} block {index}"
+                ahead.append((group, group.submit(shard, 0, "pass_block", text.name, index, label=label)))
+        while ahead:
+            _take(ahead)
 
 
 def _take(ahead: deque[tuple[OwnedGroup, Any]]) -> None:

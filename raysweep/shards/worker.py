@@ -61,7 +61,7 @@ class ShardWorker:
             spec.dtype,
             spec.device,
             spec.head,
-            waits=spec.placement.streams,
+            waits=spec.placement.waits,
         )
         self.blocks = BlockRange(self.shard, spec.knowledge_bytes, spec.placement)
         self.blocks.compiles = spec.compiles

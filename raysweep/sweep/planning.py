@@ -12,6 +12,7 @@ from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.units import MODEL
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import ShardPlan, make_plan
+from raysweep.shards.stores import Stores
 from raysweep.sweep.prepare import Phase, PreparedModel
 
 COMPILE_FROM_FLOPS = 3e16
@@ -30,7 +31,13 @@ def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Seque
             shards=None if execution.shards == "auto" else execution.shards,
             threads=execution.threads_per_worker,
             concurrent_trials=None if execution.concurrent_trials == "auto" else execution.concurrent_trials,
-            store=execution.activation_store,
+            stores=Stores(
+                execution.weight_store,
+                execution.activation_store,
+                execution.statistics_store,
+                execution.boundaries,
+                execution.scratch,
+            ),
             replicas=execution.replicas,
             compiles=execution.compile == "always"
             or (execution.compile == "auto" and training_flops(model, space) >= COMPILE_FROM_FLOPS),

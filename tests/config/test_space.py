@@ -170,7 +170,7 @@ def test_mistakes_are_refused_with_their_place(old, new, where, said):
         ("execution.shards=two", "auto, or a whole number from 1"),
         ("execution.shards=true", "auto, or a whole number from 1"),
         ("execution.keep=some", "none | best | all"),
-        ("execution.activation_store=disk", "auto | device | host"),
+        ("execution.activation_store=tape", "auto | device | host | disk"),
         ("execution=3", "keys"),
         ("sweep=[]", "no trial at all"),
         ("sweep=null", "no trial at all"),

@@ -47,7 +47,7 @@ TRIALS = {
 
 def all_of(folder: Path, trial: Trial, placement: Placement) -> dict[str, Any]:
     """Every number that a trial leaves in a range: of its units and linears, of its evaluation, and its weights."""
-    shard = ModelShard.load(ModelSource(str(folder)), waits=placement.streams)
+    shard = ModelShard.load(ModelSource(str(folder)), waits=placement.waits)
     blocks = BlockRange(shard, placement=placement)
     for text, ids_ST in TEXTS.items():
         pass_text(blocks, text, ids_ST)
@@ -84,11 +84,11 @@ def pass_text(blocks: BlockRange, text: str, ids_ST: torch.Tensor) -> None:
     samples, tokens = ids_ST.shape
     for rows in batches(samples, tokens, blocks.device):
         hidden_BTH = blocks.shard.embed(ids_ST[rows])
-        if blocks.placement.streams:
+        if blocks.placement.by_block:
             blocks.enter_dense(text, samples, rows, hidden_BTH)
         else:
             blocks.dense_pass(text, samples, rows, hidden_BTH)
-    for index in blocks.blocks if blocks.placement.streams else ():
+    for index in blocks.blocks if blocks.placement.by_block else ():
         blocks.pass_block(text, index)
 
 

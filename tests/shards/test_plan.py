@@ -12,8 +12,10 @@ from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.shards.group_info import TRIAL_CPUS
 from raysweep.shards.memory import Workload, shard_memory
 from raysweep.shards.plan import KNOWLEDGE_MARGIN, even_ranges, host_bytes, make_plan
+from raysweep.shards.stores import Stores
 
 GIB = 1 << 30
+RESIDENT = Stores("device", "host", "device", "all")
 WORK = Workload(
     texts=((64, 256), (16, 256)),
     evaluation_tokens=256,
@@ -142,23 +144,23 @@ def host_need(trials: int) -> int:
 
 @pytest.mark.parametrize("fitting", [1, 2, 3])
 def test_trials_in_flight_are_lowered_until_they_fit_unless_they_are_given(fitting):
-    node = Node(1, 0, host_need(fitting))
-    assert make_plan(model(), [node], WORK, "float32", 1).concurrent_trials == fitting
-    assert make_plan(model(), [node], WORK, "float32", 1, concurrent_trials=fitting).memory
+    node, options = Node(1, 0, host_need(fitting)), {"shards": 1, "stores": RESIDENT}
+    assert make_plan(model(), [node], WORK, "float32", **options).concurrent_trials == fitting
+    assert make_plan(model(), [node], WORK, "float32", concurrent_trials=fitting, **options).memory
     with pytest.raises(CapacityError, match="of host memory"):
-        make_plan(model(), [node], WORK, "float32", 1, concurrent_trials=fitting + 1)
+        make_plan(model(), [node], WORK, "float32", concurrent_trials=fitting + 1, **options)
     with pytest.raises(CapacityError, match="of host memory"):
-        make_plan(model(), [Node(1, 0, host_need(1) - 1)], WORK, "float32", 1)
+        make_plan(model(), [Node(1, 0, host_need(1) - 1)], WORK, "float32", **options)
 
 
 def test_an_automatic_number_of_shards_is_lowered_until_they_fit():
     """Every shard is a process with libraries of its own, so fewer need less memory in all."""
     node = Node(6, 0, host_need(1))
-    assert make_plan(model(), [node], WORK, "float32").shards == 1
+    assert make_plan(model(), [node], WORK, "float32", stores=RESIDENT).shards == 1
     with pytest.raises(CapacityError, match="of host memory"):
-        make_plan(model(), [node], WORK, "float32", shards=2)
+        make_plan(model(), [node], WORK, "float32", shards=2, stores=RESIDENT)
     with pytest.raises(CapacityError, match="of host memory"):
-        make_plan(model(), [Node(6, 0, host_need(1) - 1)], WORK, "float32")
+        make_plan(model(), [Node(6, 0, host_need(1) - 1)], WORK, "float32", stores=RESIDENT)
 
 
 MATRICES = replace(WORK, matrices=True)
@@ -174,7 +176,7 @@ def least_bytes() -> int:
 
 def test_inputs_of_one_block_are_required_and_of_all_kept_where_memory_is_left():
     masks = 4 * 6 * (2 * 640 * 256 + 3 * 256 * 256)  # one byte a weight
-    options = {"shards": 1, "concurrent_trials": 1}
+    options = {"shards": 1, "concurrent_trials": 1, "stores": RESIDENT}
     poor = make_plan(model(), [Node(1, 0, least_bytes())], MATRICES, "float32", **options)
     rich = make_plan(model(), [Node(1, 0, 64 * GIB)], MATRICES, "float32", **options)
     middle = make_plan(
@@ -237,7 +239,7 @@ def test_work_on_gram_matrices_is_no_room_for_knowledge():
 def test_a_shard_fits_on_one_node():
     need = host_need(1)
     with pytest.raises(CapacityError, match="of host memory on one node"):
-        make_plan(model(), [Node(1, 0, need // 2), Node(1, 0, need - 1)], WORK, "float32", 1)
+        make_plan(model(), [Node(1, 0, need // 2), Node(1, 0, need - 1)], WORK, "float32", 1, stores=RESIDENT)
 
 
 def test_memory_grows_with_what_it_is_made_of():
