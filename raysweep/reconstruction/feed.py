@@ -17,13 +17,15 @@ from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.graphs import stream_of
 
 AHEAD = 2  # steps whose samples are on their way, or in hand
+STRAIGHT_BYTES = 1 << 20  # of a sample that is worth a copy of its own
 
 
 @dataclass
 class _Slot:
-    """Room for the samples of one step: where the host puts them, where the device finds them."""
+    """Room for the samples of one step: where the host puts them, unless the device takes them from where they lie, and
+    where the device finds them."""
 
-    pinned: list[Tensor]
+    pinned: list[Tensor | None]
     device: list[Tensor]
     copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     used: torch.cuda.Event = field(default_factory=torch.cuda.Event)
@@ -69,19 +71,13 @@ class _Reader:
         self._ready: Queue[_Slot | BaseException] = Queue()
         largest = max(map(len, steps), default=0)
         for _ in range(min(AHEAD, len(steps))):
-            shapes = [(largest, *source.shape[1:]) for source in sources]
-            self._free.put(
-                _Slot(
-                    [
-                        torch.empty(s, dtype=x.dtype, pin_memory=True)
-                        for s, x in zip(shapes, sources, strict=True)
-                    ],
-                    [
-                        torch.empty(s, dtype=x.dtype, device=device)
-                        for s, x in zip(shapes, sources, strict=True)
-                    ],
-                )
-            )
+            pinned, there = list[Tensor | None](), list[Tensor]()
+            for source in sources:
+                shape, dtype = (largest, *source.shape[1:]), source.dtype
+                there.append(torch.empty(shape, dtype=dtype, device=device))
+                straight = _goes_straight(source)
+                pinned.append(None if straight else torch.empty(shape, dtype=dtype, pin_memory=True))
+            self._free.put(_Slot(pinned, there))
         self._stream = stream_of(device, "samples")
         self._stream.wait_stream(torch.cuda.current_stream(device))  # whose memory the slots may have been
         self._thread = threading.Thread(target=self._read_all, daemon=True)
@@ -118,9 +114,27 @@ class _Reader:
         slot.samples = len(rows_B)
         slot.copied.synchronize()  # what the host is about to overwrite
         for source, pinned in zip(self._sources, slot.pinned, strict=True):
-            torch.index_select(source, 0, rows_B, out=pinned[: slot.samples])
+            if pinned is not None:
+                torch.index_select(source, 0, rows_B, out=pinned[: slot.samples])
         self._stream.wait_event(slot.used)
         with torch.cuda.stream(self._stream):
-            for pinned, there in zip(slot.pinned, slot.device, strict=True):
-                there[: slot.samples].copy_(pinned[: slot.samples], non_blocking=True)
+            for source, pinned, there in zip(self._sources, slot.pinned, slot.device, strict=True):
+                if pinned is not None:
+                    there[: slot.samples].copy_(pinned[: slot.samples], non_blocking=True)
+                else:
+                    _copy_rows(source, rows_B.tolist(), there)
             slot.copied.record(self._stream)
+
+
+def _goes_straight(source: Tensor) -> bool:
+    """Whether the device copies samples from where they lie: it can, and they are worth a copy each."""
+    return source.is_pinned() and source[0].nbytes >= STRAIGHT_BYTES
+
+
+def _copy_rows(source: Tensor, rows: list[int], there: Tensor) -> None:
+    """Without waiting; rows that follow one another at once."""
+    done = 0
+    while done < len(rows):
+        run = next((k for k in range(done + 1, len(rows)) if rows[k] != rows[k - 1] + 1), len(rows)) - done
+        there[done : done + run].copy_(source[rows[done] : rows[done] + run], non_blocking=True)
+        done += run

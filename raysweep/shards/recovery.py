@@ -48,24 +48,33 @@ class Recovery:
         portions, self._begun = self._portions[self._begun : until], max(until, self._begun)
         if not portions:
             return False
+        units = sorted((unit for portion in portions for unit in portion), key=lambda unit: unit.start)
+        if not self.trial.is_sequential:
+            self._at_once(units)
+            return True
         if self.trial.statistics_stream != "recovered":  # else each unit prunes its blocks itself
             blocks = (index for portion in portions for index in range(portion[0].start, portion[0].stop))
             prune_blocks(self.calls, self.calls.name, self.trial, sorted(blocks))
-        units = sorted((unit for portion in portions for unit in portion), key=lambda unit: unit.start)
-        self._in_order(units) if self.trial.is_sequential else self._at_once(units)
+        self._in_order(units)
         return True
 
     def _at_once(self, units: Sequence[UnitSpan]) -> None:
+        """Blocks are pruned just before their units are recovered: they may have to come into hand for either."""
         calls: list[list[Any]] = [[] for _ in range(self.info.shards)]
         across = [unit for unit in units if len(self.info.shards_of(unit)) > 1]
+        pruned: set[int] = set()
         for unit in units:
+            for index in range(unit.start, unit.stop):
+                if index not in pruned:
+                    pruned.add(index)
+                    prune = ("prune", (self.calls.name, self.trial, index), f"prune {index}")
+                    calls[self.info.shard_of(index)].append(prune)
             if unit not in across:
                 arguments = (self.calls.name, self.trial, unit.name, self._unfinished)
                 calls[self.info.shard_of(unit.start)].append(("recover", arguments, f"recover {unit.name}"))
-        rows = [
-            *self.calls.interleaved(calls),
-            *(recover_across(self.calls, self.trial, unit, self._unfinished) for unit in across),
-        ]
+        results = self.calls.interleaved(calls)
+        rows = [row for row in results if not isinstance(row, list)]  # pruning returns the rows of linears
+        rows += [recover_across(self.calls, self.trial, unit, self._unfinished) for unit in across]
         self._take(rows)
 
     def _in_order(self, units: Sequence[UnitSpan]) -> None:
