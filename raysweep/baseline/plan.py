@@ -71,6 +71,22 @@ def plan_retraining(
     return RetrainPlan(number, use_gpu, cpus, largest)
 
 
+def worker_bytes(
+    trial: Trial, tokens: int, model: ModelShape, dtype: str, nodes: Sequence[Node], wanted: int | None
+) -> tuple[int, int]:
+    """How many workers would retrain, and what each would hold where it computes, beside its process; whether that fits
+    is not asked.
+
+    tokens: of a sample;  wanted: None leaves the number of workers to the plan
+    """
+    gpus = sum(node.gpus for node in nodes)
+    pieces = (trial.batch_size or 1) // (trial.gradient_accumulation or 1)
+    fitting = max(number for number in range(1, max(1, gpus) + 1) if pieces % number == 0)
+    workers = fitting if wanted is None else wanted
+    held = _bytes(trial, tokens, model, dtype, workers, bool(gpus))
+    return workers, held if gpus else held - PROCESS_BYTES
+
+
 def _cpus_of_a_worker(nodes: Sequence[Node], workers: int, use_gpu: bool) -> float:
     """Beside a GPU half its share of the node's, which offloaded steps and loading use: others want some."""
     if use_gpu:

@@ -9,7 +9,7 @@ from typing import Any
 from raysweep.cli.console import quiet_libraries, say
 from raysweep.cli.display import shown
 from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status, show_traceback
-from raysweep.cli.numbers import count
+from raysweep.cli.numbers import count, duration
 from raysweep.cli.results import Choice, labeled_rows, show_rows
 from raysweep.cli.spaces import load_space
 from raysweep.cli.tally import Tally
@@ -75,6 +75,8 @@ def _say_kept(folder: Path) -> None:
 def _say_ending(folder: Path, rows: int, tally: Tally, fail_fast: bool) -> int:
     """The last line; and the exit status."""
     path = _short_path(folder)
+    if tally.heard:
+        _say_reality(folder)
     say(f'{count(rows, "row")} in {path}; in pandas: raysweep.load_results("{path}")')
     missing = tally.planned - tally.done
     if missing > 0 and fail_fast and tally.failures:
@@ -85,6 +87,24 @@ def _say_ending(folder: Path, rows: int, tally: Tally, fail_fast: bool) -> int:
         again = f"only --retry-failed runs {_them(tally.to_stay)} again"
         say(f"{count(tally.to_stay, 'trial')} failed numerically; {again}", "red")
     return FAILED if tally.failed or missing > 0 else 0
+
+
+def _say_reality(folder: Path) -> None:
+    """took 43 s (planned 40 s); a shard held up to 945 MiB (planned 1181 MiB)"""
+    from raysweep.launching.reality import Reality
+    from raysweep.shards.plan import format_bytes
+
+    if (found := Reality.read(folder)) is None:
+        return
+    planned = f" (planned {duration(found.planned_seconds)})" if found.planned_seconds is not None else ""
+    who = "the process" if found.in_process else "a shard"
+    parts = [f"took {duration(found.seconds)}{planned}"]
+    for where, peak in (("", found.host), (" of its GPU", found.device)):
+        if peak is not None:
+            parts.append(
+                f"{who} held up to {format_bytes(peak.measured)}{where} (planned {format_bytes(peak.planned)})"
+            )
+    say("; ".join(parts))
 
 
 def _them(number: int) -> str:

@@ -47,9 +47,11 @@ from raysweep.cli.options import (
     MaybeSweep,
     ModelFolder,
     Name,
+    NoProbe,
     OnlySweep,
     Output,
     ParetoFront,
+    ProbeAgain,
     RetryFailed,
     Settings,
     Sort,
@@ -60,6 +62,7 @@ from raysweep.cli.options import (
     Trial,
     Where,
 )
+from raysweep.errors import UsageError
 
 
 class _Commands(TyperGroup):
@@ -153,12 +156,19 @@ def plan(
     settings: Settings = None,
     name: Name = None,
     storage: Storage = None,
+    no_probe: NoProbe = False,
+    probe_again: ProbeAgain = False,
     as_json: Json = False,
 ) -> None:
-    """Show what would run on this machine: trials, shards, memory. Runs nothing; refuses what cannot fit."""
+    """Show what would run on this machine: trials, shards, memory, work, time, and what retraining would need instead.
+
+    Runs no trial; refuses what cannot fit. A device that no plan of such a shape has seen is measured for seconds.
+    """
     from raysweep.cli.plan import run_plan
 
-    run_plan(space, settings or [], name, storage, as_json)
+    if no_probe and probe_again:
+        raise UsageError("--no-probe and --probe-again exclude each other", remedy="Leave one of them out.")
+    run_plan(space, settings or [], name, storage, as_json, no_probe, probe_again)
 
 
 @app.command()

@@ -52,3 +52,12 @@ def large(number: int) -> str:
             return f"{size:.3g}{unit}"
         size /= 1000
     return f"{size:,.0f} T"
+
+
+def operations(number: float) -> str:
+    """Three digits and a unit: 5.18 TFLOP."""
+    for unit in ("", "K", "M", "G", "T", "P"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}FLOP"
+        number /= 1000
+    return f"{number:,.3g} EFLOP"

@@ -113,6 +113,20 @@ Trace = Annotated[
         "chrome://tracing.",
     ),
 ]
+NoProbe = Annotated[
+    bool,
+    typer.Option(
+        "--no-probe",
+        metavar="",
+        help="Do not measure this machine's device, which takes seconds once for a shape: no times are shown.",
+    ),
+]
+ProbeAgain = Annotated[
+    bool,
+    typer.Option(
+        "--probe-again", metavar="", help="Measure the device anew, whatever earlier plans have kept."
+    ),
+]
 RetryFailed = Annotated[
     bool,
     typer.Option(

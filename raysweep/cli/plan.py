@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.console import messages, new_table, output, print_json, quiet_libraries
-from raysweep.cli.numbers import count, large
+from raysweep.cli.numbers import count, duration, large, operations
 from raysweep.cli.spaces import load_space
 from raysweep.config.expansion import Sampled
 from raysweep.results.uris import place_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from raysweep.baseline.plan import RetrainPlan
     from raysweep.cluster.nodes import Node
     from raysweep.config.studies import Open, Study
+    from raysweep.launching.outlook import Outlook, Probing
     from raysweep.launching.prepared import Launch
     from raysweep.shards.memory import ShardMemory
     from raysweep.shards.plan import ShardPlan
@@ -44,24 +45,56 @@ STORED_PARTS = {
 
 
 def run_plan(
-    space: str, settings: Sequence[str], name: str | None, storage: str | None, as_json: bool
+    space: str,
+    settings: Sequence[str],
+    name: str | None,
+    storage: str | None,
+    as_json: bool,
+    no_probe: bool = False,
+    probe_again: bool = False,
 ) -> None:
+    """no_probe, probe_again: whether the device is not measured at all, or anew"""
     loaded = load_space(space, settings, name)
     quiet_libraries()
     with _busy("Reading model and data"):
         from raysweep.cluster.nodes import this_node
         from raysweep.launching.launch import checked_folder, device_here, prepare_launch
+        from raysweep.launching.outlook import look_ahead, memory_by_kind
         from raysweep.sweep.planning import make_plans
 
         prepared = prepare_launch(loaded, checked_folder(loaded, storage), device_here())
         node = this_node()
         plans = make_plans(prepared.models, loaded, [node])
-        for model in prepared.models:
-            prepared.retrain_plan(model, [node])  # refuses here what launch would refuse
+        retraining = [
+            prepared.retrain_plan(model, [node]) for model in prepared.models
+        ]  # refuses as launch would
+    with _busy("Measuring this machine"):
+        probing: Probing = "none" if no_probe else "again" if probe_again else "missing"
+        looks = [
+            Seen(
+                model,
+                plan,
+                retrained,
+                look_ahead(prepared, model, plan, [node], probing),
+                memory_by_kind(loaded, model, plan, [node]),
+            )
+            for model, plan, retrained in zip(prepared.models, plans, retraining, strict=True)
+        ]
     if as_json:
-        print_json(plan_document(prepared, plans, node))
+        print_json(plan_document(prepared, looks, node))
     else:
-        _print_plan(output(), prepared, plans, node)
+        _print_plan(output(), prepared, looks, node)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that is known of a model's part of the sweep. peaks: bytes by kind of trial, if there were no others"""
+
+    model: PreparedModel
+    plan: ShardPlan
+    retraining: RetrainPlan | None
+    outlook: Outlook
+    peaks: Mapping[tuple[str, str | None], int]
 
 
 @contextmanager
@@ -75,17 +108,21 @@ def _busy(text: str) -> Iterator[None]:
         yield
 
 
-def plan_document(prepared: Launch, plans: Sequence[ShardPlan], node: Node) -> dict[str, Any]:
-    """The plan as JSON has it; bytes and numbers are plain."""
+def plan_document(prepared: Launch, looks: Sequence[Seen], node: Node) -> dict[str, Any]:
+    """The plan as JSON has it; bytes, seconds and numbers are plain."""
+    from raysweep.launching.outlook import total_seconds
+
+    outlooks = [seen.outlook for seen in looks]
     return {
         "sweep": prepared.space.name,
         "folder": place_of(prepared.folder),
         "trials": trial_counts(prepared),
         "machine": asdict(node),
-        "models": [
-            _model_document(prepared, model, plan, node)
-            for model, plan in zip(prepared.models, plans, strict=True)
-        ],
+        "seconds": total_seconds(outlooks),
+        "seconds_in_process": total_seconds(outlooks, in_process=True),
+        "flops": sum(each.work.flops for each in outlooks),
+        "network_bytes": round(sum(each.work.network for each in outlooks)),
+        "models": [_model_document(prepared, seen) for seen in looks],
     }
 
 
@@ -102,11 +139,11 @@ def trial_counts(prepared: Launch) -> dict[str, int]:
     }
 
 
-def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, node: Node) -> dict[str, Any]:
+def _model_document(prepared: Launch, seen: Seen) -> dict[str, Any]:
+    from raysweep.shards.costs import DENSE_PASS
     from raysweep.shards.plan import host_bytes
 
-    retraining = prepared.retrain_plan(model, [node])
-
+    model, plan, outlook = seen.model, seen.plan, seen.outlook
     return {
         "path": model.config.path,
         "parameters": model.shape.parameters,
@@ -114,9 +151,22 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
         "dtype": model.dtype,
         "device": plan.device,
         "trials": [
-            {"recovery": recovery, "granularity": granularity, "planned": planned, "to_run": to_run}
+            {
+                "recovery": recovery,
+                "granularity": granularity,
+                "planned": planned,
+                "to_run": to_run,
+                "flops": outlook.flops_of((recovery, granularity)),
+                "seconds": outlook.seconds_of((recovery, granularity)),
+                "peak_bytes": seen.peaks.get((recovery, granularity)),
+            }
             for (recovery, granularity), (planned, to_run) in kinds(prepared, model).items()
         ],
+        "dense_pass": {"flops": outlook.flops_of(DENSE_PASS), "seconds": outlook.seconds_of(DENSE_PASS)},
+        "flops": outlook.work.flops,
+        "network_bytes": round(outlook.work.network),
+        "seconds": _seconds_document(outlook),
+        "retraining_instead": asdict(outlook.instead),
         "calibration_sets": len(model.phases),
         "studies": [_study_document(prepared, study) for phase in model.phases for study in phase.studies],
         "replicas": plan.replicas,
@@ -133,8 +183,16 @@ def _model_document(prepared: Launch, model: PreparedModel, plan: ShardPlan, nod
         "host_bytes": host_bytes(plan),
         "storage_bytes": prepared.storage_bytes(model, plan.all_concurrent_trials),
         "kept_bytes": prepared.kept_bytes(model, prepared.space.execution.keep),
-        "retraining": None if retraining is None else asdict(retraining),
+        "retraining": None if seen.retraining is None else asdict(seen.retraining),
     }
+
+
+def _seconds_document(outlook: Outlook) -> dict[str, float] | None:
+    took = outlook.durations
+    if took is None:
+        return None
+    parts = ("total", "start", "dense_pass", "trials", "retraining", "in_process", "device_seconds")
+    return {part: getattr(took, part) for part in parts}
 
 
 def _study_document(prepared: Launch, study: Study) -> dict[str, Any]:
@@ -171,7 +229,7 @@ def kinds(prepared: Launch, model: PreparedModel) -> dict[tuple[str, str | None]
     return {kind: (number, to_run[kind]) for kind, number in planned.items()}
 
 
-def _print_plan(console: Console, prepared: Launch, plans: Sequence[ShardPlan], node: Node) -> None:
+def _print_plan(console: Console, prepared: Launch, looks: Sequence[Seen], node: Node) -> None:
     from rich.text import Text
 
     counts = trial_counts(prepared)
@@ -184,21 +242,20 @@ def _print_plan(console: Console, prepared: Launch, plans: Sequence[ShardPlan], 
         )
     )
     console.print(Text(f"results in {place_of(prepared.folder)}", style="dim"), soft_wrap=True)
-    for model, plan in zip(prepared.models, plans, strict=True):
+    for seen in looks:
         console.print()
-        _print_model(console, prepared, model, plan, node)
+        _print_model(console, prepared, seen, node)
 
 
-def _print_model(
-    console: Console, prepared: Launch, model: PreparedModel, plan: ShardPlan, node: Node
-) -> None:
+def _print_model(console: Console, prepared: Launch, seen: Seen, node: Node) -> None:
     from rich.text import Text
 
+    model, plan = seen.model, seen.plan
     shape = model.shape
     size = f"{large(shape.parameters)} parameters, {count(len(shape.blocks), 'block')}, {plan.dtype}"
     console.print(Text.assemble((model.config.path, "bold"), f": {size}"))
     console.print()
-    console.print(_trials_table(prepared, model))
+    console.print(_trials_table(prepared, seen))
     console.print()
     for words in study_words(model):
         console.print(Text(words), soft_wrap=True)
@@ -210,7 +267,9 @@ def _print_model(
         prepared.storage_bytes(model, plan.all_concurrent_trials),
         prepared.kept_bytes(model, prepared.space.execution.keep),
     )
-    _print_facts(console, plan, node, prepared.retrain_plan(model, [node]), *on_storage)
+    _print_facts(console, plan, node, seen.retraining, *on_storage)
+    console.print()
+    _print_outlook(console, seen)
 
 
 def study_words(model: PreparedModel) -> list[str]:
@@ -276,16 +335,62 @@ def _core_words(plan: ShardPlan, node: Node) -> str:
     return f"{each} on {count(int(node.cpus), 'core')}{gpus}{shared}"
 
 
-def _trials_table(prepared: Launch, model: PreparedModel) -> Table:
+def _print_outlook(console: Console, seen: Seen) -> None:
+    """What it takes, and what retraining would."""
+    from rich.table import Table
+
+    from raysweep.shards.plan import format_bytes
+
+    work, took, instead = seen.outlook.work, seen.outlook.durations, seen.outlook.instead
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    if work.trials:
+        moved = f", {format_bytes(work.network)} between shards" if work.network else ""
+        grid.add_row("work", operations(work.flops) + moved)
+    if work.trials and took is not None:
+        parts = {"start": took.start, "dense pass": took.dense_pass, "trials": took.trials}
+        parts |= {"retraining": took.retraining} if took.retraining else {}
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+        grid.add_row("time", f"about {duration(took.total)} ({listed})")
+    each = f"{format_bytes(instead.bytes)} {'on each GPU' if seen.plan.device == 'cuda' else 'in each'}"
+    needs = f"{each} of {count(instead.workers, 'worker')} (ZeRO {instead.zero_stage})"
+    grid.add_row("retraining instead", ", ".join([needs, *_work_words(instead.flops, instead.seconds)]))
+    if instead.recovery_flops is not None and instead.recovery_bytes is not None:
+        recovery = f"{format_bytes(instead.recovery_bytes)} for a unit"
+        grid.add_row("  one recovery", ", ".join([recovery, operations(instead.recovery_flops)]))
+    console.print(grid)
+
+
+def _work_words(flops: float, seconds: float | None) -> list[str]:
+    return [operations(flops), *([] if seconds is None else [duration(seconds)])]
+
+
+def _trials_table(prepared: Launch, seen: Seen) -> Table:
+    """By kind; with the dense pass, which no trial has to itself."""
+    from raysweep.shards.costs import DENSE_PASS
+
+    outlook = seen.outlook
+    timed = outlook.durations is not None
     table = new_table()
     table.add_column("recovery")
     table.add_column("granularity")
-    for title in ("trials", "to run"):
+    for title in ("trials", "to run", "work", *(["time"] if timed else []), "peak MiB"):
         table.add_column(title, justify="right")
-    for (recovery, granularity), (planned, to_run) in kinds(prepared, model).items():
+
+    def costs(kind: tuple[str, str | None]) -> list[str]:
+        return [
+            operations(outlook.flops_of(kind)),
+            *([duration(outlook.seconds_of(kind) or 0.0)] if timed else []),
+        ]
+
+    for (recovery, granularity), (planned, to_run) in kinds(prepared, seen.model).items():
+        kind = (recovery, granularity)
+        peak = seen.peaks.get(kind)
+        cells = [*(costs(kind) if to_run else ["", *[""] * timed]), "" if peak is None else _mib(peak)]
         table.add_row(
-            recovery, granularity or "", str(planned), str(to_run), style="dim" if not to_run else ""
+            recovery, granularity or "", str(planned), str(to_run), *cells, style="" if to_run else "dim"
         )
+    if outlook.work.trials:
+        table.add_row("dense pass", "", "", "", *costs(DENSE_PASS), "")
     return table
 
 

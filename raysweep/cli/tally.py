@@ -23,7 +23,7 @@ KIND_COLUMNS = ("model", "recovery", "granularity", "epochs", "calibration_num_s
 class Tally:
     """finished: earlier launches counted;  failed_before: in those, and to stay so
     failures: label and reason, of this launch;  to_stay: how many of all failures are numerical
-    best: by the values of a cell
+    best: by the values of a cell;  heard: rows of this launch
     """
 
     search: SearchConfig
@@ -36,6 +36,7 @@ class Tally:
     to_stay: int = 0
     best: dict[tuple[Any, ...], Row] = field(default_factory=dict)
     dense: Row | None = None
+    heard: int = 0
 
     @classmethod
     def of(cls, space: SearchSpace, earlier: Iterable[Row] = ()) -> Tally:
@@ -53,6 +54,7 @@ class Tally:
 
     def row(self, row: Row) -> None:
         self.time_left.row(row)
+        self.heard += 1
         if row.get("status") == "failed":
             self.failures.append((str(row.get("label")), str(row.get("error"))))
             self.to_stay += row.get("error_kind") == NUMERICAL

@@ -21,6 +21,7 @@ from raysweep.importing import without_collecting
 from raysweep.launching.model_run import ModelRun
 from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
+from raysweep.launching.reality import Keeper
 from raysweep.launching.recorder import Recorder, recorded
 from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
@@ -92,14 +93,15 @@ def launch(
         _check_in_process(loaded)
     elif loaded.execution.trackers:
         _check_trackers(loaded)
+    keeper = Keeper(in_process)
     prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     if in_process:
         prepared = prepare_here(device_here())
         _check_fit(prepared)
         with _in_hand(folder) as held:
-            _run(_with_rows(prepared), InProcess(), held, progress, fail_fast)
+            _run(_with_rows(prepared), InProcess(), held, progress, fail_fast, keeper)
     else:
-        _launch_on_ray(prepare_here, folder, address, progress, fail_fast)
+        _launch_on_ray(prepare_here, folder, address, progress, fail_fast, keeper)
     return load_results(folder)
 
 
@@ -197,6 +199,7 @@ def _launch_on_ray(
     address: str | None,
     progress: Progress,
     fail_fast: bool,
+    keeper: Keeper,
 ) -> None:
     """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked."""
     with without_collecting():
@@ -219,7 +222,7 @@ def _launch_on_ray(
             device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
             if device != device_here():
                 prepared = replace(prepared, models=prepare(prepared.space, device))
-            _run(prepared, OnRay(cluster, importing), held, progress, fail_fast)
+            _run(prepared, OnRay(cluster, importing), held, progress, fail_fast, keeper)
 
 
 @contextmanager
@@ -231,7 +234,12 @@ def _in_hand(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def _run(
-    prepared: Launch, runner: Runner, held: Callable[[], None], progress: Progress, fail_fast: bool
+    prepared: Launch,
+    runner: Runner,
+    held: Callable[[], None],
+    progress: Progress,
+    fail_fast: bool,
+    keeper: Keeper,
 ) -> None:
     if not _is_anything_left(prepared):
         _say_done(prepared, progress)
@@ -241,6 +249,7 @@ def _run(
     if prepared.tasks is not None:
         places(prepared.models, nodes)
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]
+    keeper.plan(prepared, plans, nodes)
     if len(nodes) > 1:
         refuse_unshared(prepared.folder, runner)
         if (reader := prepared.reader_of_weights(any(retrain_plans))) is not None:
@@ -254,7 +263,9 @@ def _run(
         recording = recorded(prepared, runner, plans[0].all_shards, shown, check)
         with recording as recorder, runner.tracked(shown, prepared):
             for model, plan, retraining in zip(prepared.models, plans, retrain_plans, strict=True):
-                run = ModelRun(prepared, model, plan, retraining, runner, recorder, nodes, tracing, fail_fast)
+                run = ModelRun(
+                    prepared, model, plan, retraining, runner, recorder, nodes, tracing, fail_fast, keeper
+                )
                 run.run()
                 if fail_fast and run.has_failed:
                     break
@@ -266,6 +277,7 @@ def _run(
         _tidy_artifacts(prepared)  # of trials that were begun again and are not kept
         if tracing is not None:
             tracing.write(prepared.folder)
+        keeper.write(prepared.folder)
     try:
         held()
         put_many_together(prepared.folder)

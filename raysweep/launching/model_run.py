@@ -16,6 +16,7 @@ from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
 from raysweep.errors import CapacityError, ShardLostError, first_line
 from raysweep.launching.prepared import Launch
+from raysweep.launching.reality import Keeper
 from raysweep.launching.recorder import Recorder
 from raysweep.launching.retraining import Retraining, telling
 from raysweep.launching.runners import Runner
@@ -55,12 +56,15 @@ class ModelRun:
         nodes: Sequence[Node],
         tracing: Tracing | None = None,
         fail_fast: bool = False,
+        keeper: Keeper | None = None,
     ) -> None:
-        """nodes: that the plans are for;  fail_fast: whether nothing new begins once a trial has failed"""
+        """nodes: that the plans are for;  keeper: is told what shards have held
+        fail_fast: whether nothing new begins once a trial has failed"""
         self.prepared, self.model, self.plan = prepared, model, plan
         self.retrain_plan, self.runner, self.recorder = retrain_plan, runner, recorder
         self.progress, self.tracing = recorder.progress, tracing
         self._nodes, self._fail_fast, self.has_failed = nodes, fail_fast, False
+        self._keeper = keeper
         self._begun, self._heard_of, self._lost = now(), set[str](), Counter[str]()
         self._keeping = Keeping()
         steps = prepared.space.execution.checkpoint_steps
@@ -157,6 +161,8 @@ class ModelRun:
         with self.runner.group(name, specs, self.plan) as group:
             with watching(group, self.recorder.shards):
                 self._go_through(phases, group, retrained)
+            if self._keeper is not None:
+                self._keeper.note(self.plan, group.peaks())
             if self.tracing is not None:
                 self.tracing.add_shards(group.spans())
 

@@ -51,6 +51,7 @@ class ModelShape:
     """Sizes in numbers, not bytes.
 
     vocabulary_parameters: of the input embedding (the head has as many);  max_positions: None where unlimited
+    attention: width of the queries of all heads together, 0 where the configuration does not say
     """
 
     blocks: tuple[BlockShape, ...]
@@ -60,6 +61,7 @@ class ModelShape:
     max_positions: int | None
     dtype_on_cpu: str
     dtype_on_device: str
+    attention: int = 0
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -117,7 +119,16 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
         max_positions=positions,
         dtype_on_cpu=str(dtypes[0]).removeprefix("torch."),
         dtype_on_device=str(dtypes[1]).removeprefix("torch."),
+        attention=_attention_width(text_config),
     )
+
+
+def _attention_width(config: Any) -> int:
+    heads = getattr(config, "num_attention_heads", None)
+    if type(heads) is not int or heads < 1:
+        return 0
+    head = getattr(config, "head_dim", None)
+    return heads * head if type(head) is int else int(config.hidden_size)
 
 
 def _block_shape(module: nn.Module, prefix: str, config: Any) -> BlockShape:

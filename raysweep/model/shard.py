@@ -98,6 +98,26 @@ class ModelShard:
         return shard
 
     @classmethod
+    def random(
+        cls, source: ModelSource, start: int, stop: int, dtype: str, device: torch.device | str, head: bool
+    ) -> ModelShard:
+        """The same part with random numbers for weights: of the model only its configuration is read.
+
+        To measure how long things take. Raises UsageError as `load` does.
+        """
+        device, config = torch.device(device), source.load_config()
+        model = build_skeleton(source, config, resolve_dtype(dtype, config, device))
+        around = survey(model)
+        owned = _owned(model, around, start, stop, head)
+        generator = torch.Generator(device).manual_seed(0)
+        for path, module in model.named_modules():
+            for leaf, old in list(module.named_parameters(recurse=False)):
+                if (f"{path}.{leaf}" if path else leaf) in owned:
+                    setattr(module, leaf, _random_like(old, device, generator))
+        _fill_the_rest(model, around, device)
+        return cls(model, start, stop, around, head)
+
+    @classmethod
     def whole(cls, model: PreTrainedModel) -> ModelShard:
         """All blocks of a model that is in memory already; it shares its weights, those of fused experts as well, whose
         parts have names as if experts were apart (`experts.tensor_of`)."""
@@ -175,6 +195,16 @@ def _leave_open(model: PreTrainedModel, names: Iterable[str], device: torch.devi
         old = owner.get_parameter(leaf)
         nothing = torch.full((1,), math.nan, dtype=old.dtype, device=device).expand(old.shape)
         setattr(owner, leaf, nn.Parameter(nothing, requires_grad=False))
+
+
+def _random_like(old: nn.Parameter, device: torch.device, generator: torch.Generator) -> nn.Parameter:
+    """Numbers with which activations neither vanish nor grow."""
+    value = torch.empty(old.shape, dtype=old.dtype, device=device)
+    if value.dim() < 2:
+        value.fill_(1.0)
+    else:
+        value.normal_(0.0, value.shape[-1] ** -0.5, generator=generator)
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _fill_the_rest(model: PreTrainedModel, around: Surroundings, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from raysweep.config.trial import Trial
 from raysweep.errors import first_line
 from raysweep.reconstruction.device_optimizer import DeviceOptimizer
+from raysweep.reconstruction.device_peak import reset_peak
 from raysweep.reconstruction.entry_norm import norm_gradient
 from raysweep.reconstruction.feed import feed
 from raysweep.reconstruction.graphs import StepGraph, beside_the_default_stream
@@ -83,7 +84,7 @@ class DeviceStage(UnitTraining):
             self.optimizer.compiles = False
             self._step(*given)
         if self.blocks.device.type == "cuda" and len(self.steps) > 1:
-            torch.cuda.reset_peak_memory_stats(self.blocks.device)
+            reset_peak(self.blocks.device)
 
     def _recorded(self, given: Sequence[Tensor]) -> StepGraph | None:
         try:

@@ -11,6 +11,7 @@ import torch
 
 from raysweep.config.trial import Trial
 from raysweep.pruning.recipe import MaskRecipe
+from raysweep.reconstruction.device_peak import reset_peak
 from raysweep.reconstruction.device_stage import DeviceStage
 from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, Cost, Errors, UnitResult
 from raysweep.reconstruction.objectives import Objective, objective_of
@@ -170,6 +171,6 @@ def _memory_peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
     if device.type == "cpu":
         yield lambda: None
         return
-    torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     start = torch.cuda.memory_allocated(device)
     yield lambda: torch.cuda.max_memory_allocated(device) - start

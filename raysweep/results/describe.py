@@ -24,6 +24,7 @@ else `./raysweep-results`: a folder, or a URI (below).
 | `units/*.parquet` | one file for each trial, with a row for each of its units, linears and blocks; likewise |
 | `artifacts/` | the weights of kept trials (below) |
 | `status.json` | what the launching process last said about its progress |
+| `plan.json` | what the last launch took, seconds and memory of shards, beside what was planned |
 | `tensorboard/`, `mlflow/`, `wandb/` | what experiment trackers were told, where the space names any (below) |
 
 `trials` and `units` are ordinary Parquet data sets. The easiest way to read them, without torch or Ray:

@@ -27,6 +27,7 @@ PART_MARK = ".block-"
 OUTSIDE = "outside"  # of the blocks: embedding, last norm, head
 LOCK_FILE = "launch.lock"
 SPACE_FILE, STATE_FILE, TRACE_FILE = "space.yaml", "status.json", "trace.json"
+PLAN_FILE = "plan.json"  # what the last launch took, beside what was planned
 COMPACTED = "0-compacted.parquet"
 """The rows of many trials, as `raysweep clean` puts them together. Sorts before the files of single trials: pandas
 takes the columns of a folder from the first file, and this one has those of all its trials."""

@@ -12,7 +12,7 @@ from raysweep.errors import UsageError, nearest_name
 from raysweep.fingerprint import fingerprint
 
 CACHE_VARIABLE = "RAYSWEEP_CACHE"
-DEFAULT_CACHE = "~/.cache/raysweep"
+DEFAULT_CACHE = "~/.cache"
 SCHEMES = ("s3", "gs", "abfs", "hdfs", "file")
 MIRROR_FILE = ".mirror"  # in a mirror: the URI of what it mirrors
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # by them equal URIs are different storages
@@ -27,8 +27,16 @@ def is_uri(place: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
 
 
+def cache_folder() -> Path:
+    """What this machine keeps for later: RAYSWEEP_CACHE, else raysweep in XDG_CACHE_HOME, else ~/.cache/raysweep. May
+    not be there."""
+    own = os.environ.get(CACHE_VARIABLE)
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or DEFAULT_CACHE) / "raysweep"
+    return folder.expanduser().absolute()
+
+
 def mirror_folder(uri: str) -> Path:
-    """The local folder that mirrors a storage, in RAYSWEEP_CACHE or ~/.cache/raysweep; made where it is not there.
+    """The local folder that mirrors a storage, in `cache_folder`; made where it is not there.
 
     Raises UsageError for a URI with a password, which would lie around in files, and where it cannot be made.
     """
@@ -47,8 +55,7 @@ def mirror_folder(uri: str) -> Path:
     plain = _plain(parts)
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{parts.scheme}-{parts.netloc}{parts.path}")[:READABLE]
     endpoint = next(filter(None, map(os.environ.get, ENDPOINTS)), "") if parts.scheme == "s3" else ""
-    cache = Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser().absolute()
-    folder = cache / f"{readable.strip('-')}-{fingerprint([plain, endpoint])[:8]}"
+    folder = cache_folder() / f"{readable.strip('-')}-{fingerprint([plain, endpoint])[:8]}"
     marker = folder / MIRROR_FILE
     if not marker.exists():
         try:

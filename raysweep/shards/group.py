@@ -17,6 +17,7 @@ from raysweep.shards.activity import Account, Activity
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.interruption import FINISHING, not_waiting_longer
 from raysweep.shards.meter import ShardMeter
+from raysweep.shards.peaks import Peaks
 from raysweep.shards.priority import PriorityExecutor
 from raysweep.shards.shared import POLL_S, Claim, SharedResults, share
 from raysweep.shards.trace import Span, Trace
@@ -71,6 +72,10 @@ class ShardActor:
     def activity(self) -> Activity:
         worker = self._worker.result()
         return self._account.read(worker.counts, worker.stored_bytes)
+
+    def peaks(self) -> Peaks:
+        found: Peaks = self._worker.result().peaks()
+        return found
 
     def claim(self, key: str, owner: str) -> Claim:
         return self._shared.claim(key, owner)
@@ -243,6 +248,9 @@ class RayGroup:
     def activities(self) -> list[Activity]:
         return [self.result(ref) for ref in [actor.activity.remote() for actor in self._everything]]
 
+    def peaks(self) -> list[Peaks]:
+        return [self.result(ref) for ref in [actor.peaks.remote() for actor in self._everything]]
+
     def close(self) -> None:
         """Ends the actors of all replicas. Closing twice does no harm."""
         for actor in self._everything:
@@ -301,7 +309,17 @@ def _start_actor(group: str, shard: int, spec: ShardSpec, resources: Resources) 
 def _with_control_methods(cls: type[ShardActor]) -> type[ShardActor]:
     """Marks the methods that do not queue behind the calls of trials. Here, so that the class itself knows nothing of
     actors' options."""
-    for method in ("claim", "publish", "abandon", "arrive", "forget_shared", "spans", "activity", "drain"):
+    for method in (
+        "claim",
+        "publish",
+        "abandon",
+        "arrive",
+        "forget_shared",
+        "spans",
+        "activity",
+        "peaks",
+        "drain",
+    ):
         ray.method(concurrency_group=CONTROL)(getattr(cls, method))
     return cls
 

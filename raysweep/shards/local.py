@@ -9,6 +9,7 @@ from typing import Any
 from raysweep.shards.activity import Account, Activity
 from raysweep.shards.group_info import GroupInfo, Ref, ShardSpec
 from raysweep.shards.interruption import finishing_first
+from raysweep.shards.peaks import Peaks
 from raysweep.shards.shared import SharedResults, share
 from raysweep.shards.trace import Span, Trace
 from raysweep.shards.worker import ShardWorker
@@ -89,6 +90,10 @@ class LocalGroup:
     def activities(self) -> list[Activity]:
         both = zip(self._accounts, self.workers, strict=False)  # closing takes the workers away
         return [account.read(worker.counts, worker.stored_bytes) for account, worker in both]
+
+    def peaks(self) -> list[Peaks]:
+        """All of this one process."""
+        return [worker.peaks() for worker in self.workers]
 
     def close(self) -> None:
         for worker in self.workers:

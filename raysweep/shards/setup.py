@@ -14,6 +14,7 @@ from raysweep.model.shape import ModelShape
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.activity import Activity
 from raysweep.shards.group_info import GroupInfo, ShardGroup, ShardSpec, TextInfo
+from raysweep.shards.peaks import Peaks
 from raysweep.shards.plan import ShardPlan
 from raysweep.shards.trace import Span
 
@@ -57,6 +58,10 @@ class OwnedGroup(ShardGroup, Protocol):
 
     def activities(self) -> list[Activity]:
         """By shard of all replicas, what it has done and does now. Any thread may ask. Raises ShardLostError."""
+        ...
+
+    def peaks(self) -> list[Peaks]:
+        """By shard of all replicas, the most memory that it has held. Raises ShardLostError."""
         ...
 
     def close(self) -> None: ...

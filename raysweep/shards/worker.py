@@ -25,6 +25,7 @@ from raysweep.model.shard import ModelShard
 from raysweep.pruning.criteria import OwnFunction
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
+from raysweep.reconstruction.device_peak import highest_peak
 from raysweep.reconstruction.knowledge import Stopwatch
 from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, BatchMeasures, Cost
 from raysweep.reconstruction.optimizer import clip_factor
@@ -34,6 +35,7 @@ from raysweep.reconstruction.recovery import find_unit, is_pruned, recover_unit,
 from raysweep.results.folders import OUTSIDE, block_file, unit_file
 from raysweep.shards.counts import Counts
 from raysweep.shards.group_info import ShardSpec, UnitSpan
+from raysweep.shards.peaks import Peaks, resident_peak
 from raysweep.shards.unfinished import UnfinishedUnits
 from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
 
@@ -81,7 +83,7 @@ class ShardWorker:
         return {
             "pid": os.getpid(),
             "host": platform.node(),
-            "device_name": _device_name(self.shard.device),
+            "device_name": device_name(self.shard.device),
             "bytes_read": self.shard.bytes_read,
             "has_head": self.shard.has_head,
             "units": {
@@ -461,6 +463,11 @@ class ShardWorker:
         """Waits for what is being written."""
         self._unfinished.settle()
 
+    def peaks(self) -> Peaks:
+        """The most memory that this process has held."""
+        device = self.shard.device
+        return Peaks(resident_peak(), highest_peak(device) if device.type == "cuda" else None)
+
     @property
     def stored_bytes(self) -> int:
         """Of the dense activations that are kept here."""
@@ -509,7 +516,8 @@ class ShardWorker:
         pair[1] += own + self.blocks.knowledge.saved_seconds - saved
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """As rows and figures have it: the name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _cpu_name()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -25,10 +27,23 @@ def test_a_sweep_from_beginning_to_end(raysweep, space_file, here):
         assert f"{value:.2f}" in ran.out
         assert f"perplexity {value:.2f}" in ran.err
     assert "[1/4] dense" in ran.err
-    last = ran.err.splitlines()[-1]
+    *_, reality, last = ran.err.splitlines()
+    assert re.fullmatch(
+        r"took [\d.]+ s; the process held up to [\d.]+ [MG]iB \(planned [\d.]+ [MG]iB\)", reality
+    )
     assert (
         last == '4 rows in raysweep-results/small; in pandas: raysweep.load_results("raysweep-results/small")'
     )
+
+
+def test_the_time_is_compared_with_a_plan_that_measured_the_device(raysweep, space_file, here):
+    planned = raysweep("plan", space_file, "--json").json["seconds_in_process"]
+    reality = raysweep("launch", space_file, "--in-process").err.splitlines()[-2]
+    assert f"(planned {planned:.1f} s)" in reality
+    stored = json.loads((here / "raysweep-results" / "small" / "plan.json").read_text())
+    assert stored["planned_seconds"] == planned
+    again = raysweep("launch", space_file, "--in-process").err
+    assert "took" not in again  # nothing ran
 
 
 def test_a_continued_sweep_runs_only_what_is_new(raysweep, space_file, here):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 
+import pytest
 from rich.console import Console
 
 from raysweep.baseline.plan import RetrainPlan
@@ -45,6 +46,44 @@ def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
     assert list(here.iterdir()) == []
 
 
+def test_work_and_time_add_up(raysweep, space_file):
+    document = raysweep("plan", space_file, "--set", "execution.shards=2", "--json").json
+    (model,) = document["models"]
+    kinds = [*model["trials"], model["dense_pass"]]
+    assert sum(kind["flops"] for kind in kinds) == pytest.approx(model["flops"])
+    seconds = model["seconds"]
+    assert sum(kind["seconds"] for kind in kinds) == pytest.approx(seconds["dense_pass"] + seconds["trials"])
+    assert seconds["total"] == pytest.approx(
+        sum(seconds[part] for part in ("start", "dense_pass", "trials", "retraining"))
+    )
+    assert (document["seconds"], document["flops"]) == (seconds["total"], model["flops"])
+    assert document["network_bytes"] == model["network_bytes"] > 0
+    peak = max(shard["memory"]["total"] for shard in model["shards"])
+    assert 0 < max(kind["peak_bytes"] for kind in model["trials"]) <= peak
+    instead = model["retraining_instead"]
+    assert (instead["zero_stage"], instead["workers"], instead["tokens"]) == (2, 1, 4 * 32)
+    assert instead["flops"] == pytest.approx(6 * (model["parameters"]) * 4 * 32)
+    assert instead["bytes"] > model["parameters"] * 16
+    assert instead["recovery_bytes"] < instead["bytes"]
+
+
+def test_times_only_where_the_device_was_measured(raysweep, space_file, monkeypatch):
+    from raysweep.shards import probe
+
+    text = raysweep("plan", space_file).out
+    assert "time " in text
+    assert "retraining instead" in text
+    monkeypatch.setattr(probe, "measure", None)  # it is known by now
+    assert raysweep("plan", space_file).out == text
+    without = raysweep("plan", space_file, "--no-probe").out
+    assert "about" not in without
+    assert "FLOP" in without
+    assert raysweep("plan", space_file, "--no-probe", "--json").json["seconds"] is None
+    both = raysweep("plan", space_file, "--no-probe", "--probe-again")
+    assert both.status == 2
+    assert "exclude each other" in both.err
+
+
 def test_kept_trials_are_counted(raysweep, space_file):
     """Two pruned trials and one recovered are in two cells; while it runs, one in flight may lie there as well."""
 
@@ -77,7 +116,9 @@ def test_what_a_study_chooses_is_named(raysweep, space_file):
         "learning_rate": {"loguniform": [0.001, 0.1]},
     }
     assert (study["trials"], study["to_run"], study["fixed"]["criterion"]) == (5, 5, "wanda")
-    assert {"recovery": "reconstruct", "granularity": "chosen", "planned": 5, "to_run": 5} in model["trials"]
+    (chosen_kind,) = [kind for kind in model["trials"] if kind["granularity"] == "chosen"]
+    assert (chosen_kind["recovery"], chosen_kind["planned"], chosen_kind["to_run"]) == ("reconstruct", 5, 5)
+    assert chosen_kind["flops"] > 0
     text = raysweep("plan", space_file, *settings).out
     chosen = "granularity (block, subblock), learning_rate (loguniform 0.001 to 0.1)"
     assert f"Optuna chooses {chosen} in 1 cell of 5 trials each" in text
