@@ -45,9 +45,9 @@ TRIALS = {
 }
 
 
-def all_of(folder: Path, trial: Trial, placement: Placement) -> dict[str, Any]:
+def all_of(folder: Path, trial: Trial, placement: Placement, device: str = "cpu") -> dict[str, Any]:
     """Every number that a trial leaves in a range: of its units and linears, of its evaluation, and its weights."""
-    shard = ModelShard.load(ModelSource(str(folder)), waits=placement.waits)
+    shard = ModelShard.load(ModelSource(str(folder)), dtype="float32", device=device, waits=placement.waits)
     blocks = BlockRange(shard, placement=placement)
     for text, ids_ST in TEXTS.items():
         pass_text(blocks, text, ids_ST)
@@ -68,7 +68,7 @@ def all_of(folder: Path, trial: Trial, placement: Placement) -> dict[str, Any]:
         for rows in batches(*ids_ST.shape, blocks.device)
     ]
     powers = [blocks.target_power(CALIBRATION, index) for index in blocks.blocks]
-    weights = {full: tensor.clone() for full, tensor in blocks.weights["trial"].items()}
+    weights = {full: tensor.cpu().clone() for full, tensor in blocks.weights["trial"].items()}
     blocks.release("trial")
     return {
         "units": [asdict(unit) for unit in units if unit is not None],
@@ -115,3 +115,15 @@ def test_where_things_wait_changes_no_number(family: str, kind: str, tmp_path: P
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [value[key] for key in sorted(value)] if isinstance(value, dict) else list(value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", TRIALS)
+def test_where_things_wait_changes_no_number_beside_a_gpu(kind: str, tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "model")
+    expected = all_of(tmp_path / "model", TRIALS[kind], Placement(activations="device"), "cuda:0")
+    for name, placement in PLACEMENTS.items():
+        found = all_of(tmp_path / "model", TRIALS[kind], placement, "cuda:0")
+        for full, tensor in expected["weights"].items():
+            assert torch.equal(found["weights"][full], tensor), (name, full)
+        assert found["errors"] == expected["errors"], name
