@@ -94,7 +94,7 @@ def _page_locked(nbytes: int) -> Tensor:
 
     torch's own allocator of such memory rounds up to a power of two, which here could be half of the machine's.
     """
-    mapped = _Locked(-1, nbytes)
+    mapped = _Locked(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapped.madvise(mmap.MADV_HUGEPAGE)  # fewer, larger pages: they are all touched when they are locked
     room = torch.frombuffer(mapped, dtype=torch.uint8)
     if int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), nbytes, 0)) == 0:

@@ -170,10 +170,15 @@ def _pass_blocks(groups: Sequence[OwnedGroup], ranges: Sequence[tuple[int, int]]
                 ahead.append((group, group.submit(shard, 0, "enter_dense", *arguments)))
             while len(ahead) > BATCHES_AHEAD * len(groups):
                 _take(ahead)
+        while ahead:
+            _take(ahead)
+        before: list[Any] = [None] * len(groups)
         for index in range(start, stop):
-            for group in groups:
+            for number, group in enumerate(groups):
                 label = f"dense {text.name} block {index}"
-                ahead.append((group, group.submit(shard, 0, "pass_block", text.name, index, label=label)))
+                arguments = (text.name, index, before[number])
+                before[number] = group.submit(shard, 0, "pass_block", *arguments, label=label)
+                ahead.append((group, before[number]))
         while ahead:
             _take(ahead)
 

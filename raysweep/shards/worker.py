@@ -35,7 +35,7 @@ from raysweep.reconstruction.recovery import find_unit, is_pruned, recover_unit,
 from raysweep.results.folders import OUTSIDE, block_file, unit_file
 from raysweep.shards.counts import Counts
 from raysweep.shards.group_info import ShardSpec, UnitSpan
-from raysweep.shards.peaks import Peaks, resident_peak
+from raysweep.shards.peaks import HostPeak, Peaks
 from raysweep.shards.unfinished import UnfinishedUnits
 from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
 
@@ -54,7 +54,7 @@ class ShardWorker:
     def __init__(self, spec: ShardSpec) -> None:
         if spec.device == "cpu":
             torch.set_num_threads(spec.threads)
-        self.spec = spec
+        self.spec, self._host_peak = spec, HostPeak()
         source = ModelSource(spec.model_path, spec.revision, spec.trust_remote_code)
         self.shard = ModelShard.load(
             source,
@@ -128,8 +128,8 @@ class ShardWorker:
         rows = slice(start, stop)
         self.blocks.enter_dense(text, samples, rows, self._incoming(text, rows, hidden))
 
-    def pass_block(self, text: str, index: int) -> None:
-        """Passes a kept text that has arrived at a block through it."""
+    def pass_block(self, text: str, index: int, before: Any = None) -> None:
+        """Passes a kept text that has arrived at a block through it. before: as in `dense_pass`"""
         self.blocks.pass_block(text, index)
 
     def leave_dense(self, text: str, start: int, stop: int) -> Any:
@@ -466,7 +466,7 @@ class ShardWorker:
     def peaks(self) -> Peaks:
         """The most memory that this process has held."""
         device = self.shard.device
-        return Peaks(resident_peak(), highest_peak(device) if device.type == "cuda" else None)
+        return Peaks(self._host_peak.bytes, highest_peak(device) if device.type == "cuda" else None)
 
     @property
     def stored_bytes(self) -> int:
