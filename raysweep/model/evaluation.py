@@ -19,17 +19,31 @@ def window_losses(shard: ModelShard, hidden_BTH: Tensor, ids_BT: Tensor) -> list
     hidden_BTH: what leaves the last block. Only on a shard with the head.
     """
     losses: list[float] = []
-    size = _windows_at_once(shard, tokens=ids_BT.shape[1])
-    for piece_BTH, piece_BT in zip(hidden_BTH.split(size), ids_BT.split(size), strict=True):
-        logits_BTV = shard.logits(piece_BTH)[:, :-1].float()
-        targets_BT = piece_BT[:, 1:].to(logits_BTV.device)
-        # On CPUs a tenth of what `cross_entropy` takes beyond the head, which writes every probability.
-        loss_BT = logits_BTV.logsumexp(2) - logits_BTV.gather(2, targets_BT[..., None])[..., 0]
+    vocabulary: int = shard.model.config.get_text_config().vocab_size
+    windows, tokens = pieces_of_logits(vocabulary, ids_BT.shape[1])
+    for piece_BTH, piece_BT in zip(hidden_BTH.split(windows), ids_BT.split(windows), strict=True):
+        loss_BT = torch.cat(
+            [
+                _losses(
+                    shard, piece_BTH[:, start : start + tokens], piece_BT[:, start + 1 : start + 1 + tokens]
+                )
+                for start in range(0, piece_BT.shape[1] - 1, tokens)
+            ],
+            1,
+        )
         losses += loss_BT.double().sum(1).tolist()
     return losses
 
 
-def _windows_at_once(shard: ModelShard, tokens: int) -> int:
-    """Windows whose logits are held at once: a fixed function of the shapes."""
-    vocabulary: int = shard.model.config.get_text_config().vocab_size
-    return max(1, LOGITS_LIMIT // (tokens * vocabulary))
+def _losses(shard: ModelShard, hidden_BTH: Tensor, targets_BT: Tensor) -> Tensor:
+    """Of every token that has a target, float32 (B, T)."""
+    logits_BTV = shard.logits(hidden_BTH)[:, : targets_BT.shape[1]].float()
+    targets_BT = targets_BT.to(logits_BTV.device)
+    # On CPUs a tenth of what `cross_entropy` takes beyond the head, which writes every probability.
+    return logits_BTV.logsumexp(2) - logits_BTV.gather(2, targets_BT[..., None])[..., 0]
+
+
+def pieces_of_logits(vocabulary: int, tokens: int) -> tuple[int, int]:
+    """Windows, and tokens of each, whose logits are held at once: a fixed function of the shapes."""
+    windows = LOGITS_LIMIT // (tokens * vocabulary)
+    return (windows, tokens) if windows else (1, max(1, LOGITS_LIMIT // vocabulary))

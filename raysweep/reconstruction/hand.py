@@ -95,6 +95,7 @@ class Hand:
         self._device = store.device
         self._held: dict[int, _Held] = {}
         self._put: dict[tuple[str, str], Tensor] = {}  # what waits in the store, by trial and name
+        self._nonzeros: dict[tuple[str, str], Tensor] = {}  # counted where they were, int64 ()
 
     @contextmanager
     def hold(self, name: str | None, block: Block, following: Block) -> Iterator[Tensors]:
@@ -129,7 +130,14 @@ class Hand:
         for held in self._held.values():
             held.copies = {key: pair for key, pair in held.copies.items() if key[0] != name}
         for key in [key for key in self._put if key[0] == name]:
-            del self._put[key]
+            del self._put[key], self._nonzeros[key]
+
+    def zeros(self, name: str, full: str) -> int | None:
+        """Among a trial's tensor that waits as it was put away; None for another."""
+        tensor = self._trials[name][full]
+        if self._put.get((name, full)) is not tensor:
+            return None
+        return tensor.numel() - int(self._nonzeros[name, full])
 
     def _at_hand(self, block: Block) -> _Held:
         held = self._held.setdefault(block.index, _Held(frozenset(block.parameter_names)))
@@ -214,4 +222,5 @@ class Hand:
                 if copy is tensor and waits is not None:
                     weights[full] = waits
                 elif self._put.get(key) is not tensor:
+                    self._nonzeros[key] = tensor.count_nonzero()
                     weights[full] = self._put[key] = self._store.put(tensor)

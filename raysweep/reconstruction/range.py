@@ -62,10 +62,11 @@ def accumulate(statistics: Statistics, name: str, x: Tensor) -> None:
 
 @dataclass
 class RangeText:
-    """A text's dense activations, and the statistics of every input group of every block: where they wait, or of the
-    one block that they were made anew of."""
+    """A text's dense activations, and the statistics of every input group of every block, where its inputs are watched:
+    where they wait, or of the one block that they were made anew of."""
 
     activations: Boundaries
+    is_watched: bool
     statistics: Statistics = field(default_factory=dict)
     made_of: int | None = None
 
@@ -79,6 +80,7 @@ class BlockRange:
     under a name of the caller's choice, until it is released.
 
     keep_halves: whether the dense pass goes half by half, for trials that need what flows between
+    matrices: whether statistics are also taken of texts that no mask comes from: errors of matrices follow from them
     store, waiting: where activations are kept, and weights and masks of trials;  compiles: whether training on a GPU is
     compiled
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
@@ -98,7 +100,7 @@ class BlockRange:
         self.device = shard.device
         self.knowledge = Knowledge(self.device, knowledge_bytes)
         self.texts: dict[str, RangeText] = {}
-        self.keep_halves = True
+        self.keep_halves = self.matrices = True
         self.store = self._store(self.placement.activations)
         self.waiting = self._store(self.placement.trials)
         self.compiles = False
@@ -148,7 +150,7 @@ class BlockRange:
     def _entry(self, text: str, samples: int) -> RangeText:
         if text not in self.texts:
             boundaries = Boundaries(self.blocks, samples, self.store, self.placement, self.keep_halves)
-            self.texts[text] = RangeText(boundaries)
+            self.texts[text] = RangeText(boundaries, text == CALIBRATION or self.matrices)
         return self.texts[text]
 
     def enter_dense(self, text: str, samples: int, rows: slice, hidden_BTH: Tensor) -> None:
@@ -190,7 +192,8 @@ class BlockRange:
 
     def _dense_block(self, block: Block, entry: RangeText, rows: slice, hidden_BTH: Tensor) -> Tensor:
         """One block, every linear once under watch; with the halves' outputs where trials will need them."""
-        watched = partial(block.watch_inputs, partial(accumulate, entry.statistics), block.leaders)
+        leaders = block.leaders if entry.is_watched else []
+        watched = partial(block.watch_inputs, partial(accumulate, entry.statistics), leaders)
         if not self.keep_halves:
             with watched():
                 return block.run(hidden_BTH)
@@ -364,10 +367,7 @@ class BlockRange:
         """One row per pruned linear of the block: sparsity, dead inputs, error of its output before recovery."""
         layers = self.layers[name]
         pruned = [linear for linear in block.linears.values() if linear.name in layers]
-        with self.using(None, block):
-            return [
-                self._linear_row(self.recipes[name], block, linear, layers[linear.name]) for linear in pruned
-            ]
+        return [self._linear_row(self.recipes[name], block, linear, layers[linear.name]) for linear in pruned]
 
     def _linear_row(
         self, recipe: MaskRecipe, block: Block, linear: Linear, layer: PrunedLayer
@@ -379,6 +379,9 @@ class BlockRange:
 
     def _new_linear_row(self, block: Block, linear: Linear, layer: PrunedLayer) -> dict[str, object]:
         mask_OI = layer.mask_OI.to(self.device)
+        with self.using(None, block):
+            masked_OI = layer.masked(linear.weight_OI)
+            error = self.matrix_error(CALIBRATION, block, linear, masked_OI)
         return {
             "kind": "linear",
             "unit": linear.name,
@@ -388,7 +391,7 @@ class BlockRange:
             "dead_inputs": layer.dead_inputs,
             "dampening_used": layer.dampening,
             "fallback": layer.fallback,
-            "error_before": self.matrix_error(CALIBRATION, block, linear, layer.masked(linear.weight_OI)),
+            "error_before": error,
         }
 
     def matrix_error(
@@ -514,6 +517,16 @@ class BlockRange:
     def _block_error(self, text: str, block: Block, rows: slice, hidden_BTH: Tensor) -> list[float]:
         dense_BTH = self.texts[text].activations.rows(block.index + 1, rows, self.device)
         return squared_sums(hidden_BTH.float() - dense_BTH.float())
+
+    def zeros(self, name: str) -> int:
+        """Among the prunable weights of the trial."""
+        weights = self.weights.get(name, {})
+        own = (f"{linear}.weight" for block in self.blocks.values() for linear in block.linears)
+        return sum(self._zeros_of(name, full, weights[full]) for full in own if full in weights)
+
+    def _zeros_of(self, name: str, full: str, tensor: Tensor) -> int:
+        counted = self._hand.zeros(name, full) if self._hand is not None else None
+        return tensor.numel() - int(tensor.count_nonzero()) if counted is None else counted
 
     def target_power(self, text: str, index: int) -> float:
         """The squared dense output of a block, summed over a kept text: what errors are divided by."""

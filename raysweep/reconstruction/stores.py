@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import StorageError, first_line
+from raysweep.reconstruction.page_locked import page_locked
 from raysweep.reconstruction.placement import DEVICE, DISK, HOST
 
-HUGE_BYTES = 8 << 20  # from here on storage of its own is asked of the system, and page-locked beside a GPU
+LARGE_BYTES = 1 << 20  # from here on host memory beside a GPU is page-locked piece by piece
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,16 @@ class Store:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         if self.kind == DISK:
             return _in_file(nbytes, self.folder).view(dtype).view(tuple(shape))
-        if nbytes < HUGE_BYTES or self.device.type == "cpu":
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
-        return _page_locked(nbytes).view(dtype).view(tuple(shape))
+        if nbytes >= LARGE_BYTES:
+            return page_locked(shape, dtype)
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor there: itself where it lies there already, else a copy."""
         if self.is_on_device:
             return tensor.to(self.device)
-        if tensor.device.type == "cpu" and self.kind == HOST:
+        if self.kind == HOST and tensor.device.type == "cpu":
             return tensor
-        if (
-            self.kind == HOST
-        ):  # many of the same few sizes come and go: the allocator keeps what it has page-locked
-            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            return room.copy_(tensor)
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
@@ -77,26 +73,3 @@ def _in_file(nbytes: int, folder: Path | None) -> Tensor:
             f"{first_line(error)}.\n  Free some, or name another folder by execution.scratch."
         ) from error
     return torch.frombuffer(mapped, dtype=torch.uint8)
-
-
-class _Locked(mmap.mmap):
-    """Host memory that the device copies from and to by itself; given back with its last tensor."""
-
-    address: int | None = None
-
-    def __del__(self) -> None:
-        if self.address is not None:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
-
-
-def _page_locked(nbytes: int) -> Tensor:
-    """Bytes of host memory, page-locked where the system allows it.
-
-    torch's own allocator of such memory rounds up to a power of two, which here could be half of the machine's.
-    """
-    mapped = _Locked(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE)  # fewer, larger pages: they are all touched when they are locked
-    room = torch.frombuffer(mapped, dtype=torch.uint8)
-    if int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), nbytes, 0)) == 0:
-        mapped.address = room.data_ptr()
-    return room

@@ -110,7 +110,7 @@ def set_up(
     portable = group.portable(own_criteria or {})
     group.forget_shared()
     for one in groups:
-        _all(one, "forget_texts", "subblock" in granularities)
+        _all(one, "forget_texts", "subblock" in granularities, "matrix" in granularities)
         _all(one, "set_own_criteria", portable)
     infos: dict[str, TextInfo] = {}
     for name, ids_ST in texts.items():
@@ -176,8 +176,8 @@ def _pass_blocks(groups: Sequence[OwnedGroup], ranges: Sequence[tuple[int, int]]
         for index in range(start, stop):
             for number, group in enumerate(groups):
                 label = f"dense {text.name} block {index}"
-                arguments = (text.name, index, before[number])
-                before[number] = group.submit(shard, 0, "pass_block", *arguments, label=label)
+                behind = (text.name, index, before[number])
+                before[number] = group.submit(shard, 0, "pass_block", *behind, label=label)
                 ahead.append((group, before[number]))
         while ahead:
             _take(ahead)

@@ -101,11 +101,12 @@ class ShardWorker:
         if ids_ST is not None:
             self._ids[name] = torch.from_numpy(np.array(ids_ST))
 
-    def forget_texts(self, keep_halves: bool) -> None:
-        """Before another calibration set. keep_halves: whether trials will need the boundary within a block."""
+    def forget_texts(self, keep_halves: bool, matrices: bool) -> None:
+        """Before another calibration set. keep_halves: whether trials will need the boundary within a block
+        matrices: whether they will recover matrices alone"""
         self.blocks.forget_texts()
         self._seconds.clear()
-        self.blocks.keep_halves = keep_halves
+        self.blocks.keep_halves, self.blocks.matrices = keep_halves, matrices
 
     def text_batches(self, samples: int, tokens: int) -> list[tuple[int, int]]:
         return [(rows.start, rows.stop) for rows in batches(samples, tokens, self.shard.device)]
@@ -439,7 +440,7 @@ class ShardWorker:
         return {
             "seconds": {phase: tuple(pair) for phase, pair in self._seconds.get(name, {}).items()},
             "dense_seconds": self.blocks.dense_seconds,
-            "weight_zeros": self._zeros(name),
+            "weight_zeros": self.blocks.zeros(name),
             "target_powers": {
                 text: {index: self.blocks.target_power(text, index) for index in self.blocks.blocks}
                 for text in texts
@@ -494,16 +495,6 @@ class ShardWorker:
         if self.shard.is_first:
             return self.shard.embed(self._ids[text][rows])
         return from_wire(hidden, self.shard.dtype)
-
-    def _zeros(self, name: str) -> int:
-        """Zeros among the prunable weights of the trial."""
-        weights = self.blocks.weights.get(name, {})
-        linears = (linear for block in self.blocks.blocks.values() for linear in block.linears)
-        tensors = (weights[f"{linear}.weight"] for linear in linears if f"{linear}.weight" in weights)
-        there = (
-            tensor.to(self.shard.device) for tensor in tensors
-        )  # a GPU counts them sooner than they are counted here
-        return sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in there)
 
     @contextmanager
     def _timed(self, name: str, phase: str) -> Iterator[None]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from raysweep.cluster.nodes import this_node
 from raysweep.launching.launch import launch
 from raysweep.launching.reality import Peak, Reality
-from raysweep.shards.peaks import resident_peak
 
 
 def test_peaks_are_of_the_process_and_a_file_is_left(make_space, tmp_path):
@@ -17,7 +17,7 @@ def test_peaks_are_of_the_process_and_a_file_is_left(make_space, tmp_path):
     assert found.in_process
     assert 0 < found.seconds < 600
     assert found.host is not None
-    assert 100 << 20 < found.host.measured <= resident_peak()
+    assert 100 << 20 < found.host.measured <= this_node().memory_bytes
     assert found.device is None
 
 
