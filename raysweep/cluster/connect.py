@@ -25,6 +25,13 @@ LOCAL, AUTO = "local", "auto"
 ANSWER_S = 5.0  # that a cluster has to take a connection
 NAMESPACE = "raysweep"
 
+# Of a cluster that is started here. Ray looks for its object store while that still starts, and again after this time:
+# by default a second, which every third start took longer. As before it gives up after ten.
+QUICK_LOOKS = {
+    "RAY_raylet_client_connect_timeout_milliseconds": "50",
+    "RAY_raylet_client_num_connect_attempts": "200",
+}
+
 
 class TokenRefusedError(UsageError):
     """A cluster asks for another token than this process has."""
@@ -94,6 +101,8 @@ def _connect(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:
         keep_token_private()
+        for name, value in QUICK_LOOKS.items():
+            os.environ.setdefault(name, value)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tells at length that it is on
     try:
         with _sigterm_answered_as_before():

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def run_phase(
     if not proposals.total:
         return []
     _quiet_tune()
+    _share_environment()
     lost: list[SweepTrial] = []
     causes: list[BaseException | None] = []
 
@@ -233,3 +235,13 @@ def _quiet_tune() -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "30")
+
+
+def _share_environment() -> None:
+    """Processes of trials begin as all others of the cluster. With an environment of their own, for a variable that
+    Tune sets for PyTorch Lightning, each would begin twice: Ray prepares it in one Python, and hands over to another.
+    """
+    with suppress(ImportError):  # in another version of Ray, where they only begin later
+        from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
+
+        DEFAULT_ENV_VARS.pop("PL_DISABLE_FORK", None)

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.tune import Trainable
+from ray.tune.execution.class_cache import _ActorClassCache as ActorClassCache
 
 from raysweep.errors import RaysweepError, ShardLostError, UsageError
 from raysweep.launching.launch import launch
@@ -132,6 +134,13 @@ def test_a_shard_that_ends_is_replaced_and_no_number_differs(make_space, tmp_pat
     assert again.max() == 1
     assert 1 <= again.sum() <= 3  # the trials that were in flight when the third one ended
     assert_same_numbers(twin / "tiny", tmp_path / "tiny")
+
+
+def test_processes_of_trials_have_no_environment_of_their_own(make_space, tmp_path, cluster):
+    """Which Ray would begin Python twice for. Tune gives them one by default."""
+    launch(make_space(), storage=tmp_path, address=cluster)
+    actor = ActorClassCache().get(Trainable)
+    assert not actor._default_options["runtime_env"]
 
 
 @pytest.mark.long
