@@ -42,7 +42,7 @@ SHAPES = {
 }
 
 RESIDENT = {"weight_store": "device", "activation_store": "device", "statistics_store": "device"}
-ON_HOST = {"weight_store": "host", "activation_store": "host", "statistics_store": "host", "boundaries": 1}
+ON_HOST = {"weight_store": "host", "activation_store": "host", "statistics_store": "host"}
 
 
 def make_model(folder: Path, shape: str, blocks: int, dtype: str) -> None:
@@ -187,6 +187,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["subblock"])
     parser.add_argument("--stores", nargs="+", choices=["resident", "host"], default=["resident", "host"])
     parser.add_argument("--compile", default="auto")
+    parser.add_argument(
+        "--boundaries", type=lambda text: int(text) if text.isdigit() else text, default="auto"
+    )
     parser.add_argument("--in-process", action="store_true")
     parser.add_argument(
         "--trace", action="store_true", help="leave what the shard did when in the sweeps' folders"
@@ -201,6 +204,7 @@ def main() -> None:
                 name = f"{options.shape}-{blocks}-{kind}-{store}"
                 space = space_of(name, model, options.dtype, options, kind)
                 stores = RESIDENT if store == "resident" else ON_HOST
+                stores = stores | {"boundaries": options.boundaries}
                 found = run(options.folder, space, stores, options.in_process, options.trace)
                 print(
                     json.dumps(
