@@ -192,7 +192,7 @@ class BlockRange:
 
     def _dense_block(self, block: Block, entry: RangeText, rows: slice, hidden_BTH: Tensor) -> Tensor:
         """One block, every linear once under watch; with the halves' outputs where trials will need them."""
-        leaders = block.leaders if entry.is_watched else []
+        leaders = block.leaders if entry.is_watched and self.placement.statistics != ANEW else []
         watched = partial(block.watch_inputs, partial(accumulate, entry.statistics), leaders)
         if not self.keep_halves:
             with watched():

@@ -73,7 +73,8 @@ class ShardMemory:
 
     weights, trials, masks, statistics: those that are in hand, which is all of them unless blocks come one by one
     masks: a byte a weight for each, and updated weights;  factoring: work on Gram matrices for these
-    waiting_on_host, waiting_on_disk: of these what waits there
+    known_masks: those that trials share, wherever they lie
+    waiting_on_host, waiting_on_disk: of weights, masks and statistics what waits there
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
     and what is being made
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
@@ -91,6 +92,7 @@ class ShardMemory:
     factoring: int
     kept: int
     streams: int
+    known_masks: int = 0
     waiting_on_host: int = 0
     waiting_on_disk: int = 0
     store: str = HOST
@@ -163,6 +165,7 @@ def shard_memory(
         factoring=_factoring_bytes(blocks, work),
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
+        known_masks=sum(masks),
         store=placement.activations,
     ).keeping(0, keepable_bytes(blocks, size, work))
     waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}

@@ -219,7 +219,7 @@ def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], w
     return replace(
         plan,
         memory=tuple(memory.keeping(kept, mine) for memory, mine in zip(plan.memory, keepable, strict=True)),
-        knowledge_bytes=max(memory.masks for memory in plan.memory) + kept + KNOWLEDGE_MARGIN,
+        knowledge_bytes=max(memory.known_masks for memory in plan.memory) + kept + KNOWLEDGE_MARGIN,
     )
 
 

@@ -14,9 +14,9 @@ ON_GPUS = (
     Placement(DEVICE, DEVICE, HOST, DEVICE),
     Placement(HOST, HOST, HOST, HOST),
     Placement(HOST, HOST, HOST, HOST, halves=False),
-    Placement(HOST, HOST, HOST, DISK, halves=False),
-    Placement(HOST, HOST, DISK, DISK),
-    Placement(FILES, DISK, DISK, DISK),
+    Placement(HOST, HOST, HOST, ANEW, halves=False),
+    Placement(HOST, HOST, DISK, ANEW),
+    Placement(FILES, DISK, DISK, ANEW),
     Placement(FILES, DISK, DISK, ANEW, every=4, halves=False),
 )
 ON_CPUS = (
@@ -25,7 +25,8 @@ ON_CPUS = (
     Placement(FILES, DISK, DISK, DISK),
     Placement(FILES, DISK, DISK, ANEW, every=4, halves=False),
 )
-"""Fastest first: copies over a GPU's link cost less than files, and files less than what is computed anew."""
+"""Fastest first: copies over a GPU's link cost less than what a GPU computes anew, and this less than files; a CPU reads
+files sooner than it computes anew."""
 
 
 @dataclass(frozen=True)
