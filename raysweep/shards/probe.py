@@ -11,8 +11,12 @@ which grows faster, comes out too low.
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +35,24 @@ from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import units_in
 from raysweep.reconstruction.solving import Solver
 from raysweep.reconstruction.stage import Stage
-from raysweep.shards.costs import FACTORS, FORWARD, GRAM_ERRORS, LOSSES, SOLVING, STATISTICS
+from raysweep.shards.costs import ALONE, FACTORS, FORWARD, GRAM_ERRORS, IMPORT, LOSSES, SOLVING, STATISTICS
 from raysweep.shards.rates import Probed
 
 CPU_STEP_FLOPS = 1.5e10  # of a step on a block, a thread: about half a second
 FEWEST_TOKENS = 16
-FEW_STEPS, MORE_STEPS = 2, 8
+PASSES = (STATISTICS, FORWARD, LOSSES, GRAM_ERRORS)
+MOST_COMPANIONS = 31  # assumption: beyond, one more changes little
+LONGEST_COMPANY_S = 120  # should this process be killed
+COMPANION = f"""
+import time
+import numpy
+matrix = numpy.ones((768, 768), dtype=numpy.float32)
+print(flush=True)
+ends = time.monotonic() + {LONGEST_COMPANY_S}
+while time.monotonic() < ends:
+    matrix @ matrix
+"""
+CPU_STEPS = 6
 DEVICE_STEPS = 6, 24  # a graph is recorded from the fourth
 
 
@@ -54,6 +70,35 @@ def measure(probed: Probed, wanted: Mapping[str, Trial]) -> dict[str, float]:
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def _companions(number: int, threads: int) -> Iterator[None]:
+    """Within the context so many other processes multiply matrices: shards on one machine share caches, bandwidth of
+    memory and, where two cores are one core's threads, arithmetic units."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(min(number, MOST_COMPANIONS)):
+            command = [sys.executable, "-c", COMPANION]
+            others.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+        for other in others:
+            if other.stdout is not None:
+                other.stdout.readline()  # it works by now
+        yield
+    finally:
+        for other in others:
+            other.kill()
+        for other in others:
+            other.communicate()
+
+
+def _import_seconds() -> float:
+    """Of a core, that a process which imports torch takes: how fast Python starts here."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import torch"], check=False, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 class _Probe:
     def __init__(self, probed: Probed, shard: ModelShard) -> None:
         self.probed, self.shard, self.device = probed, shard, shard.device
@@ -61,15 +106,18 @@ class _Probe:
 
     def all(self, wanted: Mapping[str, Trial]) -> dict[str, float]:
         length = self._length(batch=2)
-        found = self._passes(length)
-        for rate, trial in wanted.items():
-            if rate == SOLVING:
-                found[SOLVING] = self._solving(trial)
-            elif rate.startswith("step"):
-                found |= self._steps(rate, trial)
-            elif rate.startswith("mask"):
-                found |= self._masks(rate, trial)
-        return found
+        alone = {ALONE: self._passes(length, (FORWARD,))[FORWARD], IMPORT: _import_seconds()}
+        on_cpus = self.device.type == "cpu"
+        with _companions(self.probed.together - 1 if on_cpus else 0, self.probed.threads):
+            found = self._passes(length)
+            for rate, trial in wanted.items():
+                if rate == SOLVING:
+                    found[SOLVING] = self._solving(trial)
+                elif rate.startswith("step"):
+                    found |= self._steps(rate, trial)
+                elif rate.startswith("mask"):
+                    found |= self._masks(rate, trial)
+        return found | alone
 
     def _length(self, batch: int) -> int:
         """Tokens of a sequence, of which a step on a CPU takes about half a second at most."""
@@ -101,9 +149,12 @@ class _Probe:
 
     @contextlib.contextmanager
     def _drained(self) -> Iterator[Callable[[], float]]:
+        """Seconds within the context; on CPUs those of a core, as if no other program were there."""
+
         def now() -> float:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device.type == "cpu":
+                return time.process_time() / self.probed.threads
+            torch.cuda.synchronize(self.device)
             return time.perf_counter()
 
         begun = now()
@@ -111,8 +162,8 @@ class _Probe:
         yield lambda: ended[0] - begun
         ended.append(now())
 
-    def _passes(self, length: int) -> dict[str, float]:
-        """Of what passes batches through the block and the head, a token."""
+    def _passes(self, length: int, names: Sequence[str] = PASSES) -> dict[str, float]:
+        """Of what passes batches through the block and the head, a token; and of errors from Gram matrices."""
         samples = batches(1 << 20, length, self.device)[0].stop
         blocks, rows, hidden_BTH = (
             self._range(length, samples),
@@ -132,13 +183,16 @@ class _Probe:
                 weight_OI = linear.from_stored(weights[f"{linear.name}.weight"])
                 blocks.matrix_error(CALIBRATION, block, linear, weight_OI)
 
-        return {
-            STATISTICS: self._seconds(lambda: blocks.dense_pass("again", samples, rows, hidden_BTH)) / tokens,
-            FORWARD: self._seconds(lambda: blocks.forward("probe", "other", rows, hidden_BTH)) / tokens,
-            LOSSES: self._seconds(lambda: window_losses(self.shard, hidden_BTH[:piece], ids_BT[:piece]))
-            / (piece * length),
-            GRAM_ERRORS: self._seconds(gram_errors),
+        calls: dict[str, tuple[Callable[[], object], int]] = {
+            STATISTICS: (lambda: blocks.dense_pass("again", samples, rows, hidden_BTH), tokens),
+            FORWARD: (lambda: blocks.forward("probe", "other", rows, hidden_BTH), tokens),
+            LOSSES: (
+                lambda: window_losses(self.shard, hidden_BTH[:piece], ids_BT[:piece]),
+                piece * length,
+            ),
+            GRAM_ERRORS: (gram_errors, 1),
         }
+        return {name: self._seconds(calls[name][0]) / calls[name][1] for name in names}
 
     def _masked(self, blocks: BlockRange, name: str, trial: Trial) -> None:
         blocks.begin(name)
@@ -187,12 +241,13 @@ class _Probe:
         return {rate: step, f"open {rate}": opening}
 
     def _step_seconds(self, trial: Trial, length: int) -> tuple[float, float]:
-        few, more = (FEW_STEPS, MORE_STEPS) if self.device.type == "cpu" else DEVICE_STEPS
-        blocks = self._range(length, trial.batch_size or 1)
-        given = self._as_probed(trial)
+        blocks, given = self._range(length, trial.batch_size or 1), self._as_probed(trial)
+        few, more = (1, CPU_STEPS) if self.device.type == "cpu" else DEVICE_STEPS
         self._trained(blocks, given, few)
-        short = min(self._trained(blocks, given, few) for _ in range(2))
         long = min(self._trained(blocks, given, more) for _ in range(2))
+        if self.device.type == "cpu":  # where a unit's first step takes little more than others
+            return long / more, 0.0
+        short = min(self._trained(blocks, given, few) for _ in range(2))
         step = max(0.0, long - short) / (more - few)
         return step, max(0.0, short - few * step)
 
