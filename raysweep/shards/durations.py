@@ -27,13 +27,14 @@ from raysweep.shards.costs import (
 from raysweep.shards.memory import SIZES
 from raysweep.shards.plan import ShardPlan
 
-# Assumptions, from two CPU cores in November 2026, as multiples of what a process takes to import torch (2 s there, in
-# slow hours 6 to 8 s): starting is Python's work, and slow where that is.
-RAY_START = 6.0  # libraries, `ray.init`, actors and processes of trials, until the first trial begins
+# Assumptions, from two CPU cores in November 2026, as multiples of the 1.6 s of a core that importing
+# torch takes there: starting is Python's work, and slow where that is.
+RAY_START = 10.0  # libraries, `ray.init`, actors and processes of trials, until the first trial begins
 IN_PROCESS_START = 1.0  # libraries
 TRIAL = 0.2  # of one that Tune starts in a process that is there; and of writing its row
 PHASE = 0.5  # that Tune takes for a calibration set
 RESTART = 3.0  # of shards, after retraining
+BUSY_SHARE = 0.8  # of the busiest shard's time while trials run over Ray; measured there too (0.75 to 0.85)
 LOADING_BYTES_S = 1e9  # of weights from storage, a shard; assumption
 RETRAINING_START_S = 30.0  # of Ray Train and DeepSpeed, a trial
 COMPILING_S = 26.0  # of a kind of unit on a GPU: H100, 1.2B shape
@@ -112,7 +113,7 @@ def durations(
         latencies[trial] = TRIAL * pace + in_turn[trial] + max(apart[trial])
     at_once = min(plan.all_concurrent_trials, work.trials)
     compiling = COMPILING_S * sum(rate.startswith("step") for rate in work.samples) if plan.compiles else 0.0
-    trials = max(max(totals) / plan.replicas, sum(latencies.values()) / at_once) + compiling
+    trials = max(max(totals) / plan.replicas / BUSY_SHARE, sum(latencies.values()) / at_once) + compiling
     retraining = {
         piece.trial: (piece.kind, RETRAINING_START_S + _retraining(piece, model, rates) / workers)
         for piece in work.pieces
