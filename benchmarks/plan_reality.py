@@ -4,15 +4,17 @@
     python benchmarks/plan_reality.py --gpu            models with random weights on a CUDA machine
     python benchmarks/plan_reality.py --only NAME ...  some of them;  --list names them
 
-Prints a JSON line each: seconds on the clock, from `raysweep launch` to its shards' end, and the highest memory of a
-shard's process and of its GPU, as planned and as measured, with their ratios (measured over planned); then the
-worst of each. What a plan needs of the probe is measured by the plan.
+Prints a JSON line each: seconds on the clock, from `raysweep launch` to its shards' end; busy seconds of shards for
+trials, which other programs on the machine lengthen less; the highest memory of a shard's process and of its GPU. Each
+as planned and as measured, with their ratio (measured over planned), and the machine's load before; then the lowest
+and the highest ratio of each. What a plan needs of the probe is measured by the plan, anew for each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -132,11 +134,13 @@ def compared(space: dict[str, Any], options: list[str], storage: Path) -> dict[s
     """What was planned and what was measured."""
     file = storage / f"{space['name']}.json"  # JSON is YAML
     file.write_text(json.dumps(space), encoding="utf-8")
-    begun = time.monotonic()
-    plan = json.loads(_raysweep(storage, "plan", str(file), "--json"))
+    begun, load = time.monotonic(), os.getloadavg()[0]
+    plan = json.loads(_raysweep(storage, "plan", str(file), "--json", "--probe-again"))
     planning = time.monotonic() - begun
     begun = time.monotonic()
-    _raysweep(storage, "launch", str(file), "--json", *(options or ["--address", "local"]))
+    rows = json.loads(
+        _raysweep(storage, "launch", str(file), "--json", *(options or ["--address", "local"]))
+    )["rows"]
     wall = time.monotonic() - begun
     took = json.loads((storage / space["name"] / "plan.json").read_text(encoding="utf-8"))
     figures = {
@@ -145,8 +149,12 @@ def compared(space: dict[str, Any], options: list[str], storage: Path) -> dict[s
         "measured_s": took["seconds"],
         "wall_s": wall,
         "planning_s": planning,
+        "planned_busy_s": plan["models"][0]["seconds"]["trials_busy"],
+        "measured_busy_s": sum(row["device_seconds"] for row in rows),
+        "load": load,
     }
     figures["ratio_s"] = figures["measured_s"] / figures["planned_s"]
+    figures["ratio_busy"] = figures["measured_busy_s"] / figures["planned_busy_s"]
     for where in ("host", "device"):
         if took[where] is not None:
             figures[f"planned_{where}_mib"] = took[where]["planned"] / (1 << 20)

@@ -191,7 +191,7 @@ def _seconds_document(outlook: Outlook) -> dict[str, float] | None:
     took = outlook.durations
     if took is None:
         return None
-    parts = ("total", "start", "dense_pass", "trials", "retraining", "in_process", "device_seconds")
+    parts = ("total", "start", "dense_pass", "trials", "retraining", "in_process", "trials_busy")
     return {part: getattr(took, part) for part in parts}
 
 

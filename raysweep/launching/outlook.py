@@ -66,7 +66,7 @@ def look_ahead(
     phases = [_phase_work(prepared, model, phase) for phase in model.phases]
     work = count_work(model.shape, plan.dtype, plan.ranges, len(plan.heads), phases)
     example = _retraining_example(prepared, model)
-    rates = _rates(model, plan, work, example, probing)
+    rates = _rates(model, plan, work, example, max(node.cpus for node in nodes), probing)
     workers = prepared.space.execution.retrain_workers
     alone, each = worker_bytes(
         example, model.phases[0].tokens.sequence_length, model.shape, model.dtype, nodes,
@@ -162,14 +162,18 @@ def _retraining_example(prepared: Launch, model: PreparedModel) -> Trial:
 
 
 def _rates(
-    model: PreparedModel, plan: ShardPlan, work: Work, example: Trial, probing: Probing
+    model: PreparedModel, plan: ShardPlan, work: Work, example: Trial, cores: float, probing: Probing
 ) -> Rates | None:
+    """cores: of one machine"""
     if probing == "none":
         return None
     from raysweep.shards.rates import Probed, probed_rates
 
     length = model.phases[0].tokens.sequence_length
-    probed = Probed(model.source, model.shape, plan.dtype, plan.device, plan.threads, length, plan.compiles)
+    together = max(1, min(plan.all_shards, int(cores) // plan.threads))
+    probed = Probed(
+        model.source, model.shape, plan.dtype, plan.device, plan.threads, length, plan.compiles, together
+    )
     wanted = work.samples | {step_rate(example): example}
     return probed_rates(probed, wanted, again=probing == "again", measures=probing != "cached")
 

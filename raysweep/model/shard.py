@@ -30,6 +30,8 @@ from raysweep.model.structure import Block, BlockArguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+RANDOM_NUMBERS = (1 << 20) + 7  # that are drawn, then come again: no row is another's at usual widths
+
 
 class ModelShard:
     """Blocks `start` to `stop` of a model; the first shard also embeds, the last, and others on demand, have the head.
@@ -202,8 +204,11 @@ def _random_like(old: nn.Parameter, device: torch.device, generator: torch.Gener
     value = torch.empty(old.shape, dtype=old.dtype, device=device)
     if value.dim() < 2:
         value.fill_(1.0)
-    else:
-        value.normal_(0.0, value.shape[-1] ** -0.5, generator=generator)
+    else:  # drawing all of a large model's would take longer than what is measured on them
+        count = min(RANDOM_NUMBERS, value.numel())
+        numbers = torch.randn(count, device=device, generator=generator) * value.shape[-1] ** -0.5
+        for part in value.view(-1).split(count):
+            part.copy_(numbers[: len(part)])
     return nn.Parameter(value, requires_grad=False)
 
 

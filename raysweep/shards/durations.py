@@ -11,18 +11,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raysweep.model.shape import BlockShape, ModelShape
-from raysweep.shards.costs import BLOCKS, DENSE_PASS, HEAD, LOSSES, WORKERS, Kind, Piece, Work
+from raysweep.shards.costs import (
+    ALONE,
+    BLOCKS,
+    DENSE_PASS,
+    FORWARD,
+    HEAD,
+    IMPORT,
+    LOSSES,
+    WORKERS,
+    Kind,
+    Piece,
+    Work,
+)
 from raysweep.shards.memory import SIZES
 from raysweep.shards.plan import ShardPlan
 
-# Assumptions, measured on two CPU cores in November 2026: until trials can begin, and beside what shards do.
-RAY_START_S = 14.0  # libraries, `ray.init`, actors and processes of trials
-END_S = 4.0  # until Ray has ended
-IN_PROCESS_START_S = 5.0  # libraries
-LOADING_BYTES_S = 1e9  # of weights from storage, a shard
-TRIAL_S = 0.5  # of one that Tune starts in a process that is there; and of writing its row
-PHASE_S = 1.0  # that Tune takes for a calibration set
-RESTART_S = 6.0  # of shards, after retraining
+# Assumptions, from two CPU cores in November 2026, as multiples of the 1.6 s of a core that importing
+# torch takes there: starting is Python's work, and slow where that is.
+RAY_START = 10.0  # libraries, `ray.init`, actors and processes of trials, until the first trial begins
+IN_PROCESS_START = 1.0  # libraries
+TRIAL = 0.2  # of one that Tune starts in a process that is there; and of writing its row
+PHASE = 0.5  # that Tune takes for a calibration set
+RESTART = 3.0  # of shards, after retraining
+BUSY_SHARE = 0.8  # of the busiest shard's time while trials run over Ray; measured there too (0.75 to 0.85)
+LOADING_BYTES_S = 1e9  # of weights from storage, a shard; assumption
 RETRAINING_START_S = 30.0  # of Ray Train and DeepSpeed, a trial
 COMPILING_S = 26.0  # of a kind of unit on a GPU: H100, 1.2B shape
 
@@ -42,7 +55,7 @@ class Rates:
 class Durations:
     """Seconds on the clock. kinds: of `dense_pass`, `trials` and `retraining`, by kind of trial
 
-    in_process: of all with `--in-process`;  device_seconds: that shards are busy
+    in_process: of all with `--in-process`;  trials_busy: of all shards together, for trials
     """
 
     start: float
@@ -51,7 +64,7 @@ class Durations:
     retraining: float
     kinds: Mapping[Kind, float]
     in_process: float
-    device_seconds: float
+    trials_busy: float
 
     @property
     def total(self) -> float:
@@ -65,8 +78,9 @@ def durations(
 
     workers: that retrain;  cores: of the machine, 0 = unknown
     """
-    if any(piece.rate not in rates.seconds for piece in work.pieces):
+    if any(rate not in rates.seconds for rate in (ALONE, FORWARD, IMPORT, *(p.rate for p in work.pieces))):
         return None
+    pace = rates.seconds[IMPORT]
     if not work.trials:
         return Durations(0.0, 0.0, 0.0, 0.0, {}, 0.0, 0.0)
     scales = [_scale(model.blocks[start:stop], rates) for start, stop in plan.ranges]
@@ -96,10 +110,10 @@ def durations(
             else:
                 apart[piece.trial] = [a + b for a, b in zip(apart[piece.trial], mine, strict=True)]
     for trial in range(work.trials):
-        latencies[trial] = TRIAL_S + in_turn[trial] + max(apart[trial])
+        latencies[trial] = TRIAL * pace + in_turn[trial] + max(apart[trial])
     at_once = min(plan.all_concurrent_trials, work.trials)
     compiling = COMPILING_S * sum(rate.startswith("step") for rate in work.samples) if plan.compiles else 0.0
-    trials = max(max(totals) / plan.replicas, sum(latencies.values()) / at_once) + compiling
+    trials = max(max(totals) / plan.replicas / BUSY_SHARE, sum(latencies.values()) / at_once) + compiling
     retraining = {
         piece.trial: (piece.kind, RETRAINING_START_S + _retraining(piece, model, rates) / workers)
         for piece in work.pieces
@@ -112,16 +126,17 @@ def durations(
         kinds[kind] = kinds.get(kind, 0.0) + seconds
     own = sum(dense) + sum(totals)
     all_weights = model.parameters * size / LOADING_BYTES_S
-    in_process = IN_PROCESS_START_S + all_weights + own / slower + compiling
+    alone = min(1.0, rates.seconds[ALONE] / rates.seconds[FORWARD])
+    in_process = IN_PROCESS_START * pace + all_weights + own / slower * alone + compiling
     retrained = sum(seconds for _, seconds in retraining.values())
     return Durations(
-        start=RAY_START_S + END_S + loading + PHASE_S * work.phases + RESTART_S * work.retrains,
+        start=loading + pace * (RAY_START + PHASE * work.phases + RESTART * work.retrains),
         dense_pass=max(dense, default=0.0),
         trials=trials,
         retraining=retrained,
         kinds=kinds | {DENSE_PASS: max(dense, default=0.0)},
         in_process=in_process + retrained,
-        device_seconds=own * (plan.replicas if plan.replicas > 1 else 1),
+        trials_busy=sum(totals) / slower,
     )
 
 

@@ -3,7 +3,8 @@ random weights, does what shards do.
 
 What takes steps, masks or solutions is measured by the product's own code on the sweep's own settings. On CPUs long
 sequences of large models are shortened: times then are extrapolated, along a line through two lengths, and attention,
-which grows faster, comes out too low.
+which grows faster, comes out too low. The block of an 8B model takes a core a minute and a half, and its
+statistics, which few tokens then pay for, come out too slow.
 """
 
 # O outputs, I inputs of a linear; B samples of a batch, T tokens of a sample, H hidden
@@ -11,8 +12,12 @@ which grows faster, comes out too low.
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +36,38 @@ from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import units_in
 from raysweep.reconstruction.solving import Solver
 from raysweep.reconstruction.stage import Stage
-from raysweep.shards.costs import FACTORS, FORWARD, GRAM_ERRORS, LOSSES, SOLVING, STATISTICS
+from raysweep.shards.costs import (
+    ALONE,
+    FACTORS,
+    FORWARD,
+    GRAM_ERRORS,
+    IMPORT,
+    LOSSES,
+    SOLVING,
+    STATISTICS,
+    grams,
+)
 from raysweep.shards.rates import Probed
 
 CPU_STEP_FLOPS = 1.5e10  # of a step on a block, a thread: about half a second
 FEWEST_TOKENS = 16
-FEW_STEPS, MORE_STEPS = 2, 8
+LONG_S = 1.0  # calls that take longer are made once
+PASSES = (STATISTICS, FORWARD, LOSSES, GRAM_ERRORS)
+MOST_COMPANIONS = 31  # assumption: beyond, one more changes little
+LONGEST_COMPANY_S = 120  # should this process be killed
+COMPANION = f"""
+import time
+import numpy
+matrix = numpy.ones((768, 768), dtype=numpy.float32)
+print(flush=True)
+ends = time.monotonic() + {LONGEST_COMPANY_S}
+while time.monotonic() < ends:
+    matrix @ matrix
+"""
+CPU_STEPS = 6
+MASK_FLOPS = (
+    500.0  # that a mask's scores and sorting are worth, a weight: what decides on how many are measured
+)
 DEVICE_STEPS = 6, 24  # a graph is recorded from the fourth
 
 
@@ -54,6 +85,35 @@ def measure(probed: Probed, wanted: Mapping[str, Trial]) -> dict[str, float]:
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def _companions(number: int, threads: int) -> Iterator[None]:
+    """Within the context so many other processes multiply matrices: shards on one machine share caches, bandwidth of
+    memory and, where two cores are one core's threads, arithmetic units."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(min(number, MOST_COMPANIONS)):
+            command = [sys.executable, "-c", COMPANION]
+            others.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+        for other in others:
+            if other.stdout is not None:
+                other.stdout.readline()  # it works by now
+        yield
+    finally:
+        for other in others:
+            other.kill()
+        for other in others:
+            other.communicate()
+
+
+def _import_seconds() -> float:
+    """Of a core, that a process which imports torch takes: how fast Python starts here."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import torch"], check=False, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 class _Probe:
     def __init__(self, probed: Probed, shard: ModelShard) -> None:
         self.probed, self.shard, self.device = probed, shard, shard.device
@@ -61,15 +121,18 @@ class _Probe:
 
     def all(self, wanted: Mapping[str, Trial]) -> dict[str, float]:
         length = self._length(batch=2)
-        found = self._passes(length)
-        for rate, trial in wanted.items():
-            if rate == SOLVING:
-                found[SOLVING] = self._solving(trial)
-            elif rate.startswith("step"):
-                found |= self._steps(rate, trial)
-            elif rate.startswith("mask"):
-                found |= self._masks(rate, trial)
-        return found
+        alone = {ALONE: self._passes(length, (FORWARD,))[FORWARD], IMPORT: _import_seconds()}
+        on_cpus = self.device.type == "cpu"
+        with _companions(self.probed.together - 1 if on_cpus else 0, self.probed.threads):
+            found = self._passes(length)
+            for rate, trial in wanted.items():
+                if rate == SOLVING:
+                    found[SOLVING] = self._solving(trial)
+                elif rate.startswith("step"):
+                    found |= self._steps(rate, trial)
+                elif rate.startswith("mask"):
+                    found |= self._masks(rate, trial)
+        return found | alone
 
     def _length(self, batch: int) -> int:
         """Tokens of a sequence, of which a step on a CPU takes about half a second at most."""
@@ -89,11 +152,29 @@ class _Probe:
         size = (samples, length, self.probed.shape.hidden)
         return torch.randn(size, generator=self.generator).to(self.device, self.shard.dtype)
 
+    def _samples(self, length: int) -> int:
+        """Of a batch that passes: as shards have it, or on CPUs as many as pass in about half a second."""
+        whole: int = batches(1 << 20, length, self.device)[0].stop
+        if self.device.type != "cpu":
+            return whole
+        most = CPU_STEP_FLOPS * self.probed.threads / (2 * self.probed.weights * length)
+        return max(1, min(whole, int(most)))
+
+    def _cheap(self, flops: Mapping[str, float]) -> tuple[list[str], float]:
+        """Names of linears to measure something on, and what it takes on all by what it takes on these: on CPUs the
+        cheapest alone where all would take long."""
+        total = sum(flops.values())
+        if self.device.type != "cpu" or total <= CPU_STEP_FLOPS * self.probed.threads:
+            return list(flops), 1.0
+        cheapest = min(flops, key=lambda name: flops[name])
+        return [cheapest], total / flops[cheapest]
+
     def _seconds(self, call: Callable[[], object], repeats: int = 3) -> float:
-        """Of the median call, after one that does not count."""
-        call()
-        taken = []
-        for _ in range(repeats):
+        """Of the median call, after one that does not count, unless it takes long."""
+        with self._drained() as clock:
+            call()
+        taken = [clock()] if clock() > LONG_S else []
+        for _ in range(0 if taken else repeats):
             with self._drained() as clock:
                 call()
             taken.append(clock())
@@ -101,9 +182,12 @@ class _Probe:
 
     @contextlib.contextmanager
     def _drained(self) -> Iterator[Callable[[], float]]:
+        """Seconds within the context; on CPUs those of a core, as if no other program were there."""
+
         def now() -> float:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device.type == "cpu":
+                return time.process_time() / self.probed.threads
+            torch.cuda.synchronize(self.device)
             return time.perf_counter()
 
         begun = now()
@@ -111,9 +195,9 @@ class _Probe:
         yield lambda: ended[0] - begun
         ended.append(now())
 
-    def _passes(self, length: int) -> dict[str, float]:
-        """Of what passes batches through the block and the head, a token."""
-        samples = batches(1 << 20, length, self.device)[0].stop
+    def _passes(self, length: int, names: Sequence[str] = PASSES) -> dict[str, float]:
+        """Of what passes batches through the block and the head, a token; and of errors from Gram matrices."""
+        samples = self._samples(length)
         blocks, rows, hidden_BTH = (
             self._range(length, samples),
             slice(0, samples),
@@ -125,20 +209,25 @@ class _Probe:
         blocks.begin("probe")
         self._masked(blocks, "probe", Trial(recovery="none", criterion="magnitude", sparsity=0.5))
         block = next(iter(blocks.blocks.values()))
-        linears, weights = list(block.linears.values()), blocks.weights["probe"]
+        weights = blocks.weights["probe"]
+        names_here, of_all = self._cheap({name: 2.0 * o * i**2 for name, (o, i) in self.shapes.items()})
 
         def gram_errors() -> None:
-            for linear in linears:
+            for linear in (block.linears[name] for name in names_here):
                 weight_OI = linear.from_stored(weights[f"{linear.name}.weight"])
                 blocks.matrix_error(CALIBRATION, block, linear, weight_OI)
 
-        return {
-            STATISTICS: self._seconds(lambda: blocks.dense_pass("again", samples, rows, hidden_BTH)) / tokens,
-            FORWARD: self._seconds(lambda: blocks.forward("probe", "other", rows, hidden_BTH)) / tokens,
-            LOSSES: self._seconds(lambda: window_losses(self.shard, hidden_BTH[:piece], ids_BT[:piece]))
-            / (piece * length),
-            GRAM_ERRORS: self._seconds(gram_errors),
+        calls: dict[str, tuple[Callable[[], object], int]] = {
+            STATISTICS: (lambda: blocks.dense_pass("again", samples, rows, hidden_BTH), tokens),
+            FORWARD: (lambda: blocks.forward("probe", "other", rows, hidden_BTH), tokens),
+            LOSSES: (
+                lambda: window_losses(self.shard, hidden_BTH[:piece], ids_BT[:piece]),
+                piece * length,
+            ),
+            GRAM_ERRORS: (gram_errors, 1),
         }
+        found = {name: self._seconds(calls[name][0]) / calls[name][1] for name in names}
+        return found | ({GRAM_ERRORS: found[GRAM_ERRORS] * of_all} if GRAM_ERRORS in found else {})
 
     def _masked(self, blocks: BlockRange, name: str, trial: Trial) -> None:
         blocks.begin(name)
@@ -148,15 +237,19 @@ class _Probe:
     def _masks(self, rate: str, trial: Trial) -> dict[str, float]:
         """Of all linears of the block; with sparsegpt of its factors, which masks share, apart."""
         length = self._length(batch=2)
-        enough = (
-            max(1, max(i for _, i in self.shard_shapes) // length + 1) if self.device.type != "cpu" else 4
-        )
-        blocks = self._range(length, max(enough, batches(1 << 20, length, self.device)[0].stop))
+        blocks = self._range(length, self._samples(length))
         asked = (
             trial if rate.split()[1] == trial.criterion else trial.model_copy(update={"criterion": "wanda"})
         )
-        asked = asked.model_copy(update={"targets": None, "statistics_stream": "dense"})
-        taken = []
+        names, of_all = self._cheap({name: MASK_FLOPS * o * i for name, (o, i) in self.shapes.items()})
+        of_factors = 1.0
+        if trial.criterion == "sparsegpt":
+            names, of_all = self._cheap({name: float(o * i**2) for name, (o, i) in self.shapes.items()})
+            groups = grams(self.probed.shape.blocks[self.probed.index])
+            mine = sum(i**3 for i in {self.shapes[name][1] for name in names})
+            of_factors = sum(i**3 for i, _ in groups) / mine if len(names) == 1 else 1.0
+        changes = {"targets": tuple(names), "statistics_stream": "dense", "sparsity": asked.sparsity}
+        asked, taken = asked.model_copy(update=changes), list[float]()
         for name in (
             "warm",
             "first",
@@ -168,13 +261,15 @@ class _Probe:
                 self._masked(blocks, name, asked.model_copy(update={"ignore": (f"{name} of none",)}))
             taken.append(clock())
             blocks.release(name)
-        if trial.criterion != "sparsegpt":
-            return {rate: taken[2]}
-        return {rate: taken[2], FACTORS: max(0.0, taken[1] - taken[2])}
+        found = {rate: taken[2] * of_all}
+        if trial.criterion == "sparsegpt":
+            found[FACTORS] = max(0.0, taken[1] - taken[2]) * of_factors
+        return found
 
     @property
-    def shard_shapes(self) -> list[tuple[int, int]]:
-        return list(self.probed.shape.blocks[self.probed.index].linears.values())
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(O, I) of the block's linears."""
+        return self.probed.shape.blocks[self.probed.index].linears
 
     def _steps(self, rate: str, trial: Trial) -> dict[str, float]:
         """Of a step on the block's units, one after another, and of what comes before the first."""
@@ -187,12 +282,15 @@ class _Probe:
         return {rate: step, f"open {rate}": opening}
 
     def _step_seconds(self, trial: Trial, length: int) -> tuple[float, float]:
-        few, more = (FEW_STEPS, MORE_STEPS) if self.device.type == "cpu" else DEVICE_STEPS
-        blocks = self._range(length, trial.batch_size or 1)
-        given = self._as_probed(trial)
-        self._trained(blocks, given, few)
-        short = min(self._trained(blocks, given, few) for _ in range(2))
+        blocks, given = self._range(length, trial.batch_size or 1), self._as_probed(trial)
+        few, more = (1, CPU_STEPS) if self.device.type == "cpu" else DEVICE_STEPS
+        first = self._trained(blocks, given, few)
+        if self.device.type == "cpu" and first > LONG_S:
+            return first, 0.0
         long = min(self._trained(blocks, given, more) for _ in range(2))
+        if self.device.type == "cpu":  # where a unit's first step takes little more than others
+            return long / more, 0.0
+        short = min(self._trained(blocks, given, few) for _ in range(2))
         step = max(0.0, long - short) / (more - few)
         return step, max(0.0, short - few * step)
 
@@ -236,7 +334,8 @@ class _Probe:
     def _solving(self, trial: Trial) -> float:
         """Of an iteration for all matrices of the block."""
         length = self._length(batch=2)
-        blocks = self._range(length, batches(1 << 20, length, self.device)[0].stop)
+        blocks = self._range(length, self._samples(length))
+        names, of_all = self._cheap({name: 60.0 * o * i**2 for name, (o, i) in self.shapes.items()})
         given = trial.model_copy(
             update={"criterion": "magnitude", "statistics_stream": None, "input_stream": "dense"}
         )
@@ -244,8 +343,10 @@ class _Probe:
         self._masked(blocks, "probe", given)
         seconds = 0.0
         for unit in units_in(blocks, "matrix"):
+            if not set(unit.linears) & set(names):
+                continue
             solver = Solver(blocks, "probe", given, unit)
             with self._drained() as clock:
                 solved = solver.solve()
             seconds += clock() / (solved.iterations + 2)
-        return seconds
+        return seconds * of_all

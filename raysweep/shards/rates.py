@@ -20,13 +20,13 @@ from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.results.uris import cache_folder
 from raysweep.results.writer import write_atomically
-from raysweep.shards.costs import FORWARD, GRAM_ERRORS, LOSSES, STATISTICS
+from raysweep.shards.costs import ALONE, FORWARD, GRAM_ERRORS, IMPORT, LOSSES, STATISTICS
 from raysweep.shards.durations import Rates
 from raysweep.shards.worker import device_name
 
 CACHE_FILE = "probe.json"
 VERSION = 1  # of what is measured: raised with every change of it
-ALWAYS = (STATISTICS, FORWARD, LOSSES, GRAM_ERRORS)  # are measured, whatever the trials
+ALWAYS = (STATISTICS, FORWARD, ALONE, LOSSES, GRAM_ERRORS, IMPORT)  # are measured, whatever the trials
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +35,7 @@ class Probed:
     """What is asked about: a model's shape on a device.
 
     length: tokens of a sequence;  compiles: whether training is compiled
+    together: how many shards share this machine's CPU, each with its threads
     """
 
     source: ModelSource
@@ -44,6 +45,7 @@ class Probed:
     threads: int
     length: int
     compiles: bool = False
+    together: int = 1
 
     @property
     def index(self) -> int:
@@ -69,6 +71,7 @@ class Probed:
             "vocabulary": [self.shape.vocabulary, self.shape.hidden],
             "length": self.length,
             "compiles": self.compiles,
+            "together": self.together if self.device == "cpu" else 1,
         }
         return f"{where}, {self.threads} threads, {self.dtype}, {fingerprint(asked)[:8]}"
 

@@ -18,6 +18,12 @@ from raysweep.shards.memory import Workload
 from raysweep.shards.plan import make_plan
 
 
+@pytest.fixture(autouse=True)
+def starts_at_once(monkeypatch):
+    """A process that imports torch takes seconds, which every plan of a new device would."""
+    monkeypatch.setattr("raysweep.shards.probe._import_seconds", lambda: 2.0)
+
+
 def test_the_plan_of_a_new_sweep(raysweep, space_file, here):
     settings = ("--set", "execution.shards=2", "--set", "execution.keep=none")
     document = raysweep("plan", space_file, *settings, "--json").json

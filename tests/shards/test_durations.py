@@ -7,14 +7,18 @@ import pytest
 from raysweep.cluster.nodes import Node
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.shards.costs import DENSE_PASS, HEAD, WORKERS, Piece, Work
-from raysweep.shards.durations import RETRAINING_START_S, TRIAL_S, Rates, durations
+from raysweep.shards.durations import BUSY_SHARE, RETRAINING_START_S, TRIAL, Rates, durations
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import make_plan
 
 BLOCK = BlockShape({"0.up": (8, 4)}, 40)
 MODEL = ModelShape((BLOCK,) * 4, 4, 16, 64, 32, "float32", "bfloat16")
 WORK = Workload(((2, 8),), 8, 2, masks=1, halves=False, matrices=False, recovery=True, concurrent_trials=1)
-RATES = Rates({"forward": 2.0, "head": 3.0, "step: block": 5.0}, weights=32)
+IMPORTING = 2.0
+TRIAL_S = TRIAL * IMPORTING
+RATES = Rates(
+    {"forward": 2.0, "forward alone": 1.0, "import": IMPORTING, "head": 3.0, "step: block": 5.0}, weights=32
+)
 NONE, BLOCKS = ("none", None), ("reconstruct", "block")
 
 
@@ -27,19 +31,19 @@ def took(*pieces: Piece, trials: int, shards: int = 2, at_once: int = 2, replica
 def test_the_busiest_shard_counts():
     found = took(Piece(DENSE_PASS, -1, "forward", 10), Piece(NONE, 0, "forward", 10), trials=1)
     assert found.dense_pass == 2 * 10 * 2.0
-    assert found.trials == 2 * 10 * 2.0 + TRIAL_S
+    assert found.trials == 2 * 10 * 2.0 / BUSY_SHARE
     assert found.kinds[NONE] == found.trials
-    assert found.device_seconds == 2 * 4 * 10 * 2.0
+    assert found.trials_busy == 4 * 10 * 2.0
 
 
 def test_what_goes_from_shard_to_shard_in_turn_waits_unless_other_trials_are_in_flight():
     pieces = [Piece(BLOCKS, trial, "step: block", 10, in_turn=True) for trial in range(2)]
     assert took(*pieces, trials=2, at_once=1).trials == 2 * (4 * 10 * 5.0 + TRIAL_S)
-    assert took(*pieces, trials=2, at_once=2).trials == 4 * 10 * 5.0 + TRIAL_S
+    assert took(*pieces, trials=2, at_once=2).trials == 2 * 2 * 10 * 5.0 / BUSY_SHARE
 
 
 def test_both_ends_share_the_head():
-    assert took(Piece(NONE, 0, "head", 10, place=HEAD), trials=1).trials == 10 * 3.0 / 2 + TRIAL_S
+    assert took(Piece(NONE, 0, "head", 10, place=HEAD), trials=1).trials == 10 * 3.0 / 2 / BUSY_SHARE
 
 
 def test_replicas_share_the_trials_and_shards_the_cores():

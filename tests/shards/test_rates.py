@@ -140,3 +140,13 @@ def test_long_sequences_of_large_models_are_shortened_on_cpus(probed, monkeypatc
     monkeypatch.setattr(probe._Probe, "_range", spy)
     assert probe.measure(probed, {step_rate(trial): trial})[step_rate(trial)] > 0
     assert set(lengths) == {16, 8}
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_what_would_take_long_is_measured_on_one_matrix(criterion, probed, monkeypatch):
+    monkeypatch.setattr(probe, "CPU_STEP_FLOPS", 1.0)
+    masks = Trial.model_validate({"recovery": "none", "criterion": criterion, "sparsity": 0.5})
+    fields = {name: value for name, value in STEPS.items() if name != "learning_rate"}
+    exact = Trial.model_validate(fields | {"granularity": "matrix", "optimizer": "exact"})
+    found = probe.measure(probed, {mask_rate(masks): masks, SOLVING: exact})
+    assert all(seconds > 0 for rate, seconds in found.items() if rate != "factors")
