@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from raysweep.errors import NumericalError, UsageError
 
 ComparisonGroup = Literal["row", "matrix"]
+
+RANKED_AT_ONCE = 1 << 24  # scores; assumption: a GPU is full with far fewer
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,17 @@ def pruning_mask(score_OI: Tensor, rule: MaskRule) -> Tensor:
     if rule.n_of_m is not None:
         kept, size = rule.n_of_m
         check_n_of_m(score_OI.shape[1], kept, size)
-        return keep_n_of_m(score_OI, kept, size)
+        return torch.cat([keep_n_of_m(rows, kept, size) for rows in _few_rows(score_OI)])
     groups = score_OI if rule.comparison_group == "row" else score_OI.reshape(1, -1)
     removed = int(groups.shape[1] * rule.sparsity)
-    return keep_all_but_lowest(groups, removed).reshape(score_OI.shape)
+    return torch.cat([keep_all_but_lowest(rows, removed) for rows in _few_rows(groups)]).reshape(
+        score_OI.shape
+    )
+
+
+def _few_rows(groups: Tensor) -> Sequence[Tensor]:
+    """Rows are ranked apart: few at once, since ranking takes several times their memory."""
+    return groups.split(max(1, RANKED_AT_ONCE // max(1, groups.shape[1])))
 
 
 def keep_all_but_lowest(score_GS: Tensor, removed: int) -> Tensor:
