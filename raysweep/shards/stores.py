@@ -25,8 +25,8 @@ ON_CPUS = (
     Placement(FILES, DISK, DISK, DISK),
     Placement(FILES, DISK, DISK, ANEW, every=4, halves=False),
 )
-"""Fastest first: copies over a GPU's link cost less than what a GPU computes anew, and this less than files; a CPU reads
-files sooner than it computes anew."""
+"""Fastest first: copies over a GPU's link cost less than what a GPU computes anew, and this less than files; a CPU
+reads files sooner than it computes anew."""
 
 
 @dataclass(frozen=True)
