@@ -100,80 +100,68 @@ def make_model(folder: Path, shape: str, blocks: int, dtype: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(total))
 
 
-def space_of(name: str, model: Path, dtype: str, options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """One trial of a kind."""
-    trial: dict[str, Any] = {"criterion": "wanda", "pattern": "2:4"}
-    if kind == "subblock":
-        trial |= {"recovery": "reconstruct", "granularity": "subblock", "learning_rate": 1.0e-5, "epochs": 1}
-    elif kind == "exact":
-        trial |= {"recovery": "reconstruct", "granularity": "matrix", "optimizer": "exact"}
-    elif kind == "sparsegpt":
-        trial |= {"recovery": "none", "criterion": "sparsegpt"}
+TRIALS: dict[str, dict[str, Any]] = {
+    "subblock": {"recovery": "reconstruct", "granularity": "subblock", "learning_rate": 1.0e-5, "epochs": 1},
+    "exact": {"recovery": "reconstruct", "granularity": "matrix", "optimizer": "exact"},
+    "sparsegpt": {"recovery": "none", "criterion": "sparsegpt"},
+}
+
+
+def space_of(name: str, model: Path, kinds: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """A trial of each kind, one after another."""
+    entry = {"dataset": "builtin:pystdlib", "split": "test", "sequence_length": options.tokens}
     return {
         "name": name,
-        "model": {"path": str(model), "dtype": dtype},
+        "model": {"path": str(model), "dtype": options.dtype},
         "calibration": {
             "dataset": "builtin:pystdlib",
             "num_samples": options.samples,
             "sequence_length": options.tokens,
         },
         "validation": {"samples": 8},
-        "evaluation": {
-            "perplexity": [
-                {
-                    "name": "test",
-                    "dataset": "builtin:pystdlib",
-                    "split": "test",
-                    "sequence_length": options.tokens,
-                    "max_windows": 16,
-                }
-            ]
+        "evaluation": {"perplexity": [entry | {"name": "test", "max_windows": 16}]},
+        "sweep": [{"criterion": "wanda", "pattern": "2:4"} | TRIALS[kind] for kind in kinds],
+        "execution": {
+            "keep": "none",
+            "shards": 1,
+            "concurrent_trials": 1,
+            "compile": options.compile,
+            "boundaries": options.boundaries,
         },
-        "sweep": [trial],
-        "execution": {"keep": "none", "shards": 1, "compile": options.compile},
     }
 
 
-def run(
-    folder: Path, space: dict[str, Any], stores: dict[str, Any], in_process: bool = False, trace: bool = False
-) -> dict[str, Any]:
-    """Launches a space of one trial; its row, with the seconds and the peaks of the whole launch."""
-    space["execution"] |= stores
+def run(folder: Path, space: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Launches a space; figures of every row, with the seconds and the peaks of the whole launch."""
     file = folder / f"{space['name']}.yaml"
     file.write_text(yaml.safe_dump(space))
     command = [sys.executable, "-m", "raysweep", "launch", str(file), "--storage", str(folder / "results")]
-    command += ["--trace"] if trace else []
-    command += ["--in-process"] if in_process else ["--address", "local"]
+    command += ["--trace"] if options.trace else []
+    command += ["--in-process"] if options.in_process else ["--address", "local"]
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"})
-    seconds = time.monotonic() - began
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}, check=False
+    )
+    launch = {"launch_seconds": round(time.monotonic() - began, 1)}
     print(done.stderr[-3000:], file=sys.stderr, flush=True)
     if done.returncode:
         print(done.stdout[-3000:], file=sys.stderr, flush=True)
-        return {"seconds": seconds, "status": done.returncode}
+        return [launch | {"status": f"exit status {done.returncode}"}]
     import raysweep
 
-    rows = raysweep.load_results(folder / "results" / space["name"])
-    row = rows[rows.recovery != "dense"].iloc[0]
-    names = ("seconds_total", "seconds_statistics", "seconds_mask", "seconds_recovery", "seconds_evaluation")
-    numbers = ("output_error_calibration", "pruned_perplexity", "perplexity", "peak_recovery_bytes")
     reality = json.loads((folder / "results" / space["name"] / "plan.json").read_text())
-    peaks = {
-        f"{where}_gib": round((reality[where] or {}).get("measured", 0) / 2**30, 2)
-        for where in ("host", "device")
-    }
-    peaks |= {
-        f"planned_{where}_gib": round((reality[where] or {}).get("planned", 0) / 2**30, 2)
-        for where in ("host", "device")
-    }
-    return (
-        {"launch_seconds": round(seconds, 1), "status": row.status}
-        | peaks
-        | {
-            name: None if row[name] != row[name] else round(float(row[name]), 6)
-            for name in (*names, *numbers)
-        }
-    )
+    for where in ("host", "device"):
+        if reality[where] is not None:
+            for kind in ("measured", "planned"):
+                launch[f"{kind}_{where}_gib"] = round(reality[where][kind] / 2**30, 2)
+    rows = raysweep.load_results(folder / "results" / space["name"])
+    names = ("criterion", "granularity", "optimizer", "status", "seconds_total", "seconds_mask")
+    names += ("seconds_recovery", "seconds_evaluation", "output_error_calibration", "perplexity")
+    return [
+        launch | {name: row[name] for name in names if row[name] == row[name]}
+        for row in rows.to_dict("records")
+        if row["recovery"] != "dense"
+    ]
 
 
 def main() -> None:
@@ -184,7 +172,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--kinds", nargs="+", default=["subblock"])
+    parser.add_argument("--kinds", nargs="+", choices=TRIALS, default=["subblock"])
     parser.add_argument("--stores", nargs="+", choices=["resident", "host"], default=["resident", "host"])
     parser.add_argument("--compile", default="auto")
     parser.add_argument(
@@ -199,19 +187,12 @@ def main() -> None:
         model = options.folder / f"{options.shape}-{blocks}"
         if not model.exists():
             make_model(model, options.shape, blocks, options.dtype)
-        for kind in options.kinds:
-            for store in options.stores:
-                name = f"{options.shape}-{blocks}-{kind}-{store}"
-                space = space_of(name, model, options.dtype, options, kind)
-                stores = RESIDENT if store == "resident" else ON_HOST
-                stores = stores | {"boundaries": options.boundaries}
-                found = run(options.folder, space, stores, options.in_process, options.trace)
-                print(
-                    json.dumps(
-                        {"shape": options.shape, "blocks": blocks, "kind": kind, "store": store} | found
-                    ),
-                    flush=True,
-                )
+        for store in options.stores:
+            space = space_of(f"{model.name}-{store}", model, options.kinds, options)
+            space["execution"] |= RESIDENT if store == "resident" else ON_HOST
+            for found in run(options.folder, space, options):
+                figure = {"shape": options.shape, "blocks": blocks, "store": store} | found
+                print(json.dumps(figure), flush=True)
 
 
 if __name__ == "__main__":

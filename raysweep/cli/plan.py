@@ -13,6 +13,7 @@ from raysweep.cli.console import messages, new_table, output, print_json, quiet_
 from raysweep.cli.numbers import count, duration, large, operations
 from raysweep.cli.spaces import load_space
 from raysweep.config.expansion import Sampled
+from raysweep.reconstruction.placement import DEVICE, DISK
 from raysweep.results.uris import place_of
 
 if TYPE_CHECKING:
@@ -28,20 +29,21 @@ if TYPE_CHECKING:
     from raysweep.shards.plan import ShardPlan
     from raysweep.sweep.prepare import PreparedModel
 
-DEVICE_PARTS = {
+IN_HAND_PARTS = {
     "weights": "weights",
     "statistics": "statistics",
     "trials": "weights of trials in flight",
-    "recovery": "recovery of one unit",
-    "evaluation": "evaluation",
     "masks": "masks",
-    "factoring": "factoring of Gram matrices",
+    "at_work": "one unit or batch at work",
+    "heap": "what that leaves in the heap",
 }
 STORED_PARTS = {
     "activations": "activations at block boundaries",
     "kept": "inputs and factors that are kept",
     "streams": "activations of trials in flight",
 }
+WAITING_PARTS = {"waiting_on_host": "what waits to come into hand"}
+ON_DISK_PARTS = {"waiting_on_disk": "what waits to come into hand"}
 
 
 def run_plan(
@@ -175,7 +177,7 @@ def _model_document(prepared: Launch, seen: Seen) -> dict[str, Any]:
         "gpus_per_shard": plan.gpus,
         "threads_per_shard": plan.threads,
         "shares_cores": plan.shares_cores,
-        "activation_store": "device" if plan.stored_on_device else "host",
+        "placement": {name: value for name, value in asdict(plan.placement).items() if name != "scratch"},
         "compiles": plan.compiles,
         "shards": [
             _shard_document(blocks, memory) for blocks, memory in zip(plan.ranges, plan.memory, strict=True)
@@ -207,7 +209,7 @@ def _study_document(prepared: Launch, study: Study) -> dict[str, Any]:
 
 def _shard_document(blocks: tuple[int, int], memory: ShardMemory) -> dict[str, Any]:
     """blocks: first, and behind the last"""
-    sums = {"device": memory.device, "host": memory.host, "total": memory.total}
+    sums = {name: getattr(memory, name) for name in ("at_work", "device", "host", "total", "disk")}
     return {"blocks": list(blocks), "memory": asdict(memory) | sums}
 
 
@@ -396,8 +398,6 @@ def _trials_table(prepared: Launch, seen: Seen) -> Table:
 
 def _memory_table(plan: ShardPlan) -> Table:
     """Parts in rows, shards in columns; shards that need the same share one, so that all fit."""
-    from raysweep.shards.memory import PROCESS_BYTES
-
     alike: dict[ShardMemory, list[int]] = defaultdict(list)
     for shard, memory in enumerate(plan.memory):
         alike[memory].append(shard)
@@ -410,19 +410,27 @@ def _memory_table(plan: ShardPlan) -> Table:
         style = "bold" if sums else ""
         table.add_row(title, *(_mib(bytes_of(memory)) for memory in alike), style=style, end_section=sums)
 
-    for part, title in DEVICE_PARTS.items():
-        add(title, attrgetter(part))
-    if plan.device == "cuda" and not plan.stored_on_device:
+    def add_some(parts: Mapping[str, str]) -> None:
+        for part, title in parts.items():
+            if any(getattr(memory, part) for memory in alike):
+                add(title, attrgetter(part))
+
+    on_gpus, store = plan.device == "cuda", plan.placement.activations
+    add_some(IN_HAND_PARTS)
+    if on_gpus and store != DEVICE:
         add("on the GPU", attrgetter("device"), sums=True)
-    for part, title in STORED_PARTS.items():
-        add(title, attrgetter(part))
-    if plan.stored_on_device:
+    if store != DISK:
+        add_some(STORED_PARTS)
+    if store == DEVICE:
         add("on the GPU", attrgetter("device"), sums=True)
-    add("process with its libraries", lambda _: PROCESS_BYTES)
-    add(
-        *(("on the host", attrgetter("host")) if plan.device == "cuda" else ("total", attrgetter("total"))),
-        sums=True,
-    )
+    add_some(WAITING_PARTS)
+    add("process with its libraries", attrgetter("process"))
+    add(*(("on the host", attrgetter("host")) if on_gpus else ("total", attrgetter("total"))), sums=True)
+    if any(memory.disk for memory in alike):
+        if store == DISK:
+            add_some(STORED_PARTS)
+        add_some(ON_DISK_PARTS)
+        add("on disk", attrgetter("disk"), sums=True)
     return table
 
 

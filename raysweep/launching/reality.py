@@ -15,7 +15,6 @@ from raysweep.launching.outlook import look_ahead, total_seconds
 from raysweep.launching.prepared import Launch
 from raysweep.results.folders import PLAN_FILE
 from raysweep.results.writer import write_atomically
-from raysweep.shards.memory import PROCESS_BYTES
 from raysweep.shards.peaks import Peaks
 from raysweep.shards.plan import ShardPlan
 
@@ -92,7 +91,7 @@ class Keeper:
         planned = [memory.host if plan.device == "cuda" else memory.total for memory in memories]
         hosts = [Peak(peak.host, bytes_) for peak, bytes_ in zip(peaks, planned, strict=True) if peak.host]
         if self._in_process and hosts:
-            together = sum(planned) - (len(planned) - 1) * PROCESS_BYTES
+            together = sum(planned) - sum(memory.process for memory in memories[1:])
             hosts = [Peak(hosts[0].measured, together)]
         devices = [
             Peak(peak.device, memory.device)

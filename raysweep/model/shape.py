@@ -26,6 +26,11 @@ from raysweep.model.loading import (
     resolve_dtype,
 )
 
+SHARING = (
+    ("q", "k", "v", "query", "key", "value"),
+    ("gate", "up"),
+    ("w1", "w3"),
+)  # linears that share an input
 NOT_CONTENT = ("_name_or_path", "transformers_version")  # of config.json: who wrote it, and where
 
 
@@ -44,6 +49,22 @@ class BlockShape:
     def share(self, name: str) -> float:
         """Of the tokens that a linear sees."""
         return self.routed.get(name, 1.0)
+
+    @property
+    def input_groups(self) -> list[list[str]]:
+        """Linears that read the same tensor, taken from their names: another family's may come out apart."""
+        groups: dict[object, list[str]] = {}
+        for name in self.linears:
+            parent, _, last = name.rpartition(".")
+            word = last.removesuffix("_proj").removesuffix("_lin")
+            alias = next((number for number, words in enumerate(SHARING) if word in words), None)
+            groups.setdefault(name if alias is None else (parent, alias), []).append(name)
+        return list(groups.values())
+
+    @property
+    def grams(self) -> list[tuple[int, float]]:
+        """Inputs of every Gram matrix, and the share of tokens that it sees."""
+        return [(self.linears[names[0]][1], self.share(names[0])) for names in self.input_groups]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,9 +51,10 @@ def pruning_mask(score_OI: Tensor, rule: MaskRule) -> Tensor:
     )
 
 
-def _few_rows(groups: Tensor) -> Sequence[Tensor]:
+def _few_rows(groups: Tensor) -> list[Tensor]:
     """Rows are ranked apart: few at once, since ranking takes several times their memory."""
-    return groups.split(max(1, RANKED_AT_ONCE // max(1, groups.shape[1])))
+    few = max(1, RANKED_AT_ONCE // max(1, groups.shape[1]))
+    return [groups[start : start + few] for start in range(0, len(groups), few)]
 
 
 def keep_all_but_lowest(score_GS: Tensor, removed: int) -> Tensor:

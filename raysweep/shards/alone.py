@@ -15,11 +15,11 @@ from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.model.shard import ModelShard
 from raysweep.model.tokens import TokenSet
-from raysweep.reconstruction.activations import DEVICE_BATCH_TOKENS, batches, keep_rows
+from raysweep.reconstruction.activations import batches, keep_rows
 from raysweep.reconstruction.placement import HOST
 from raysweep.reconstruction.stores import Store
 from raysweep.shards.group_info import TextInfo
-from raysweep.shards.memory import SIZES, Workload, shard_memory
+from raysweep.shards.memory import Workload, shard_memory
 from raysweep.shards.outcome import perplexity
 from raysweep.shards.plan import format_bytes
 
@@ -54,22 +54,17 @@ def ranges_that_fit(
 
 
 def _needed(shape: ModelShape, start: int, stop: int, dtype: str, device: torch.device, tokens: int) -> int:
-    """Weights of the blocks and of what lies at their ends, and what a batch takes on its way: on a GPU a larger one
-    than the memory model counts."""
+    """Weights of the blocks and of what lies at their ends, and what a batch takes on its way."""
     work = Workload(
         texts=(),
         evaluation_tokens=tokens,
         batch_size=1,
         masks=0,
-        halves=False,
-        matrices=False,
-        recovery=False,
+        granularities=frozenset(),
         concurrent_trials=0,
     )
-    memory = shard_memory(shape, start, stop, dtype, work)
-    widest = max(outputs for block in shape.blocks for outputs, _ in block.linears.values())
-    larger = DEVICE_BATCH_TOKENS * 4 * widest * SIZES[dtype] if device.type == "cuda" else 0
-    return memory.weights + memory.evaluation + larger
+    memory = shard_memory(shape, start, stop, dtype, work, device=device.type)
+    return memory.weights + memory.evaluation
 
 
 def shards_one_by_one(

@@ -46,7 +46,6 @@ STATISTICS, FORWARD, LOSSES, GRAM_ERRORS, FACTORS, SOLVING = (
 SOLVER_ITERATIONS = 30
 """Of exact recovery, mean over matrices: measured on the embedded model, wanda 0.6, where it is 23 to 35."""
 ALONE, IMPORT = "forward alone", "import"  # a pass beside no other shard; a process that imports torch
-SHARING = ("q", "k", "v", "query", "key", "value"), ("gate", "up"), ("w1", "w3")  # that share an input
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ class _Counting:
 
     def pieces(self) -> list[Piece]:
         kept, calibration = self.phase.kept, self.phase.calibration.tokens
-        gram = sum(2.0 * inputs**2 * share for shape in self.model.blocks for inputs, share in grams(shape))
+        gram = sum(2.0 * inputs**2 * share for shape in self.model.blocks for inputs, share in shape.grams)
         flops = self._forward_flops(self._kept_texts()) + gram * kept
         for _ in range(1 + any(asked.data is not None for asked in self.phase.trials)):
             self._add(STATISTICS, kept, flops, network=self._hop(kept))  # once more for what was retrained
@@ -270,7 +269,7 @@ class _Counting:
             shared = trial.statistics_stream == "dense"
             if not shared or self._is_new("factor", trial.dampening):
                 self.samples.setdefault(FACTORS, trial)
-                flops = sum(4 / 3 * inputs**3 for block in self.model.blocks for inputs, _ in grams(block))
+                flops = sum(4 / 3 * inputs**3 for block in self.model.blocks for inputs, _ in block.grams)
                 self._add(FACTORS, 1, flops, in_turn=in_turn)
         products = sum(o * i**2 for o, i in self._shapes) if trial.criterion == "sparsegpt" else 0
         self._add(rate, 1, float(products), in_turn=in_turn)
@@ -338,7 +337,7 @@ class _Counting:
         phase, in_turn, on_gram = self.phase, trial.is_sequential, self._goes_by_gram(trial)
         streams = trial.input_stream == "pruned"
         if streams:
-            groups = max(len(grams(block)) for block in self.model.blocks)
+            groups = max(len(block.grams) for block in self.model.blocks)
             flops = groups * self._forward_flops(self._kept_texts())
             self._add(FORWARD, groups * phase.kept, flops, in_turn=in_turn)
         needs_dense = not streams or trial.target_stream == "dense"
@@ -427,7 +426,7 @@ class _Counting:
     def _gram_flops(self) -> float:
         """Of the Gram matrices of the calibration set."""
         tokens = self.phase.calibration.tokens
-        return tokens * sum(2.0 * i**2 * share for block in self.model.blocks for i, share in grams(block))
+        return tokens * sum(2.0 * i**2 * share for block in self.model.blocks for i, share in block.grams)
 
     def _forward_flops(self, texts: Iterable[Text]) -> float:
         """Of a pass through all blocks."""
@@ -481,25 +480,9 @@ def _size(block: BlockShape, names: Iterable[str]) -> float:
     return sum(block.linears[name][0] * block.linears[name][1] * block.share(name) for name in names)
 
 
-def input_groups(block: BlockShape) -> list[list[str]]:
-    """Linears that read the same tensor, by their names."""
-    groups: dict[object, list[str]] = {}
-    for name in block.linears:
-        parent, _, last = name.rpartition(".")
-        word = last.removesuffix("_proj").removesuffix("_lin")
-        alias = next((number for number, words in enumerate(SHARING) if word in words), None)
-        groups.setdefault(name if alias is None else (parent, alias), []).append(name)
-    return list(groups.values())
-
-
-def grams(block: BlockShape) -> list[tuple[int, float]]:
-    """Inputs of every Gram matrix, and the share of tokens that it sees."""
-    return [(block.linears[names[0]][1], block.share(names[0])) for names in input_groups(block)]
-
-
 def leading(block: BlockShape) -> tuple[list[str], list[str]]:
     """Linears behind the norm that attention begins with, and behind that of the MLP."""
-    groups = input_groups(block)
+    groups = block.input_groups
     attention = [names for names in groups if "attn" in names[0] or "attention" in names[0]] or groups[:1]
     others = [names for names in groups if names not in attention and names[0] not in block.routed]
     return attention[0], others[0] if others else []

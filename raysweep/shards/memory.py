@@ -1,14 +1,10 @@
-"""The one memory model: bytes that a shard needs, from shapes alone. `plan` shows them, `launch` refuses by them.
+"""The one memory model: bytes that a shard needs, from shapes alone. `plan` shows them, `launch` refuses by them, and
+says at its end what was held.
 
-Upper bounds: which linears of a block share their input cannot be read off shapes, so each counts as if it had its
-own (Llama: 1.4 times the inputs and 1.2 times the Gram matrices that there are). Experts count for the share of tokens
-that each sees if all see as many.
-
-Compared with the quickstart before the first shard had a head too (float32, CPUs; peak resident MiB of a worker's
-process, after all nine trials):
-two shards under Ray with three trials in flight, predicted 1181 and 1277, measured 945 and 872; on twice the
-calibration tokens predicted 1441 and 1537, measured 1383 and 1217; one shard in process with one trial at a time,
-predicted 1572, measured 1194. On GPUs nothing was measured.
+What lasts adds up; of what is held at work only the most counts, since a shard does one thing at a time. Linears that
+share their input are known by their names, and experts count for the share of tokens that each sees if all see as
+many. Constants say how they were found; `benchmarks/plan_reality.py` and `benchmarks/large_models.py` hold the whole
+against what shards have held.
 """
 
 from __future__ import annotations
@@ -17,21 +13,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from raysweep.model.evaluation import LOGITS_LIMIT
 from raysweep.model.shape import BlockShape, ModelShape
+from raysweep.pruning.masks import RANKED_AT_ONCE
+from raysweep.pruning.statistics import COLUMNS_AT_ONCE
+from raysweep.reconstruction.activations import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, MADE, Placement
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# measured: 436 MiB once loaded; the rest is what calls side by side leave in the heap
-PROCESS_BYTES = 768 << 20
+PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
+HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
+DEVICE_PROCESS_BYTES = (
+    3 << 30
+)  # the same beside a GPU: its libraries, and page-locked memory that waits to be used again
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
 # per number of a Gram matrix and of a weight while a matrix is solved for: upper bounds of what `reconstruction` counts
 SOLVING_GRAM, SOLVING_WEIGHT = 28, 56
 # numbers kept for backward, per output of every linear and token; measured, Llama block
 SAVED_PER_LINEAR_OUTPUT = 2.5
+FORWARD_PER_WIDEST = 4  # numbers of a forward pass in a row of the widest output; measured, Llama block
+RANKING_BYTES = 20  # per score: thresholds, ties and positions
 STATISTICS_SIZE = 4  # Gram matrices are float32
 # whose inputs and targets a GPU holds: two that are read ahead or in hand, and the recorded one's
 STEPS_GIVEN = 3
+BATCHES_GIVEN = 2  # of an error pass
 
 
 @dataclass(frozen=True)
@@ -42,29 +48,44 @@ class Workload:
     evaluation_tokens: tokens of one window
     masks, updated: distinct masks kept at once, and those of them that come with updated weights (sparsegpt)
     factors: distinct factors of every Gram matrix, one for each dampening (sparsegpt)
-    halves: whether boundaries within blocks are kept;  matrices: whether inputs of linears are
-    span: most blocks that are trained together;  streams: whether trials carry activations of their own
-    exact: whether matrices are solved for
+    granularities: of the units that are trained;  span: most blocks that are trained together
+    concurrent_trials: in flight;  own_masks: whether some have masks of their own, behind what they have recovered
+    streams: whether trials carry activations of their own
+    exact: whether matrices are solved for;  inputs: whether some are trained on their inputs, which are kept
     outputs: whether matrices are trained towards outputs, on other inputs than dense ones or with another loss than mse
+    kept_share: the most of the weights that a mask keeps
     """
 
     texts: tuple[tuple[int, int], ...]
     evaluation_tokens: int
     batch_size: int
     masks: int
-    halves: bool
-    matrices: bool
-    recovery: bool
+    granularities: frozenset[str]
     concurrent_trials: int
     updated: int = 0
     factors: int = 0
     span: int = 1
     streams: bool = False
+    own_masks: bool = False
     exact: bool = False
+    inputs: bool = False
     outputs: bool = False
+    kept_share: float = 1.0
 
+    @property
+    def halves(self) -> bool:
+        """Whether boundaries within blocks are kept."""
+        return "subblock" in self.granularities
 
-DEVICE_PARTS = ("weights", "trials", "recovery", "evaluation", "statistics", "masks", "factoring")
+    @property
+    def matrices(self) -> bool:
+        """Whether matrices are recovered alone."""
+        return "matrix" in self.granularities
+
+    @property
+    def summed_texts(self) -> int:
+        """Texts whose Gram matrices are needed: errors of matrices follow from those of the validation set."""
+        return len(self.texts) if self.matrices else min(1, len(self.texts))
 
 
 @dataclass(frozen=True)
@@ -72,30 +93,42 @@ class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
 
     weights, trials, masks, statistics: those that are in hand, which is all of them unless blocks come one by one
-    masks: a byte a weight for each, and updated weights;  factoring: work on Gram matrices for these
-    known_masks: those that trials share, wherever they lie
-    waiting_on_host, waiting_on_disk: of weights, masks and statistics what waits there
+    masks: a byte a weight for each, and updated weights
+    dense, pruning, recovery, evaluation: what is held at work, of which only the most counts; evaluation is also that of
+    a unit's errors
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
     and what is being made
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
     what their units should give
+    known_masks: those that trials share, wherever they lie
+    waiting_on_host, waiting_on_disk: of weights, masks and statistics what waits there
+    heap: what calls before have left there
     store: where activations are, with what is kept and streams: device, host or disk
+    process: of a process that holds nothing yet
     """
 
     weights: int
-    activations: int
-    statistics: int
     trials: int
+    masks: int
+    statistics: int
+    dense: int
+    pruning: int
     recovery: int
     evaluation: int
-    masks: int
-    factoring: int
+    activations: int
     kept: int
     streams: int
     known_masks: int = 0
     waiting_on_host: int = 0
     waiting_on_disk: int = 0
+    heap: int = 0
     store: str = HOST
+    process: int = PROCESS_BYTES
+
+    @property
+    def at_work(self) -> int:
+        """Of what is held at work the most."""
+        return max(self.dense, self.pruning, self.recovery, self.evaluation)
 
     @property
     def stored_on_device(self) -> bool:
@@ -103,12 +136,12 @@ class ShardMemory:
 
     @property
     def device(self) -> int:
-        computing: int = sum(getattr(self, part) for part in DEVICE_PARTS)
-        return computing + self.stored * self.stored_on_device
+        lasting = self.weights + self.trials + self.masks + self.statistics
+        return lasting + self.at_work + self.heap + self.stored * self.stored_on_device
 
     @property
     def host(self) -> int:
-        return PROCESS_BYTES + self.waiting_on_host + self.stored * (self.store == HOST)
+        return self.process + self.waiting_on_host + self.stored * (self.store == HOST)
 
     @property
     def disk(self) -> int:
@@ -141,37 +174,45 @@ def shard_memory(
     work: Workload,
     head: bool = False,
     placement: Placement | None = None,
+    device: str = "cpu",
 ) -> ShardMemory:
     """The least that the shard with blocks `start` to `stop` works with, keeping one block's inputs and factors.
 
-    head: whether it has the head; the last shard always does
+    head: whether it has the head; the last shard always does;  device: cpu or cuda
     """
     blocks, size = model.blocks[start:stop], SIZES[dtype]
     has_head = head or stop == len(model.blocks)
     vocabularies = (start == 0) + has_head
-    placement = placement or Placement()
+    placement, on_gpu = placement or Placement(), device == "cuda"
     parameters = [block.parameters * size for block in blocks]
-    trials = [2 * work.concurrent_trials * each for each in parameters]
+    trials = [work.concurrent_trials * (1 + work.own_masks) * each for each in parameters]
     masks = [(work.masks + size * work.updated) * _prunable(block) for block in blocks]
-    grams = [len(work.texts) * _gram_bytes(block) for block in blocks]
+    grams = [work.summed_texts * gram_bytes(block) for block in blocks]
+    forward = _forward_bytes(model, size, work, on_gpu)
+    given = 2 * BATCHES_GIVEN * _batch_tokens(on_gpu, work) * model.hidden * size * on_gpu
+    waits_elsewhere = placement.statistics != DEVICE
     memory = ShardMemory(
         weights=sum(parameters) + vocabularies * model.vocabulary_parameters * size,
-        activations=_activation_bytes(model, len(blocks), size, work, placement),
-        statistics=sum(grams),
         trials=sum(trials),
-        recovery=_largest_recovery(blocks, model, size, work) if work.recovery else 0,
-        evaluation=_evaluation_bytes(model, size, work, has_head),
         masks=sum(masks),
-        factoring=_factoring_bytes(blocks, work),
+        statistics=sum(grams),
+        dense=forward + waits_elsewhere * max(map(gram_bytes, blocks)),
+        pruning=_pruning_bytes(blocks, size, work)
+        + waits_elsewhere * 4 * max(map(_widest_input, blocks)) ** 2,
+        recovery=_largest_recovery(blocks, model, size, work, on_gpu),
+        evaluation=max(forward + given, _logits_bytes(model, size, work, on_gpu) if has_head else 0),
+        activations=_activation_bytes(model, len(blocks), size, work, placement),
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
         known_masks=sum(masks),
         store=placement.activations,
+        process=DEVICE_PROCESS_BYTES if on_gpu else PROCESS_BYTES,
     ).keeping(0, keepable_bytes(blocks, size, work))
     waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}
-    if placement.statistics != DEVICE:
+    if waits_elsewhere:
         waiting[placement.statistics] += sum(grams)
-        memory = replace(memory, statistics=max(map(_gram_bytes, blocks)))
+        made = work.summed_texts * max(map(gram_bytes, blocks)) if placement.statistics == ANEW else 0
+        memory = replace(memory, statistics=0, pruning=memory.pruning + made)
     if placement.waits:
         in_hand = min(len(blocks), work.span + 1)  # those at work, and the one that comes next
         waiting[placement.weights] += sum(parameters)
@@ -180,24 +221,29 @@ def shard_memory(
             memory,
             weights=memory.weights - sum(parameters) + in_hand * max(parameters),
             trials=in_hand * max(parameters),
-            masks=work.span * max(map(_prunable, blocks)),
+            masks=work.span * max(map(_prunable, blocks)) if on_gpu else 0,
         )
-    return replace(memory, waiting_on_host=waiting[HOST], waiting_on_disk=waiting[DISK])
+    heap = 0 if on_gpu else int(HEAP_SHARE * memory.at_work)
+    return replace(memory, waiting_on_host=waiting[HOST], waiting_on_disk=waiting[DISK], heap=heap)
 
 
-def _factoring_bytes(blocks: Sequence[BlockShape], work: Workload) -> int:
-    """For updated weights that of the largest Gram matrix; on streams also a block's own Gram matrices and factors."""
-    factoring = FACTORING_BYTES * max(map(_widest_input, blocks)) ** 2 if work.updated else 0
-    on_streams = max(map(_gram_bytes, blocks)) * (1 + bool(work.updated)) * work.streams
-    return factoring + on_streams
+def _pruning_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
+    """Of the linear that takes most: its scores and their ranking, then the error of its output in float64; updated
+    weights, and the factor that they come from; on streams also a block's own Gram matrices and factors."""
+    shapes = [shape for block in blocks for shape in block.linears.values()]
+    ranking = max(5 * o * i + RANKING_BYTES * min(o * i, RANKED_AT_ONCE) for o, i in shapes)
+    error = max((12 + size) * o * i + 8 * (o + i) * min(i, COLUMNS_AT_ONCE) for o, i in shapes)
+    updating = max(12 * o * i + FACTORING_BYTES * i**2 for o, i in shapes) if work.updated else 0
+    on_streams = max(map(gram_bytes, blocks)) * (1 + bool(work.updated)) * work.streams
+    return max(ranking, error, updating) + on_streams
 
 
 def keepable_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[int]:
     """Block by block what later trials can find: the calibration inputs of its linears where matrices are trained
     alone, and the factors of their Gram matrices."""
     samples, tokens = work.texts[0] if work.texts else (0, 0)
-    inputs = samples * tokens * size * work.matrices
-    return [inputs * _input_widths(block) + work.factors * _gram_bytes(block) for block in blocks]
+    inputs = samples * tokens * size * work.inputs
+    return [inputs * _input_widths(block) + work.factors * gram_bytes(block) for block in blocks]
 
 
 def _stream_bytes(blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload) -> int:
@@ -217,13 +263,13 @@ def _prunable(block: BlockShape) -> int:
 
 
 def _input_widths(block: BlockShape) -> int:
-    """Of all linears' inputs: an upper bound, since some linears share theirs."""
-    return math.ceil(sum(inputs * block.share(name) for name, (_, inputs) in block.linears.items()))
+    """Of the inputs of all linears, those that several share once."""
+    return math.ceil(sum(inputs * share for inputs, share in block.grams))
 
 
-def _gram_bytes(block: BlockShape) -> int:
-    """Gram matrix and sums of every linear's input: an upper bound, since some linears share theirs."""
-    return STATISTICS_SIZE * sum(inputs * (inputs + 1) for _, inputs in block.linears.values())
+def gram_bytes(block: BlockShape) -> int:
+    """Gram matrix and sums of every input."""
+    return STATISTICS_SIZE * sum(inputs * (inputs + 1) for inputs, _ in block.grams)
 
 
 def _activation_bytes(model: ModelShape, blocks: int, size: int, work: Workload, placement: Placement) -> int:
@@ -239,12 +285,16 @@ def _text_tokens(work: Workload) -> int:
     return sum(samples * tokens for samples, tokens in work.texts)
 
 
-def _largest_recovery(blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload) -> int:
-    """Of the most blocks in a row that are trained together, and of the largest matrix that is solved for.
+def _largest_recovery(
+    blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload, on_gpu: bool
+) -> int:
+    """Of the unit that takes most when it is trained, and of the largest matrix that is solved for.
 
     One unit at a time; but where units reach over several shards, every trial in flight may have its part of one open.
     """
-    each = [_recovery_bytes(block, model, size, work) for block in blocks]
+    if not work.granularities:
+        return 0
+    each = [_recovery_bytes(block, model, size, work, on_gpu) for block in blocks]
     span = min(work.span, len(each))
     trained = max(sum(each[first : first + span]) for first in range(len(each) - span + 1))
     shapes = [shape for block in blocks for shape in block.linears.values()]
@@ -253,24 +303,64 @@ def _largest_recovery(blocks: Sequence[BlockShape], model: ModelShape, size: int
     return max(trained * open_at_once, solved)
 
 
-def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workload) -> int:
-    """Gradients, moments, masks as float32 and, below float32, masters; activations of one step, and inputs and targets
-    of it and of those that are read ahead."""
-    state = block.parameters * (size + 3 * 4 + (8 if size < 4 else 0))
+def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:
+    """Gradients, moments, masks and, below float32, masters of the largest unit of the block; activations of one step,
+    and inputs and targets of it and of those that are read ahead."""
     tokens = work.batch_size * max((tokens for _, tokens in work.texts), default=0)
-    given = 2 * STEPS_GIVEN * (_widest_input(block) if work.matrices else model.hidden)
-    return state + int(tokens * size * (_saved_per_token(block, model) + given))
+    largest = 0
+    for granularity in work.granularities:
+        for names in _units(block, granularity):
+            shapes = [block.linears[name] for name in names]
+            weights = sum(outputs * inputs for outputs, inputs in shapes)
+            if granularity not in ("matrix", "subblock"):
+                weights = block.parameters
+            outputs = sum(block.linears[name][0] * block.share(name) for name in names)
+            saved = SAVED_PER_LINEAR_OUTPUT * outputs + 4 * model.hidden
+            widest = max(inputs for _, inputs in shapes) if granularity == "matrix" else model.hidden
+            given = 2 * STEPS_GIVEN * widest if on_gpu else 2 * widest
+            state = weights * _state_bytes(size, work, on_gpu)
+            largest = max(largest, int(state + tokens * size * (saved + given)))
+    return largest
 
 
-def _evaluation_bytes(model: ModelShape, size: int, work: Workload, has_head: bool) -> int:
-    tokens = max(2048, work.evaluation_tokens)
+def _state_bytes(size: int, work: Workload, on_gpu: bool) -> float:
+    """Of a trained weight, beside itself: on GPUs in 16 bits gradient, mask, and master and moments if it is kept; else
+    gradient, moments, mask as a factor and, below float32, master and its gradient."""
+    if on_gpu and size < 4:
+        return size + 1 + 12 * work.kept_share
+    return size + 3 * 4 + (8 if size < 4 else 0)
+
+
+def _units(block: BlockShape, granularity: str) -> list[list[str]]:
+    """Names of the linears of every unit: those of a half are the ones below the same part of the block."""
+    names = list(block.linears)
+    if granularity == "matrix":
+        return [[name] for name in names]
+    if granularity != "subblock":
+        return [names]
+    parts = [name.split(".") for name in names]
+    depth = next((k for k, words in enumerate(zip(*parts, strict=False)) if len(set(words)) > 1), 0)
+    halves: dict[str, list[str]] = {}
+    for name, words in zip(names, parts, strict=True):
+        halves.setdefault(words[depth], []).append(name)
+    return list(halves.values())
+
+
+def _batch_tokens(on_gpu: bool, work: Workload) -> int:
+    """Of a forward pass: as many windows as make a batch, and no less than one."""
+    longest = max((tokens for _, tokens in work.texts), default=0)
+    return max(DEVICE_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS, work.evaluation_tokens, longest)
+
+
+def _forward_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:
     widest = max(outputs for block in model.blocks for outputs, _ in block.linears.values())
-    logits = (
-        min(tokens * model.vocabulary, max(1 << 27, work.evaluation_tokens * model.vocabulary))
-        if has_head
-        else 0
-    )
-    return tokens * 4 * widest * size + 3 * 4 * logits
+    return _batch_tokens(on_gpu, work) * FORWARD_PER_WIDEST * widest * size
+
+
+def _logits_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:
+    """Logits, the same in float32, and what their logarithm takes."""
+    numbers = min(_batch_tokens(on_gpu, work) * model.vocabulary, max(LOGITS_LIMIT, model.vocabulary))
+    return numbers * (size + (4 if size < 4 else 0) + 4)
 
 
 def retraining_bytes(

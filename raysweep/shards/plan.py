@@ -189,7 +189,7 @@ def _with_memory(
     """The plan with its memory; `fewer`: with as many fewer trials in flight as it takes to fit."""
     work = replace(work, concurrent_trials=plan.concurrent_trials)
     shards = (
-        shard_memory(model, *blocks, plan.dtype, work, head=shard in plan.heads, placement=plan.placement)
+        shard_memory(model, *blocks, plan.dtype, work, shard in plan.heads, plan.placement, plan.device)
         for shard, blocks in enumerate(plan.ranges)
     )
     least = replace(plan, memory=tuple(shards))

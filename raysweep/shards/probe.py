@@ -45,7 +45,6 @@ from raysweep.shards.costs import (
     LOSSES,
     SOLVING,
     STATISTICS,
-    grams,
 )
 from raysweep.shards.rates import Probed
 
@@ -245,7 +244,7 @@ class _Probe:
         of_factors = 1.0
         if trial.criterion == "sparsegpt":
             names, of_all = self._cheap({name: float(o * i**2) for name, (o, i) in self.shapes.items()})
-            groups = grams(self.probed.shape.blocks[self.probed.index])
+            groups = self.probed.shape.blocks[self.probed.index].grams
             mine = sum(i**3 for i in {self.shapes[name][1] for name in names})
             of_factors = sum(i**3 for i, _ in groups) / mine if len(names) == 1 else 1.0
         changes = {"targets": tuple(names), "statistics_stream": "dense", "sparsity": asked.sparsity}

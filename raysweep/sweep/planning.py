@@ -49,7 +49,6 @@ def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Seque
 def workload(model: PreparedModel) -> Workload:
     """What the trials of a model ask of its shards, for the memory model: of every part the most that a phase asks."""
     trials = model.possible
-    granularities = {trial.granularity for trial in trials}
     calibrations = [phase.tokens for phase in model.phases]
     largest = max(calibrations, key=lambda tokens: len(tokens) * tokens.sequence_length)
     texts = [largest, *([model.validation] if model.validation is not None else [])]
@@ -62,13 +61,16 @@ def workload(model: PreparedModel) -> Workload:
             sum(recipe.criterion == "sparsegpt" for recipe in _recipes(phase)) for phase in model.phases
         ),
         factors=max(len(_dampenings(phase)) for phase in model.phases),
-        halves="subblock" in granularities,
-        matrices="matrix" in granularities,
-        recovery=any(trial.recovery == "reconstruct" for trial in trials),
+        granularities=frozenset(_unit_kind(trial) for trial in trials if trial.granularity),
         concurrent_trials=1,
         span=max((_span(trial, len(model.shape.blocks)) for trial in trials), default=1),
         streams=any(trial.is_sequential or trial.statistics_stream == "pruned" for trial in trials),
+        own_masks=any(
+            trial.statistics_stream == "recovered" or trial.recovery == "retrain" for trial in trials
+        ),
         exact=any(trial.optimizer == "exact" for trial in trials),
+        inputs=any(map(_trains_on_inputs, trials)),
+        kept_share=max((_kept_share(trial) for trial in trials if not trial.is_dense), default=1.0),
         outputs=any(map(_trains_towards_outputs, trials)),
     )
 
@@ -97,6 +99,25 @@ def _recipes(phase: Phase) -> set[MaskRecipe]:
 def _dampenings(phase: Phase) -> set[float | None]:
     """Of the factors that masks of the phase share; behind pruned blocks every mask has its own."""
     return {recipe.dampening for recipe in _recipes(phase) if recipe.stream == "dense"} - {None}
+
+
+def _unit_kind(trial: Trial) -> str:
+    """Its granularity, of windows without their length."""
+    return str(trial.granularity).partition(":")[0]
+
+
+def _trains_on_inputs(trial: Trial) -> bool:
+    """Whether inputs of its matrices are kept; the exact optimum on dense ones follows from their Gram matrices."""
+    by_gram = trial.optimizer == "exact" and trial.input_stream == "dense"
+    return trial.granularity == "matrix" and not by_gram
+
+
+def _kept_share(trial: Trial) -> float:
+    """Of the weights of a pruned linear, at most."""
+    recipe = MaskRecipe.of(trial)
+    if recipe.n_of_m is not None:
+        return recipe.n_of_m[0] / recipe.n_of_m[1]
+    return 1.0 - trial.sparsity if isinstance(trial.sparsity, float) else 1.0
 
 
 def _trains_towards_outputs(trial: Trial) -> bool:

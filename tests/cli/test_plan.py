@@ -178,7 +178,7 @@ def test_on_gpus_device_and_host_are_summed_apart():
     block = BlockShape({"0.q": (4096, 4096), "0.down": (4096, 14336)}, 80 << 20)
     model = ModelShape((block,) * 8, 4096, 32000, 32000 * 4096, 8192, "float32", "bfloat16")
     work = Workload(
-        ((128, 2048),), 2048, 2, masks=3, halves=True, matrices=False, recovery=True, concurrent_trials=1
+        ((128, 2048),), 2048, 2, masks=3, granularities=frozenset({"subblock"}), concurrent_trials=1
     )
     plan = make_plan(model, [node], work, "bfloat16")
     console = Console(file=io.StringIO(), width=80, record=True)

@@ -89,5 +89,5 @@ def test_as_many_blocks_as_fit_are_read_at_once(tiny_llama):
     ranges = ranges_that_fit(shape, "float32", CPU, 32, small)  # one byte less than all of it takes
     assert len(ranges) > 1
     assert [index for start, stop in ranges for index in range(start, stop)] == [0, 1, 2, 3]
-    with pytest.raises(CapacityError, match=r"block 3 alone needs .* are free"):
+    with pytest.raises(CapacityError, match=r"block \d alone needs .* are free"):
         ranges_that_fit(shape, "float32", CPU, 32, small // 2)

@@ -12,7 +12,7 @@ from raysweep.launching.launch import launch, prepare_launch
 from raysweep.launching.outlook import look_ahead
 from raysweep.model.shape import BlockShape
 from raysweep.reconstruction.flops import flop_counter
-from raysweep.shards.costs import DENSE_PASS, Work, input_groups, step_rate
+from raysweep.shards.costs import DENSE_PASS, Work, step_rate
 from raysweep.sweep.planning import make_plans
 
 NODE = Node(2, 0, 64 << 30)
@@ -113,5 +113,5 @@ def test_linears_that_share_their_input_are_told_by_their_names():
         "mlp.down_proj",
     )
     block = BlockShape({f"0.{name}": (8, 8) for name in names}, 0)
-    groups = [[name.rpartition(".")[2] for name in group] for group in input_groups(block)]
+    groups = [[name.rpartition(".")[2] for name in group] for group in block.input_groups]
     assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]

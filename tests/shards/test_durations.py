@@ -13,7 +13,7 @@ from raysweep.shards.plan import make_plan
 
 BLOCK = BlockShape({"0.up": (8, 4)}, 40)
 MODEL = ModelShape((BLOCK,) * 4, 4, 16, 64, 32, "float32", "bfloat16")
-WORK = Workload(((2, 8),), 8, 2, masks=1, halves=False, matrices=False, recovery=True, concurrent_trials=1)
+WORK = Workload(((2, 8),), 8, 2, masks=1, granularities=frozenset({"block"}), concurrent_trials=1)
 IMPORTING = 2.0
 TRIAL_S = TRIAL * IMPORTING
 RATES = Rates(

@@ -21,9 +21,7 @@ WORK = Workload(
     evaluation_tokens=256,
     batch_size=2,
     masks=4,
-    halves=True,
-    matrices=False,
-    recovery=True,
+    granularities=frozenset({"subblock"}),
     concurrent_trials=1,
 )
 
@@ -163,7 +161,7 @@ def test_an_automatic_number_of_shards_is_lowered_until_they_fit():
         make_plan(model(), [Node(6, 0, host_need(1) - 1)], WORK, "float32", stores=RESIDENT)
 
 
-MATRICES = replace(WORK, matrices=True)
+MATRICES = replace(WORK, granularities=frozenset({"subblock", "matrix"}), inputs=True)
 BLOCK_INPUTS = (
     64 * 256 * 4 * (256 + 640 + 256 + 256)
 )  # calibration tokens, float32, widths of the four inputs
@@ -223,7 +221,9 @@ def test_matrices_on_streams_need_room_for_their_inputs_and_outputs():
     streams = replace(WORK, streams=True, concurrent_trials=2)
     tokens = 80 * 256
     base = shard_memory(model(), 0, 3, "float32", streams).streams
-    matrices = shard_memory(model(), 0, 3, "float32", replace(streams, matrices=True, outputs=True)).streams
+    matrices = shard_memory(
+        model(), 0, 3, "float32", replace(streams, granularities=frozenset({"matrix"}), outputs=True)
+    ).streams
     assert base == 2 * 2 * tokens * 256 * 4
     assert matrices - base == (2 * 640 + 640) * tokens * 4
 
@@ -232,7 +232,7 @@ def test_work_on_gram_matrices_is_no_room_for_knowledge():
     masks = replace(WORK, masks=4, updated=1)
     plan = make_plan(model(), [Node(1, 0, 64 * GIB)], masks, "float32", shards=1, concurrent_trials=1)
     weights = 6 * (2 * 640 * 256 + 3 * 256 * 256)
-    assert plan.memory[0].factoring == 36 * 640**2
+    assert plan.memory[0].pruning == 36 * 640**2 + 12 * 640 * 256
     assert plan.knowledge_bytes == (4 + 4) * weights + KNOWLEDGE_MARGIN
 
 
