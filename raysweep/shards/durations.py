@@ -29,7 +29,7 @@ from raysweep.shards.plan import ShardPlan
 
 # Assumptions, from two CPU cores in November 2026, as multiples of the 1.6 s of a core that importing
 # torch takes there: starting is Python's work, and slow where that is.
-RAY_START = 10.0  # libraries, `ray.init`, actors and processes of trials, until the first trial begins
+RAY_START = 7.0  # libraries, `ray.init`, actors and processes of trials, until the first trial begins
 IN_PROCESS_START = 1.0  # libraries
 TRIAL = 0.2  # of one that Tune starts in a process that is there; and of writing its row
 PHASE = 0.5  # that Tune takes for a calibration set

@@ -94,8 +94,8 @@ class ShardMemory:
 
     weights, trials, masks, statistics: those that are in hand, which is all of them unless blocks come one by one
     masks: a byte a weight for each, and updated weights
-    dense, pruning, recovery, evaluation: what is held at work, of which only the most counts; evaluation is also that of
-    a unit's errors
+    dense, pruning, recovery, evaluation: what is held at work, of which only the most counts; errors of units are part
+    of evaluation
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
     and what is being made
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and

@@ -221,9 +221,8 @@ def test_matrices_on_streams_need_room_for_their_inputs_and_outputs():
     streams = replace(WORK, streams=True, concurrent_trials=2)
     tokens = 80 * 256
     base = shard_memory(model(), 0, 3, "float32", streams).streams
-    matrices = shard_memory(
-        model(), 0, 3, "float32", replace(streams, granularities=frozenset({"matrix"}), outputs=True)
-    ).streams
+    trained = replace(streams, granularities=frozenset({"matrix"}), outputs=True)
+    matrices = shard_memory(model(), 0, 3, "float32", trained).streams
     assert base == 2 * 2 * tokens * 256 * 4
     assert matrices - base == (2 * 640 + 640) * tokens * 4
 
