@@ -12,16 +12,25 @@ from torch import Tensor
 from raysweep.config.trial import Trial
 from raysweep.pruning.statistics import InputStatistics
 from raysweep.reconstruction.activations import batches, fetch
-from raysweep.reconstruction.exact import DOUBLE, Optimum, Precision, Quadratic, masked_least_squares
+from raysweep.reconstruction.exact import (
+    Quadratic,
+    column_parts,
+    masked_least_squares,
+    row_pieces,
+    times_wide,
+)
 from raysweep.reconstruction.measures import CALIBRATION, TextError
 from raysweep.reconstruction.objectives import dense_linear_inputs, stream_linear_inputs
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.units import Unit
 
+SET_ASIDE = 1 << 25  # numbers of a Gram matrix: larger ones wait on the host while another text's are in use
+EXACT_ROWS = 1 << 24  # float32 holds every number of rows up to it
+
 
 @dataclass(frozen=True)
 class Solved:
-    """What solving a unit took, as a stage says it of training."""
+    """What solving a unit took, as a stage says it of training. iterations: of the rows that took the most"""
 
     iterations: int
     flops: int
@@ -38,60 +47,100 @@ class Solver:
             raise ValueError("only a matrix can be solved")
         self.blocks, self.name, self.trial = blocks, name, trial
         self.block, self.linear = unit.block, unit.linear
-        self._problems: dict[str, Quadratic] = {}
+        outputs, inputs = self.linear.weight_OI.shape
+        self._pieces = row_pieces(outputs, inputs + self._has_bias)
+        self._problems: dict[str, list[Quadratic]] = {}
 
     def solve(self) -> Solved:
         """Puts the optimum under the mask into the trial's weights; it starts at the pruned (or updated) ones."""
-        weights, problem = self.blocks.weights[self.name], self.problem(CALIBRATION)
+        weights, problems = self.blocks.weights[self.name], self.problems(CALIBRATION)
+        dense_OI = self.linear.weight_OI
         mask_OI = self.blocks.layers[self.name][self.linear.name].mask_OI.to(self.blocks.device)
-        has_bias = self.linear.bias_O is not None
-        free_OI = mask_OI
-        if has_bias:
-            bias_free = torch.full_like(mask_OI[:, :1], self.trial.trainable == "all")
-            free_OI = torch.cat([mask_OI, bias_free], 1)
-        optimum = masked_least_squares(problem, free_OI, self._change())
-        change_OI = optimum.change_OI[:, : mask_OI.shape[1]]
-        weight_OI = (self.linear.weight_OI.double() + change_OI) * mask_OI
-        weights[f"{self.linear.name}.weight"] = self.linear.as_stored(
-            weight_OI.to(self.linear.weight_OI.dtype)
-        )
-        if has_bias and self.trial.trainable == "all":
-            bias_O = self._dense_bias().double() + optimum.change_OI[:, -1]
+        trains_bias = self._has_bias and self.trial.trainable == "all"
+        weight_OI, bias_changes = torch.empty_like(dense_OI), []
+        most, flops, trainable, converged = 0, 0, 0, True
+        for problem, rows in zip(problems, self._pieces, strict=True):
+            free_OI = mask_OI[rows]
+            if self._has_bias:
+                free_OI = torch.cat([free_OI, torch.full_like(free_OI[:, :1], trains_bias)], 1)
+            optimum = masked_least_squares(problem, free_OI, self._change(rows))
+            change_OI = optimum.change_OI[:, : mask_OI.shape[1]]
+            weight_OI[rows] = (dense_OI[rows] + change_OI).mul_(mask_OI[rows])
+            bias_changes.append(optimum.change_OI[:, -1].clone())
+            most, converged = max(most, optimum.iterations), converged and optimum.converged
+            flops += 2 * (optimum.iterations + 1) * free_OI.shape[0] * free_OI.shape[1] ** 2
+            trainable += int(free_OI.sum())
+            del optimum, change_OI
+        weights[f"{self.linear.name}.weight"] = self.linear.as_stored(weight_OI)
+        if trains_bias:
+            bias_O = self._dense_bias().double() + torch.cat(bias_changes)
             weights[f"{self.linear.name}.bias"] = bias_O.to(self._dense_bias().dtype)
-        return self._solved(optimum, free_OI)
+        return Solved(
+            iterations=most,
+            flops=flops,
+            trainable_parameters=trainable,
+            nbytes=solving_bytes(mask_OI.shape[0], mask_OI.shape[1] + self._has_bias),
+            fallback=None if converged else f"stopped after {most} iterations",
+        )
 
     def error(self, text: str) -> TextError:
         """Of the trial's weights over a text, from its Gram matrices."""
-        total = self.problem(text).error(self._change())
+        pieces = zip(self.problems(text), self._pieces, strict=True)
+        total = sum(problem.error(self._change(rows)) for problem, rows in pieces)
         power = self._power(text)
         rows = self.blocks.statistics(text, self.linear, self.block).rows
         return TextError((total,), (power,), (total,), rows * self.linear.weight_OI.shape[0])
 
-    def problem(self, text: str) -> Quadratic:
-        """The least squares problem over a text in the trial's streams."""
+    def problems(self, text: str) -> list[Quadratic]:
+        """The least squares problems over a text in the trial's streams, one for each piece of rows.
+
+        Dense ones, whose Gram matrix the statistics have, are known until another text's are asked for. Others take a
+        pass each, so they are kept; large ones wait on the host while another text's are in use.
+        """
         if text not in self._problems:
-            self._problems[text] = self._dense_problem(text) if self._is_dense else self._stream_problem(text)
+            self._put_others_aside(text)
+            self._problems[text] = (
+                self._dense_problems(text) if self._is_dense else self._stream_problems(text)
+            )
+        elif self._problems[text][0].gram_II.device != self.blocks.device:
+            self._put_others_aside(text)
+            self._problems[text] = _moved(self._problems[text], self.blocks.device)
         return self._problems[text]
+
+    def _put_others_aside(self, text: str) -> None:
+        for other in self._problems.keys() - {text}:
+            if self._is_dense:
+                del self._problems[other]
+            elif self._problems[other][0].gram_II.numel() > SET_ASIDE:
+                self._problems[other] = _moved(self._problems[other], torch.device("cpu"))
 
     def _power(self, text: str) -> float:
         """Of what the matrix should give: dense outputs, or with local targets those for the inputs that arrive."""
         if self.trial.target_stream == "dense":
             return self.blocks.output_power(text, self.block, self.linear)
-        weight_OI = self.linear.weight_OI.double()
-        if self._has_bias:
-            weight_OI = torch.cat([weight_OI, self._dense_bias().double()[:, None]], 1)
-        return float(((weight_OI @ self.problem(text).gram_II) * weight_OI).sum())
+        gram_II = self.problems(text)[0].gram_II
+        return sum(_quadratic(self._dense_rows(rows), gram_II) for rows in self._pieces)
+
+    def _dense_rows(self, rows: slice) -> Tensor:
+        """Of the dense weight, float64, with the bias as last column."""
+        weight_OI = self.linear.weight_OI[rows].double()
+        return (
+            torch.cat([weight_OI, self._dense_bias()[rows].double()[:, None]], 1)
+            if self._has_bias
+            else weight_OI
+        )
 
     @property
     def _is_dense(self) -> bool:
         return self.trial.input_stream == "dense"
 
-    def _dense_problem(self, text: str) -> Quadratic:
-        """Its Gram matrix is that of the statistics."""
-        return Quadratic(_augmented(self.blocks.statistics(text, self.linear, self.block), self._has_bias))
+    def _dense_problems(self, text: str) -> list[Quadratic]:
+        """Their Gram matrix is that of the statistics, without a bias no copy."""
+        gram_II = _augmented(self.blocks.statistics(text, self.linear, self.block), self._has_bias)
+        return [Quadratic(gram_II) for _ in self._pieces]
 
     @torch.no_grad()
-    def _stream_problem(self, text: str) -> Quadratic:
+    def _stream_problems(self, text: str) -> list[Quadratic]:
         """One pass over the inputs X' that arrive, and the dense ones X where these are what the targets come from.
 
         With dense targets C = W (X - X')^T X' and the offset is tr(W (X - X')^T (X - X') W^T); a bias cancels in both.
@@ -113,12 +162,16 @@ class Solver:
                 cross_sum_I += drift_NI.sum(0)
         gram_II = _augmented(statistics, self._has_bias)
         if dense_STI is None:
-            return Quadratic(gram_II)
-        weight_OI = self.linear.weight_OI.double()
+            return [Quadratic(gram_II) for _ in self._pieces]
+        weight_OI = self.linear.weight_OI
+        offsets = [_quadratic(weight_OI[rows].double(), drift.gram_II) for rows in self._pieces]
+        del drift, statistics
         if self._has_bias:
             cross_II = torch.cat([cross_II, cross_sum_I[:, None]], 1)
-        offset = float(((weight_OI @ drift.gram_II.double()) * weight_OI).sum())
-        return Quadratic(gram_II, weight_OI @ cross_II.double(), offset)
+        return [
+            Quadratic(gram_II, times_wide(weight_OI[rows].double(), cross_II), offset)
+            for rows, offset in zip(self._pieces, offsets, strict=True)
+        ]
 
     @property
     def _has_bias(self) -> bool:
@@ -130,41 +183,46 @@ class Solver:
             raise ValueError(f"{self.linear.name} has no bias")
         return bias_O
 
-    def _change(self) -> Tensor:
-        """D of the trial's weights as they are, float64, with that of a bias as its last column."""
+    def _change(self, rows: slice) -> Tensor:
+        """D of rows of the trial's weights as they are, float64, with that of a bias as its last column."""
         weights = self.blocks.weights[self.name]
         weight_OI = self.linear.from_stored(weights[f"{self.linear.name}.weight"])
-        change_OI = weight_OI.double() - self.linear.weight_OI.double()
+        change_OI = weight_OI[rows].double() - self.linear.weight_OI[rows]
         if not self._has_bias:
             return change_OI
         dense_O = self._dense_bias()
         bias_O = weights.get(f"{self.linear.name}.bias", dense_O)
-        return torch.cat([change_OI, (bias_O.double() - dense_O.double())[:, None]], 1)
-
-    def _solved(self, optimum: Optimum, free_OI: Tensor) -> Solved:
-        outputs, inputs = free_OI.shape
-        cut_short = None if optimum.converged else f"stopped after {optimum.iterations} iterations"
-        return Solved(
-            iterations=optimum.iterations,
-            flops=2 * (optimum.iterations + 1) * outputs * inputs**2,
-            trainable_parameters=int(free_OI.sum()),
-            nbytes=solving_bytes(outputs, inputs, Precision.of(free_OI.device)),
-            fallback=cut_short,
-        )
+        return torch.cat([change_OI, (bias_O[rows].double() - dense_O[rows].double())[:, None]], 1)
 
 
-def solving_bytes(outputs: int, inputs: int, precision: Precision) -> int:
-    """In float64 the Gram matrix as it is and scaled, and seven of the weight's shape; with float32 iterations also the
-    scaled one's halves, one of which is at first in float64."""
-    halves = 0 if precision == DOUBLE else 12
-    return (16 + halves) * inputs**2 + 56 * outputs * inputs
+def solving_bytes(outputs: int, inputs: int) -> int:
+    """While float64 iterates, which takes the most: the scaled Gram matrix, and of the rows that are solved for at once
+    five float64 and a bool; beside them either a sixth, or columns of the Gram matrix and a product with only these."""
+    columns, rows = -(-inputs // column_parts(inputs)), -(-outputs // len(row_pieces(outputs, inputs)))
+    corrected = columns * inputs + (columns * rows if columns < inputs else 0)
+    return 8 * inputs**2 + 8 * max(corrected, rows * inputs) + 41 * rows * inputs
+
+
+def _quadratic(x_OI: Tensor, gram_II: Tensor) -> float:
+    """tr(x G x^T), float64 like x"""
+    return float(times_wide(x_OI, gram_II).mul_(x_OI).sum())
+
+
+def _moved(problems: list[Quadratic], device: torch.device) -> list[Quadratic]:
+    """The same elsewhere; they share a Gram matrix."""
+    gram_II = problems[0].gram_II.to(device)
+    crosses = [None if each.cross_OI is None else each.cross_OI.to(device) for each in problems]
+    return [Quadratic(gram_II, cross, each.offset) for each, cross in zip(problems, crosses, strict=True)]
 
 
 def _augmented(statistics: InputStatistics, has_bias: bool) -> Tensor:
-    """The Gram matrix, float64; with a bias that of the inputs and a one beside them."""
-    gram_II = statistics.gram_II.double()
+    """The Gram matrix, float32; with a bias that of the inputs and a one beside them, float64 if that has to be."""
     if not has_bias:
-        return gram_II
-    sum_I = statistics.sum_I.double()
-    corner = torch.full((1, 1), float(statistics.rows), dtype=torch.float64, device=gram_II.device)
-    return torch.cat([torch.cat([gram_II, sum_I[:, None]], 1), torch.cat([sum_I[None], corner], 1)], 0)
+        return statistics.gram_II
+    dtype = torch.float32 if statistics.rows <= EXACT_ROWS else torch.float64
+    inputs = len(statistics.sum_I)
+    gram_II = statistics.gram_II.new_empty(inputs + 1, inputs + 1, dtype=dtype)
+    gram_II[:-1, :-1] = statistics.gram_II
+    gram_II[-1, :-1] = gram_II[:-1, -1] = statistics.sum_I
+    gram_II[-1, -1] = statistics.rows
+    return gram_II
