@@ -19,20 +19,18 @@ from raysweep.pruning.masks import RANKED_AT_ONCE
 from raysweep.pruning.statistics import COLUMNS_AT_ONCE
 from raysweep.reconstruction.activations import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, MADE, Placement
+from raysweep.reconstruction.solving import solving_bytes
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
 HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
-DEVICE_PROCESS_BYTES = (
-    3 << 30
-)  # the same beside a GPU: its libraries, and page-locked memory that waits to be used again
+DEVICE_PROCESS_BYTES = 2 << 30  # beside a GPU: with its libraries; measured
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
-# per number of a Gram matrix and of a weight while a matrix is solved for: upper bounds of what `reconstruction` counts
-SOLVING_GRAM, SOLVING_WEIGHT = 28, 56
 # numbers kept for backward, per output of every linear and token; measured, Llama block
 SAVED_PER_LINEAR_OUTPUT = 2.5
 FORWARD_PER_WIDEST = 4  # numbers of a forward pass in a row of the widest output; measured, Llama block
+SOLVED_BYTES = 5  # per weight that a matrix is solved for: the new one and its mask
 RANKING_BYTES = 20  # per score: thresholds, ties and positions
 STATISTICS_SIZE = 4  # Gram matrices are float32
 # whose inputs and targets a GPU holds: two that are read ahead or in hand, and the recorded one's
@@ -298,7 +296,7 @@ def _largest_recovery(
     span = min(work.span, len(each))
     trained = max(sum(each[first : first + span]) for first in range(len(each) - span + 1))
     shapes = [shape for block in blocks for shape in block.linears.values()]
-    solved = work.exact * max(SOLVING_GRAM * inputs**2 + SOLVING_WEIGHT * o * inputs for o, inputs in shapes)
+    solved = work.exact * max(solving_bytes(o, inputs) + SOLVED_BYTES * o * inputs for o, inputs in shapes)
     open_at_once = work.concurrent_trials if work.span > 1 else 1
     return max(trained * open_at_once, solved)
 

@@ -21,6 +21,7 @@ KNOWLEDGE_MARGIN = 16 << 20  # for the small things that are kept beside masks a
 SPARE_SHARE = (
     0.5  # of the memory that nobody needs, for inputs of linears; assumption: other programs want some
 )
+USED_SHARE = 0.92  # of a GPU's memory: libraries, and gaps between tensors, take the rest; assumption
 STORE_SHARE = 0.7  # of a GPU's memory, within which all must fit for activations to be kept there; assumption
 
 
@@ -245,7 +246,8 @@ def _check_fit(plan: ShardPlan, nodes: Sequence[Node]) -> None:
 
 
 def _least_gpu(nodes: Sequence[Node]) -> int:
-    return min(node.gpu_bytes for node in nodes if node.gpus)
+    """What tensors may take of the smallest one; 0 = unknown."""
+    return int(USED_SHARE * min(node.gpu_bytes for node in nodes if node.gpus))
 
 
 def _check_bytes(kind: str, needed: int, there: int) -> None:
