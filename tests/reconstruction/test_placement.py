@@ -127,3 +127,42 @@ def test_where_things_wait_changes_no_number_beside_a_gpu(kind: str, tmp_path: P
         for full, tensor in expected["weights"].items():
             assert torch.equal(found["weights"][full], tensor), (name, full)
         assert found["errors"] == expected["errors"], name
+
+
+def test_only_the_blocks_in_hand_have_numbers(tmp_path: Path) -> None:
+    """While a unit is recovered, and when nothing is done."""
+    make_model("llama").save_pretrained(tmp_path / "model")
+    placement = Placement(weights="files", trials="disk", activations="disk", scratch=tmp_path)
+    shard = ModelShard.load(ModelSource(str(tmp_path / "model")), waits=True)
+    blocks = BlockRange(shard, placement=placement)
+    pass_text(blocks, CALIBRATION, IDS)
+    trial = reconstruct_trial(granularity="block")
+    prune_all(blocks, "trial", trial)
+
+    def there() -> list[int]:
+        return [
+            index
+            for index, block in blocks.blocks.items()
+            if not any(parameter.isnan().any() for parameter in block.module.parameters())
+        ]
+
+    with blocks.in_hand("trial", [blocks.blocks[1]]):
+        assert there() == [1]
+    assert there() == []
+    recover_unit(blocks, "trial", trial, "1")
+    assert there() == []
+    last = max(blocks.blocks)
+    with blocks.using("trial", blocks.blocks[last]):
+        assert there() == [last]
+        resident = {name for name, tensor in blocks.weights["trial"].items() if not _is_mapped(tensor)}
+    assert all(name.startswith(f"{blocks.blocks[last].prefix}.") for name in resident)
+
+
+def _is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a file of the scratch folder."""
+    with open("/proc/self/maps", encoding="utf-8") as lines:
+        for line in lines:
+            start, stop = (int(word, 16) for word in line.split()[0].split("-"))
+            if start <= tensor.data_ptr() < stop:
+                return "(deleted)" in line
+    return False
