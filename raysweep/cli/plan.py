@@ -175,7 +175,7 @@ def _model_document(prepared: Launch, seen: Seen) -> dict[str, Any]:
         "gpus_per_shard": plan.gpus,
         "threads_per_shard": plan.threads,
         "shares_cores": plan.shares_cores,
-        "activation_store": "device" if plan.stored_on_device else "host",
+        "activation_store": plan.placement.activations,
         "compiles": plan.compiles,
         "shards": [
             _shard_document(blocks, memory) for blocks, memory in zip(plan.ranges, plan.memory, strict=True)
