@@ -1,4 +1,4 @@
-"""A host that allows 4 GiB sweeps 2 GiB of weights with more than 3 GiB of activations: what has no room waits on disk."""
+"""A host that allows 4 GiB sweeps 2 GiB of weights with over 3 GiB of activations: what has no room waits on disk."""
 
 from __future__ import annotations
 
