@@ -129,7 +129,7 @@ def _connect(address: str | None) -> Any:
         ) from error
 
 
-def own_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> dict[str, int]:
+def own_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> dict[str, Any]:
     """What a cluster that is started here may use, as `ray.init` takes it, where Ray would take too much.
 
     It looks at the outermost control group alone, which is a container's; those within (of a batch system's job, of a

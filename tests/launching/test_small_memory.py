@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from raysweep.model.builtin import resolve_model_path
 from raysweep.results.reader import load_results
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 GIB = 1 << 30
 ALLOWED = 4 * GIB
