@@ -25,6 +25,9 @@ from raysweep.errors import UsageError, first_line
 LOCAL, AUTO = "local", "auto"
 ANSWER_S = 5.0  # that a cluster has to take a connection
 NAMESPACE = "raysweep"
+RAY_BYTES = (
+    1280 << 20
+)  # of a new cluster with its dashboard (measured: 750 MiB), and of who launches (570 MiB)
 STORE_SHARE = 0.3  # of memory that Ray's object store may fill; Ray's own default
 
 # Of a cluster that is started here. Ray looks for its object store while that still starts, and again after this time:
@@ -139,8 +142,9 @@ def own_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> dict[str, Any]:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if limit is None or limit >= min(seen or physical, physical):
         return {}
-    store = int(limit * STORE_SHARE)
-    return {"object_store_memory": store, "_memory": limit - store}
+    left = max(limit - RAY_BYTES, limit // 2)
+    store = int(left * STORE_SHARE)
+    return {"object_store_memory": store, "_memory": left - store}
 
 
 def _causes(error: BaseException) -> Iterator[str]:

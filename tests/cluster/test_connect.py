@@ -55,15 +55,15 @@ def test_local_is_none():
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "limit"),
+    ("own", "files", "left"),
     [
-        (V1, {"memory/job/7/memory.limit_in_bytes": str(GIB)}, GIB),
-        ("0::/a/b\n", {"memory.max": str(3 * GIB), "a/memory.max": str(GIB)}, GIB),
+        (V1, {"memory/job/7/memory.limit_in_bytes": str(4 * GIB)}, 4 * GIB - connect.RAY_BYTES),
+        ("0::/a/b\n", {"memory.max": str(3 * GIB), "a/memory.max": str(GIB)}, GIB // 2),
         ("0::/\n", {"memory.max": str(GIB)}, None),  # a container's, which Ray sees
         ("0::/a\n", {"a/memory.max": str(1 << 60)}, None),
         ("0::/a\n", {"a/memory.max": "max"}, None),
     ],
 )
-def test_a_new_cluster_keeps_to_limits_that_ray_does_not_see(tmp_path, own, files, limit):
+def test_a_new_cluster_keeps_to_limits_that_ray_does_not_see(tmp_path, own, files, left):
     memory = own_memory(**groups(tmp_path, own, files))
-    assert (sum(memory.values()) or None) == limit
+    assert (sum(memory.values()) or None) == left
