@@ -244,7 +244,7 @@ def space_of(model: Path, scratch: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("where", [["--in-process"], ["--address", "local"]])
+@pytest.mark.parametrize("where", [["--in-process"], ["--address", "local"]], ids=["in_process", "over_ray"])
 def test_4_gib_are_enough_for_2_of_weights_and_3_of_activations(group, on_disk, where):
     weights = make_model(on_disk / "model")
     activations = 4 * (2 * BLOCKS + 1) * SAMPLES * TOKENS * HIDDEN  # of calibration, at and within blocks
