@@ -177,6 +177,7 @@ def _model_document(prepared: Launch, seen: Seen) -> dict[str, Any]:
         "gpus_per_shard": plan.gpus,
         "threads_per_shard": plan.threads,
         "shares_cores": plan.shares_cores,
+        "activation_store": plan.placement.activations,
         "placement": {name: value for name, value in asdict(plan.placement).items() if name != "scratch"},
         "compiles": plan.compiles,
         "shards": [

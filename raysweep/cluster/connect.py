@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,13 +18,15 @@ from ray._private.services import (
     canonicalize_bootstrap_address,
 )  # what `ray.init` looks a running cluster up with
 
-from raysweep.cluster.nodes import Node, this_node
+from raysweep.cluster.nodes import CGROUPS, OWN_CGROUPS, Node, memory_limit, this_node
 from raysweep.cluster.token import keep_token_private
 from raysweep.errors import UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
 ANSWER_S = 5.0  # that a cluster has to take a connection
 NAMESPACE = "raysweep"
+RAY_BYTES = 1280 << 20  # of a new cluster with its dashboard (measured: 750 MiB), and of who launches (570)
+STORE_SHARE = 0.3  # of memory that Ray's object store may fill; Ray's own default
 
 # Of a cluster that is started here. Ray looks for its object store while that still starts, and again after this time:
 # by default a second, which every third start took longer. As before it gives up after ten.
@@ -111,6 +114,7 @@ def _connect(address: str | None) -> Any:
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
+                **(own_memory() if address is None else {}),
             )
     except ray.exceptions.AuthenticationError as error:
         raise _refused(address, first_line(error)) from error
@@ -124,6 +128,21 @@ def _connect(address: str | None) -> Any:
             allowed="a cluster with this Python and this version of Ray",
             remedy="Use --address local for one of your own.",
         ) from error
+
+
+def own_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> dict[str, Any]:
+    """What a cluster that is started here may use, as `ray.init` takes it, where Ray would take too much.
+
+    It looks at the outermost control group alone, which is a container's; those within (of a batch system's job, of a
+    service) may allow less, and the system ends whatever passes that.
+    """
+    limit, seen = memory_limit(root, own), memory_limit(root, Path(os.devnull))
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if limit is None or limit >= min(seen or physical, physical):
+        return {}
+    left = max(limit - RAY_BYTES, limit // 2)
+    store = int(left * STORE_SHARE)
+    return {"object_store_memory": store, "_memory": left - store}
 
 
 def _causes(error: BaseException) -> Iterator[str]:

@@ -13,8 +13,11 @@ from torch import Tensor
 from raysweep.model.shard import ModelShard
 from raysweep.model.structure import Block
 from raysweep.reconstruction.graphs import stream_of
+from raysweep.reconstruction.heap import give_back
 from raysweep.reconstruction.placement import HOST
 from raysweep.reconstruction.stores import Store
+
+GIVE_BACK_BYTES = 64 << 20  # of weights that were put away; walking the heap takes milliseconds
 
 Tensors = dict[str, Tensor]
 """By full name of a parameter."""
@@ -96,6 +99,7 @@ class Hand:
         self._held: dict[int, _Held] = {}
         self._put: dict[tuple[str, str], Tensor] = {}  # what waits in the store, by trial and name
         self._nonzeros: dict[tuple[str, str], Tensor] = {}  # counted where they were, int64 ()
+        self._given_up = 0  # bytes of dense tensors since the heap was last given back
 
     @contextmanager
     def hold(self, name: str | None, block: Block, following: Block) -> Iterator[Tensors]:
@@ -211,9 +215,14 @@ class Hand:
         """Puts away all blocks that nobody works with, but for those that stay."""
         for index in [index for index, held in self._held.items() if not held.users and index not in stay]:
             self._put_block_away(index)
+        # a block that comes may not fit into the holes of the one that went
+        if self._given_up >= GIVE_BACK_BYTES:
+            self._given_up = 0
+            give_back()
 
     def _put_block_away(self, index: int) -> None:
         held = self._held.pop(index)
+        self._given_up += sum(tensor.nbytes for tensor in held.dense.values())
         self._await(held)  # what is on its way must not meet what takes its memory
         for name, weights in self._trials.items():
             for full in held.names & weights.keys():

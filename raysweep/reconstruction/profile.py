@@ -62,10 +62,13 @@ def profile_step(module: nn.Module, run: Run, input_BTH: Tensor, routed: tuple[s
 
 
 class _Saved:
-    """A tensor that a forward pass saved; ends with the part of the graph that it belongs to."""
+    """What a forward pass saved; ends with the part of the graph that it belongs to.
+
+    The memory alone: a tensor knows the step that gave it, and one that is saved by this very step would never end.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.storage = tensor.untyped_storage()
 
 
 def saved_sizes(loss_of: Callable[[], Tensor]) -> dict[int, int]:
@@ -80,12 +83,15 @@ def saved_sizes(loss_of: Callable[[], Tensor]) -> dict[int, int]:
         kept.add(saved)
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, _no_way_back):
         loss = loss_of()
-    storages = [saved.tensor.untyped_storage() for saved in kept]
-    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    sizes = {saved.storage._cdata: saved.storage.nbytes() for saved in kept}
     del loss  # until here it held the graph
     return sizes
+
+
+def _no_way_back(saved: _Saved) -> Tensor:
+    raise RuntimeError("a pass that is only looked at has no backward pass")
 
 
 def _matters(parameter: nn.Parameter) -> bool:

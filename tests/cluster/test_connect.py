@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from raysweep.cluster import connect
-from raysweep.cluster.connect import running_address
+from raysweep.cluster.connect import own_memory, running_address
 from raysweep.errors import UsageError
+from tests.cluster.test_nodes import GIB, V1, groups
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +52,18 @@ def test_a_cluster_that_has_ended_and_that_nobody_named_is_passed_over(monkeypat
 
 def test_local_is_none():
     assert running_address("local") is None
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        (V1, {"memory/job/7/memory.limit_in_bytes": str(4 * GIB)}, 4 * GIB - connect.RAY_BYTES),
+        ("0::/a/b\n", {"memory.max": str(3 * GIB), "a/memory.max": str(GIB)}, GIB // 2),
+        ("0::/\n", {"memory.max": str(GIB)}, None),  # a container's, which Ray sees
+        ("0::/a\n", {"a/memory.max": str(1 << 60)}, None),
+        ("0::/a\n", {"a/memory.max": "max"}, None),
+    ],
+)
+def test_a_new_cluster_keeps_to_limits_that_ray_does_not_see(tmp_path, own, files, left):
+    memory = own_memory(**groups(tmp_path, own, files))
+    assert (sum(memory.values()) or None) == left

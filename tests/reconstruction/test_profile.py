@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
-from raysweep.reconstruction.profile import profile_step
+from raysweep.reconstruction.profile import _Saved, profile_step
 from raysweep.reconstruction.recovery import recover_unit
 from tests.families import make_model
 from tests.reconstruction.ranges import SAMPLES, TOKENS, prune_all, range_of, reconstruct_trial
@@ -83,3 +85,12 @@ def test_flops_of_a_unit_are_those_of_all_samples_and_epochs(granularity, traina
     half = products(blocks.blocks[1], "mlp") - behind_the_norm
     a_token = {"matrix": 4 * 48 * 32, "subblock": half}[granularity]
     assert result.training_flops == 5 * SAMPLES * TOKENS * a_token
+
+
+def test_what_a_pass_saved_ends_with_it():
+    """Norms and attention save what they give: a reference to that would hold the pass, and the pass the reference."""
+    block = range_of(make_model("llama")).blocks[1]
+    x_BTH = torch.randn(2, TOKENS, 32, generator=torch.Generator().manual_seed(0))
+    assert profile_step(block.module, block.run, x_BTH).saved_bytes > 0
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, _Saved)]

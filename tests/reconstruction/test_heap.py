@@ -1,0 +1,41 @@
+"""What was freed goes back to the system."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from raysweep.model.loading import ModelSource
+from raysweep.model.shard import ModelShard
+from raysweep.reconstruction import hand, heap
+from raysweep.reconstruction.placement import Placement
+from raysweep.reconstruction.range import BlockRange
+from raysweep.shards.peaks import memory_in_use
+
+
+@pytest.mark.skipif(heap._trim is None, reason="another C library than glibc")
+def test_holes_between_what_is_held_go_back():
+    pieces = [torch.ones(4096) for _ in range(8192)]  # 128 MiB, too small to lie anywhere but in the heap
+    full, kept = memory_in_use(), pieces[::64]
+    del pieces
+    gc.collect()
+    heap.give_back()
+    assert memory_in_use() < full - (96 << 20)
+    assert all(bool((piece == 1).all()) for piece in kept)
+
+
+def test_blocks_that_were_put_away_give_back_now_and_then(tiny_llama: Path, monkeypatch):
+    given: list[int] = []
+    monkeypatch.setattr(hand, "give_back", lambda: given.append(1))
+    shard = ModelShard.load(ModelSource(str(tiny_llama)), dtype="float32", waits=True)
+    blocks = BlockRange(shard, placement=Placement(weights="files"))
+    nbytes = sum(tensor.nbytes for tensor in shard.read_block(0).values())
+    monkeypatch.setattr(hand, "GIVE_BACK_BYTES", 2 * nbytes)
+    for _ in range(2):
+        for block in blocks.blocks.values():
+            with blocks.using(None, block):
+                pass
+    assert len(given) == 3  # of eight blocks the last two are in hand
