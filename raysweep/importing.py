@@ -21,6 +21,7 @@ def without_collecting() -> Iterator[None]:
         yield
     finally:
         if was_on:
-            gc.freeze()
-            gc.unfreeze()  # into the oldest generation
+            if gc.get_freeze_count() == 0:  # else what somebody froze would come back
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation
             gc.enable()

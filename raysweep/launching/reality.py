@@ -80,10 +80,11 @@ class Keeper:
                 look_ahead(prepared, model, plan, nodes, "cached")
                 for model, plan in zip(prepared.models, plans, strict=True)
             ]
-        except RaysweepError as error:  # nothing that a sweep should fail for
+            seconds = total_seconds(outlooks, self._in_process)
+        except Exception as error:  # whatever it is, a sweep does not fail for it
             log.info("no time is planned: %s", first_line(error))
             return
-        self._reality = replace(self._reality, planned_seconds=total_seconds(outlooks, self._in_process))
+        self._reality = replace(self._reality, planned_seconds=seconds)
 
     def note(self, plan: ShardPlan, peaks: Sequence[Peaks]) -> None:
         """What the shards of a group have held, before it ends."""

@@ -97,12 +97,12 @@ class Boundaries:
             return block.run(block.run(hidden_BTH, block.halves.attention), block.halves.mlp)
 
     def _nearest(self, index: int, rows: slice, device: torch.device) -> tuple[int, Tensor]:
-        """The last batch that was made, where it is on the way; else one that is kept."""
+        """The last batch that was made, where it is nearer than one that is kept."""
+        start = max(at for kind, at in self._kept if kind == INPUT and at <= index)
         if self._in_hand is not None:
             there, at, hidden_BTH = self._in_hand
-            if there == rows and at <= index:
+            if there == rows and start <= at <= index:
                 return at, hidden_BTH
-        start = max(at for kind, at in self._kept if kind == INPUT and at <= index)
         return start, fetch(self._kept[INPUT, start], rows, device)
 
     @torch.no_grad()

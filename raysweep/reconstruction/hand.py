@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,23 +34,29 @@ class WaitingWeights:
         self._shard, self._stays = shard, kind == HOST
         self._store = Store(HOST, shard.device)
         self._known: dict[int, Tensors] = {}
-        self._coming: dict[tuple[int, frozenset[str]], Future[Tensors]] = {}
+        self._coming: dict[int, list[tuple[frozenset[str], Future[Tensors]]]] = {}
         self._reader = ThreadPoolExecutor(1, "weights")
 
     def begin(self, index: int, names: frozenset[str]) -> None:
-        """Has tensors of a block read that will be needed next, and gives up what was read so and not taken."""
-        if index not in self._known and (index, names) not in self._coming:
-            self._coming.clear()
-            self._coming[index, names] = self._reader.submit(self._read, index, names)
+        """Has tensors of a block read that will be needed next, and gives up what was read ahead of another one."""
+        if index in self._known:
+            return
+        for other in [at for at in self._coming if at != index]:
+            for _, future in self._coming.pop(other):
+                future.cancel()
+        coming = self._coming.setdefault(index, [])
+        if missing := names.difference(*(there for there, _ in coming)):
+            coming.append((missing, self._reader.submit(self._read, index, missing)))
 
     def take(self, index: int, names: frozenset[str]) -> Tensors:
         """Tensors of a block on the host."""
+        self.begin(index, names)
         if index in self._known:
             return {name: self._known[index][name] for name in names}
-        coming = self._coming.pop((index, names), None)
-        return (
-            coming.result() if coming is not None else self._reader.submit(self._read, index, names).result()
-        )
+        read: Tensors = {}
+        for _, future in self._coming.pop(index):
+            read |= future.result()
+        return {name: read[name] for name in names}
 
     def knows(self, index: int) -> bool:
         """Whether the block's tensors lie on the host."""
@@ -112,7 +118,7 @@ class Hand:
         try:
             self._put_away_but({block.index, following.index})
             self._bring(name, block, held)
-            if following is not block:
+            if following is not block and held.users == 1:  # else whoever holds it as well has sent it
                 self._send_ahead(name, following)
             own = self._own(name, block)
             yield {full: own[full] if full in own else held.dense[full] for full in block.parameter_names}
@@ -120,21 +126,23 @@ class Hand:
             held.users -= 1
 
     def changed(self, name: str, block: Block) -> None:
-        """The trial's tensors of the block on the device are no longer what waits."""
+        """The trial's tensors of the block are no longer what waits, or what was counted of it."""
         held = self._held.get(block.index)
         if held is not None:
             held.copies = {key: pair for key, pair in held.copies.items() if key[0] != name}
-
-    def put_away(self) -> None:
-        """Puts away what nobody works with."""
-        self._put_away_but(set())
+        for full in block.parameter_names:
+            self._put.pop((name, full), None)
+            self._nonzeros.pop((name, full), None)
 
     def forget(self, name: str) -> None:
         """Before a trial's weights are dropped."""
         for held in self._held.values():
+            if any(key[0] == name for key in held.copies):
+                self._await(held)  # what is on its way must not meet what takes its memory
             held.copies = {key: pair for key, pair in held.copies.items() if key[0] != name}
-        for key in [key for key in self._put if key[0] == name]:
-            del self._put[key], self._nonzeros[key]
+        for counted in (self._put, self._nonzeros):
+            for key in [key for key in counted if key[0] == name]:
+                del counted[key]
 
     def zeros(self, name: str, full: str) -> int | None:
         """Among a trial's tensor that waits as it was put away; None for another."""
@@ -144,8 +152,7 @@ class Hand:
         return tensor.numel() - int(self._nonzeros[name, full])
 
     def _at_hand(self, block: Block) -> _Held:
-        held = self._held.setdefault(block.index, _Held(frozenset(block.parameter_names)))
-        return held
+        return self._held.setdefault(block.index, _Held(frozenset(block.parameter_names)))
 
     def _own(self, name: str | None, block: Block) -> Tensors:
         weights = self._trials[name] if name is not None else {}
@@ -160,7 +167,8 @@ class Hand:
         self._await(held)
         if lacking := self._lacking(name, block, held):
             held.dense |= self._copied(self._waiting.take(block.index, lacking))
-        self._replace(name, block, held, self._copied)
+        waits = self._waiting_of(name, block)
+        self._replace(name, held, waits, self._copied(waits))
 
     def _send_ahead(self, name: str | None, block: Block) -> None:
         """On a stream of its own what lies on the host; has the rest read."""
@@ -172,36 +180,37 @@ class Hand:
         if self._device.type == "cpu":
             return
         held = self._at_hand(block)
+        dense = self._waiting.take(block.index, lacking) if lacking and known else {}
+        waits = self._waiting_of(name, block)
+        held.dense |= self._sent(held, dense)
+        self._replace(name, held, waits, self._sent(held, waits))
+
+    def _sent(self, held: _Held, tensors: Tensors) -> Tensors:
+        """Copies on their way to the device. Nobody knows of them before all are: what finds no room leaves nothing."""
+        if not tensors:
+            return {}
         current, beside = torch.cuda.current_stream(self._device), stream_of(self._device, "weights")
-        sent: list[tuple[Tensor, Tensor]] = []
+        there = {full: torch.empty_like(tensor, device=self._device) for full, tensor in tensors.items()}
+        self._await(held)
+        beside.wait_stream(current)  # whose memory this may have been
+        arrived = torch.cuda.Event()
+        with torch.cuda.stream(beside):
+            for full, tensor in tensors.items():
+                there[full].copy_(tensor, non_blocking=True)
+            arrived.record(beside)
+        held.arrived = arrived
+        return there
 
-        def send(tensors: Tensors) -> Tensors:
-            there = {full: torch.empty_like(tensor, device=self._device) for full, tensor in tensors.items()}
-            sent.extend((there[full], tensor) for full, tensor in tensors.items())
-            return there
+    def _waiting_of(self, name: str | None, block: Block) -> Tensors:
+        """The trial's tensors of the block that wait elsewhere."""
+        return {full: t for full, t in self._own(name, block).items() if t.device != self._device}
 
-        if lacking and known:
-            held.dense |= send(self._waiting.take(block.index, lacking))
-        self._replace(name, block, held, send)
-        if sent:
-            self._await(held)
-            beside.wait_stream(current)  # whose memory this may have been
-            with torch.cuda.stream(beside):
-                for there, tensor in sent:
-                    there.copy_(tensor, non_blocking=True)
-                held.arrived = torch.cuda.Event()
-                held.arrived.record(beside)
-
-    def _replace(
-        self, name: str | None, block: Block, held: _Held, copied: Callable[[Tensors], Tensors]
-    ) -> None:
-        """Puts copies on the device in the place of the trial's tensors that wait elsewhere."""
-        if name is None:
-            return
-        elsewhere = {full: t for full, t in self._own(name, block).items() if t.device != self._device}
-        for full, copy in copied(elsewhere).items():
-            held.copies[name, full] = (elsewhere[full], copy)
-            self._trials[name][full] = copy
+    def _replace(self, name: str | None, held: _Held, waits: Tensors, copies: Tensors) -> None:
+        """Puts copies on the device in the place of the trial's tensors that wait."""
+        for full, copy in copies.items():
+            if name is not None:
+                held.copies[name, full] = (waits[full], copy)
+                self._trials[name][full] = copy
 
     def _copied(self, tensors: Tensors) -> Tensors:
         return {full: tensor.to(self._device, non_blocking=True) for full, tensor in tensors.items()}
@@ -221,8 +230,7 @@ class Hand:
             give_back()
 
     def _put_block_away(self, index: int) -> None:
-        held = self._held.pop(index)
-        self._given_up += sum(tensor.nbytes for tensor in held.dense.values())
+        held = self._held[index]
         self._await(held)  # what is on its way must not meet what takes its memory
         for name, weights in self._trials.items():
             for full in held.names & weights.keys():
@@ -231,5 +239,8 @@ class Hand:
                 if copy is tensor and waits is not None:
                     weights[full] = waits
                 elif self._put.get(key) is not tensor:
-                    self._nonzeros[key] = tensor.count_nonzero()
-                    weights[full] = self._put[key] = self._store.put(tensor)
+                    nonzeros, there = tensor.count_nonzero(), self._store.put(tensor)
+                    weights[full] = self._put[key] = there
+                    self._nonzeros[key] = nonzeros
+        del self._held[index]
+        self._given_up += sum(tensor.nbytes for tensor in held.dense.values())

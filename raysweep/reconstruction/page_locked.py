@@ -11,14 +11,15 @@ import mmap
 import os
 import threading
 import weakref
-from collections import defaultdict
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 8 << 30  # of memory that was given back and waits to be asked for again
+KEPT_BYTES = 4 << 30  # of memory that was given back and waits to be asked for again
 TOUCH_BYTES = 64 << 20  # that one thread touches at a time
 TOUCHING_THREADS = 8
 
@@ -27,22 +28,34 @@ class _Pool:
     """Pieces of memory by size. Locking a page takes longer than filling it, so that pieces are used again."""
 
     def __init__(self) -> None:
-        self._free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
-        self._free_bytes = 0
-        self._lock = threading.Lock()  # the collector gives memory back in whichever thread it runs
+        self._free: list[tuple[mmap.mmap, int]] = []  # the longest unused first
+        # Memory comes back in whichever thread the collector runs, perhaps one that holds the lock.
+        self._returned: deque[tuple[mmap.mmap, int]] = deque()
+        self._locked: set[int] = set()  # addresses
+        self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
     def take(self, nbytes: int) -> Tensor:
         """Bytes whose memory comes back with the last tensor that lies in them."""
         with self._lock:
-            mapped = self._free[nbytes].pop() if self._free[nbytes] else None
-            self._free_bytes -= nbytes if mapped is not None else 0
-        mapped = mapped or self._locked(nbytes)
+            self._tidy()
+            place = next((k for k, (_, size) in enumerate(self._free) if size == nbytes), None)
+            mapped = self._new(nbytes) if place is None else self._free.pop(place)[0]
         loan = (ctypes.c_char * nbytes).from_buffer(mapped)
-        weakref.finalize(loan, self._give_back, mapped, nbytes)
+        weakref.finalize(loan, self._returned.append, (mapped, nbytes)).atexit = False
         return torch.frombuffer(loan, dtype=torch.uint8)
 
-    def _locked(self, nbytes: int) -> mmap.mmap:
+    def _tidy(self) -> None:
+        """Takes in what came back, and lets go of what is too much."""
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        while sum(size for _, size in self._free) > KEPT_BYTES:
+            mapped, _ = self._free.pop(0)
+            if (address := _address(mapped)) in self._locked:
+                self._locked.remove(address)
+                torch.cuda.cudart().cudaHostUnregister(address)
+
+    def _new(self, nbytes: int) -> mmap.mmap:
         mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapped.madvise(mmap.MADV_HUGEPAGE)
         address = _address(mapped)
@@ -52,17 +65,12 @@ class _Pool:
         list(
             self._threads.map(lambda start: _touch(address + start, min(TOUCH_BYTES, nbytes - start)), starts)
         )
-        torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # refused: it is slower, and works
+        if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
+            self._locked.add(address)
+        else:  # copies from there are slower, and work
+            with suppress(RuntimeError):  # the next call would raise what this one was refused for
+                torch.zeros(1, device="cuda")
         return mapped
-
-    def _give_back(self, mapped: mmap.mmap, nbytes: int) -> None:
-        with self._lock:
-            stays = self._free_bytes + nbytes <= KEPT_BYTES
-            if stays:
-                self._free[nbytes].append(mapped)
-                self._free_bytes += nbytes
-        if not stays:
-            torch.cuda.cudart().cudaHostUnregister(_address(mapped))
 
 
 def _address(mapped: mmap.mmap) -> int:

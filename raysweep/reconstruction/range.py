@@ -127,6 +127,8 @@ class BlockRange:
 
     def forget_texts(self) -> None:
         """Before another calibration set: drops activations, statistics and all that came of them."""
+        for name in {*self.weights, *self.streams}:
+            self.release(name)
         for store in (self.texts, self.weights, self.layers, self.recipes, self.streams, self.captured):
             store.clear()
         self.knowledge.clear()
@@ -222,6 +224,7 @@ class BlockRange:
         found = _of_linear(entry.statistics, block, linear)
         if self.placement.statistics in (DEVICE, ANEW):
             return found
+        self._statistics_in_hand = None  # before another takes its place
         found = found.moved(lambda tensor: tensor.to(self.device))
         self._statistics_in_hand = (text, leader, found)
         return found

@@ -128,11 +128,13 @@ def _recovered(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> UnitR
         with _memory_peak(blocks.device) as device_peak:
             kind = Stage if blocks.device.type == "cpu" else DeviceStage
             stage = kind(blocks, name, trial, unit, measured)
-            stage.train()
+            try:
+                stage.train()
+            finally:
+                for block in unit.blocks:
+                    blocks.changed(name, block)
             cost = stage_cost(stage)
             peak_bytes = device_peak() or cost.peak_bytes
-        for block in unit.blocks:
-            blocks.changed(name, block)
         del stage  # with its targets, which are made anew
     after = {text: measured.error(text) for text in before}
     return UnitResult.of(unit.name, unit.block.index, before, after, [replace(cost, peak_bytes=peak_bytes)])

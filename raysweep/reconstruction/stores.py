@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -66,10 +65,11 @@ def _in_file(nbytes: int, folder: Path | None) -> Tensor:
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)
-            mapped = mmap.mmap(file.fileno(), nbytes)
-    except OSError as error:
+            # Python's own mapping would hold on to the file, of which a process can open but so many.
+            opened = f"/proc/self/fd/{file.fileno()}"
+            return torch.from_file(opened, shared=True, size=nbytes, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
         raise StorageError(
             f"{nbytes:,} bytes of activations or weights find no room in {folder or tempfile.gettempdir()}: "
             f"{first_line(error)}.\n  Free some, or name another folder by execution.scratch."
         ) from error
-    return torch.frombuffer(mapped, dtype=torch.uint8)

@@ -18,6 +18,7 @@ from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.pruning.masks import RANKED_AT_ONCE
 from raysweep.pruning.statistics import COLUMNS_AT_ONCE
 from raysweep.reconstruction.activations import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS
+from raysweep.reconstruction.page_locked import KEPT_BYTES
 from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, MADE, Placement
 from raysweep.reconstruction.solving import solving_bytes
 
@@ -51,7 +52,7 @@ class Workload:
     streams: whether trials carry activations of their own
     exact: whether matrices are solved for;  inputs: whether some are trained on their inputs, which are kept
     outputs: whether matrices are trained towards outputs, on other inputs than dense ones or with another loss than mse
-    kept_share: the most of the weights that a mask keeps
+    kept_share: the most of the weights that a mask keeps;  ranks_matrices: whether some rank whole matrices
     """
 
     texts: tuple[tuple[int, int], ...]
@@ -69,6 +70,7 @@ class Workload:
     inputs: bool = False
     outputs: bool = False
     kept_share: float = 1.0
+    ranks_matrices: bool = False
 
     @property
     def halves(self) -> bool:
@@ -204,7 +206,7 @@ def shard_memory(
         streams=_stream_bytes(blocks, model, size, work),
         known_masks=sum(masks),
         store=placement.activations,
-        process=DEVICE_PROCESS_BYTES if on_gpu else PROCESS_BYTES,
+        process=_process_bytes(placement, on_gpu),
     ).keeping(0, keepable_bytes(blocks, size, work))
     waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}
     if waits_elsewhere:
@@ -213,23 +215,33 @@ def shard_memory(
         memory = replace(memory, statistics=0, pruning=memory.pruning + made)
     if placement.waits:
         in_hand = min(len(blocks), work.span + 1)  # those at work, and the one that comes next
+        open_at_once = work.concurrent_trials if work.span > 1 else 1  # as of `_largest_recovery`
         waiting[placement.weights] += sum(parameters)
         waiting[placement.trials] += sum(trials) + sum(masks)
         memory = replace(
             memory,
             weights=memory.weights - sum(parameters) + in_hand * max(parameters),
-            trials=in_hand * max(parameters),
+            trials=in_hand * max(parameters) * open_at_once,
             masks=work.span * max(map(_prunable, blocks)) if on_gpu else 0,
         )
     heap = 0 if on_gpu else int(HEAP_SHARE * memory.at_work)
     return replace(memory, waiting_on_host=waiting[HOST], waiting_on_disk=waiting[DISK], heap=heap)
 
 
+def _process_bytes(placement: Placement, on_gpu: bool) -> int:
+    """Beside a GPU with page-locked memory that waits to be used again."""
+    if not on_gpu:
+        return PROCESS_BYTES
+    locks = HOST in (placement.weights, placement.trials, placement.activations, placement.statistics)
+    return DEVICE_PROCESS_BYTES + KEPT_BYTES * locks
+
+
 def _pruning_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
     """Of the linear that takes most: its scores and their ranking, then the error of its output in float64; updated
     weights, and the factor that they come from; on streams also a block's own Gram matrices and factors."""
     shapes = [shape for block in blocks for shape in block.linears.values()]
-    ranking = max(5 * o * i + RANKING_BYTES * min(o * i, RANKED_AT_ONCE) for o, i in shapes)
+    at_once = max(o * i for o, i in shapes) if work.ranks_matrices else RANKED_AT_ONCE
+    ranking = max(5 * o * i + RANKING_BYTES * min(o * i, at_once) for o, i in shapes)
     error = max((12 + size) * o * i + 8 * (o + i) * min(i, COLUMNS_AT_ONCE) for o, i in shapes)
     updating = max(12 * o * i + FACTORING_BYTES * i**2 for o, i in shapes) if work.updated else 0
     on_streams = max(map(gram_bytes, blocks)) * (1 + bool(work.updated)) * work.streams

@@ -84,6 +84,8 @@ def probed_rates(
     wanted: by rate, a trial that needs it, beside what all need
     again: measures all anew;  measures: else None where the file lacks something
     """
+    if probed.device == "cuda" and not torch.cuda.is_available():  # of the cluster, not of this machine
+        return None
     names = {*wanted, *(f"open {rate}" for rate in wanted if rate.startswith("step")), *ALWAYS}
     kept = {} if again else _read().get(probed.key, {})
     known = {rate: seconds for rate, seconds in kept.items() if _is_time(seconds)}
@@ -96,7 +98,7 @@ def probed_rates(
 
     try:
         known |= measure(probed, missing)
-    except (RaysweepError, RuntimeError, MemoryError) as error:
+    except (RaysweepError, RuntimeError, MemoryError, OSError) as error:
         log.warning("no times are known: the probe of this machine failed: %s", first_line(error))
         return None
     _write(probed.key, known)
@@ -104,7 +106,7 @@ def probed_rates(
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
 
 
 def _file() -> Path:

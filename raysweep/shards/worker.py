@@ -243,9 +243,12 @@ class ShardWorker:
             self._take(name, {full: tensor for full, tensor in outside.items() if full in here})
 
     def _take(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self.blocks.weights[name] |= {
-            full: self.blocks.waiting.put(tensor.to(self.shard.dtype)) for full, tensor in tensors.items()
-        }
+        """Those of blocks wait for their turn; what lies outside of them is always on the device."""
+        inside = tuple(f"{block.prefix}." for block in self.blocks.blocks.values())
+        for full, tensor in tensors.items():
+            own = tensor.to(self.shard.dtype)
+            there = self.blocks.waiting.put(own) if full.startswith(inside) else own.to(self.shard.device)
+            self.blocks.weights[name][full] = there
 
     # Streams: activations on their way through the chain with a trial's weights
 

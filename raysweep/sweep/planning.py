@@ -72,6 +72,7 @@ def workload(model: PreparedModel) -> Workload:
         inputs=any(map(_trains_on_inputs, trials)),
         kept_share=max((_kept_share(trial) for trial in trials if not trial.is_dense), default=1.0),
         outputs=any(map(_trains_towards_outputs, trials)),
+        ranks_matrices=any(trial.comparison_group == "matrix" for trial in trials),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from raysweep.config.trial import Trial
+from raysweep.errors import StorageError
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.reconstruction.activations import batches
@@ -17,6 +19,7 @@ from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.reconstruction.placement import Placement
 from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import recover_unit, unit_names
+from raysweep.reconstruction.stores import Store
 from tests.families import FAMILIES, make_model
 from tests.reconstruction.ranges import IDS, VALIDATION_IDS, prune_all, reconstruct_trial
 from tests.zoo import make_zoo_model
@@ -166,3 +169,60 @@ def _is_mapped(tensor: torch.Tensor) -> bool:
             if start <= tensor.data_ptr() < stop:
                 return "(deleted)" in line
     return False
+
+
+def test_blocks_are_read_a_few_times_and_not_for_every_unit(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "model")
+    shard = ModelShard.load(ModelSource(str(tmp_path / "model")), waits=True)
+    blocks, trial = BlockRange(shard, placement=Placement(weights="files")), TRIALS["matrix"]
+    outside, passes = shard.bytes_read, 0
+    for step in (
+        lambda: pass_text(blocks, CALIBRATION, IDS),
+        lambda: prune_all(blocks, "trial", trial),
+        lambda: [recover_unit(blocks, "trial", trial, unit) for unit in unit_names(blocks, "matrix")],
+    ):
+        step()
+        passes += 1
+    once = sum(p.nbytes for block in blocks.blocks.values() for p in block.module.parameters())
+    ahead = (
+        2 * once / len(blocks.blocks)
+    )  # the first block again after the last, and one that was not waited for
+    assert shard.bytes_read - outside <= passes * (once + ahead)
+
+
+def test_another_calibration_set_finds_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """Also where a trial was never released, and under its name."""
+    make_model("llama").save_pretrained(tmp_path / "model")
+    placement = Placement(
+        weights="files", trials="disk", activations="disk", statistics="disk", scratch=tmp_path
+    )
+    blocks = BlockRange(
+        ModelShard.load(ModelSource(str(tmp_path / "model")), waits=True), placement=placement
+    )
+    found = []
+    for _ in range(2):
+        pass_text(blocks, CALIBRATION, IDS)
+        prune_all(blocks, "trial", TRIALS["subblock"])
+        units = [
+            recover_unit(blocks, "trial", TRIALS["subblock"], unit) for unit in unit_names(blocks, "subblock")
+        ]
+        found.append([asdict(unit) for unit in units if unit is not None])
+        blocks.forget_texts()
+        hand = blocks._hand
+        assert hand is not None
+        assert [len(left) for left in (hand._put, hand._nonzeros, blocks.weights)] == [0, 0, 0]
+        assert not any(held.copies for held in hand._held.values())
+    assert found[0] == found[1]
+
+
+def test_tensors_on_disk_hold_no_files_open(tmp_path: Path) -> None:
+    store, before = Store("disk", torch.device("cpu"), tmp_path), len(os.listdir("/proc/self/fd"))
+    tensors = [store.put(torch.full((3, 4), float(number))) for number in range(50)]
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert [float(tensor.sum()) for tensor in tensors] == [12.0 * number for number in range(50)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_says_so(small_disk: Path) -> None:
+    with pytest.raises(StorageError, match="execution.scratch"):
+        Store("disk", torch.device("cpu"), small_disk).empty((64 << 20,), torch.float32)
