@@ -1,4 +1,4 @@
-"""`raysweep plan`: what a launch on this machine would run, and what it would need. Runs nothing."""
+"""`raysweep plan`: what a launch on this machine would run, and what it would need. Runs no trial."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from operator import attrgetter
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.console import messages, new_table, output, print_json, quiet_libraries
 from raysweep.cli.numbers import count, duration, large, operations
 from raysweep.cli.spaces import load_space
 from raysweep.config.expansion import Sampled
-from raysweep.reconstruction.placement import DEVICE, DISK
+from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, Placement
 from raysweep.results.uris import place_of
 
 if TYPE_CHECKING:
@@ -319,6 +320,11 @@ def _print_facts(
     grid.add_row("host memory", at_most(host_bytes(plan), node.memory_bytes))
     if plan.device == "cuda":
         grid.add_row("memory of one GPU", at_most(max(m.device for m in plan.memory), node.gpu_bytes))
+    if plan.placement.by_block or plan.placement.activations == DISK:
+        grid.add_row("waiting", _waiting_words(plan.placement))
+    if disk := max(memory.disk for memory in plan.memory):
+        each = " of each shard" if plan.all_shards > 1 else ""
+        grid.add_row("disk", f"up to {format_bytes(disk)}{each} in {plan.placement.scratch or gettempdir()}")
     grid.add_row("cores", _core_words(plan, node))
     grid.add_row("in flight", count(plan.all_concurrent_trials, "trial"))
     if storage_bytes:
@@ -328,6 +334,20 @@ def _print_facts(
         each = f"up to {format_bytes(retraining.bytes)} {'on each GPU' if retraining.use_gpu else 'in each'}"
         grid.add_row("retraining", f"{count(retraining.workers, 'worker')} after the shards, {each}")
     console.print(grid)
+
+
+def _waiting_words(placement: Placement) -> str:
+    """Where things wait that are not at work."""
+    where = {HOST: "on the host", DISK: "on disk", FILES: "in the model's files", ANEW: "computed anew"}
+    kept = [("activations", placement.activations), ("Gram matrices", placement.statistics)]
+    if placement.waits:
+        kept = [("weights", placement.weights), ("those of trials", placement.trials), *kept]
+    words = [f"{what} {where[place]}" for what, place in kept if place in where]
+    if placement.every > 1:
+        words.append(f"every {placement.every}th boundary kept")
+    elif not placement.halves:
+        words.append("boundaries within blocks computed anew")
+    return "; ".join(words)
 
 
 def _core_words(plan: ShardPlan, node: Node) -> str:
