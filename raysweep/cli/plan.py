@@ -344,7 +344,7 @@ def _waiting_words(placement: Placement) -> str:
         kept = [("weights", placement.weights), ("those of trials", placement.trials), *kept]
     words = [f"{what} {where[place]}" for what, place in kept if place in where]
     if placement.every > 1:
-        words.append(f"every {placement.every}th boundary kept")
+        words.append(f"one in {placement.every} boundaries kept")
     elif not placement.halves:
         words.append("boundaries within blocks computed anew")
     return "; ".join(words)

@@ -260,8 +260,8 @@ class ExecutionConfig(BaseModel):
         "steps of a retraining after which a checkpoint is written", default=200, values=WHOLE_VALUES
     )
     weight_store: Literal["auto", "device", "host", "disk"] = setting(
-        "where weights and masks wait until their block is in hand: device = all are in hand (on CPUs host as well); "
-        "disk = dense ones in the model's own files, those of trials in `scratch`; auto = the first with which all fits",
+        "where weights and masks wait until their block is in hand: device = all are in hand (on CPUs also host); "
+        "disk = dense ones in the model's own files, those of trials in `scratch`; auto = the first where all fits",
         default="auto",
     )
     activation_store: Literal["auto", "device", "host", "disk"] = setting(
@@ -270,8 +270,8 @@ class ExecutionConfig(BaseModel):
         default="auto",
     )
     statistics_store: Literal["auto", "device", "host", "disk", "anew"] = setting(
-        "where Gram matrices are kept; anew = nowhere: they are summed up again from the activations whenever a mask or "
-        "the error of a matrix needs them",
+        "where Gram matrices are kept; anew = nowhere: they are summed up again from the activations whenever a mask "
+        "or the error of a matrix needs them",
         default="auto",
     )
     boundaries: Literal["auto", "all"] | Count = setting(
