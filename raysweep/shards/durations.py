@@ -126,7 +126,8 @@ def durations(
         kinds[kind] = kinds.get(kind, 0.0) + seconds
     own = sum(dense) + sum(totals)
     all_weights = model.parameters * size / LOADING_BYTES_S
-    alone = min(1.0, rates.seconds[ALONE] / rates.seconds[FORWARD])
+    forward = rates.seconds[FORWARD]  # of tiny models too little for the clock
+    alone = min(1.0, rates.seconds[ALONE] / forward) if forward else 1.0
     in_process = IN_PROCESS_START * pace + all_weights + own / slower * alone + compiling
     retrained = sum(seconds for _, seconds in retraining.values())
     return Durations(
