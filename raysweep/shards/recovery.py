@@ -59,21 +59,17 @@ class Recovery:
         return True
 
     def _at_once(self, units: Sequence[UnitSpan]) -> None:
-        """Blocks are pruned just before their units are recovered: they may have to come into hand for either."""
+        """A shard prunes a block just before it recovers the first unit of it: a block may have to come into hand for
+        either. Calls that wait at a shard may overtake one another, so that this is no call of its own."""
         calls: list[list[Any]] = [[] for _ in range(self.info.shards)]
         across = [unit for unit in units if len(self.info.shards_of(unit)) > 1]
-        pruned: set[int] = set()
         for unit in units:
-            for index in range(unit.start, unit.stop):
-                if index not in pruned:
-                    pruned.add(index)
-                    prune = ("prune", (self.calls.name, self.trial, index), f"prune {index}")
-                    calls[self.info.shard_of(index)].append(prune)
             if unit not in across:
                 arguments = (self.calls.name, self.trial, unit.name, self._unfinished)
                 calls[self.info.shard_of(unit.start)].append(("recover", arguments, f"recover {unit.name}"))
-        results = self.calls.interleaved(calls)
-        rows = [row for row in results if not isinstance(row, list)]  # pruning returns the rows of linears
+        rows = self.calls.interleaved(calls)
+        blocks = sorted({index for unit in across for index in range(unit.start, unit.stop)})
+        prune_blocks(self.calls, self.calls.name, self.trial, blocks)
         rows += [recover_across(self.calls, self.trial, unit, self._unfinished) for unit in across]
         self._take(rows)
 

@@ -157,8 +157,10 @@ class ShardWorker:
 
         unfinished: a folder of the trial's own, with the units of it that an earlier launch or shard has recovered;
         this one joins them if it took longer than writing it will
+        Blocks of it that are not pruned yet are pruned before, but for masks that come from what is recovered.
         Raises NumericalError when it diverges.
         """
+        self._prune_first(name, trial, unit)
         with self._timed(name, "recovery"):
             if (
                 unfinished is not None
@@ -179,6 +181,16 @@ class ShardWorker:
             about = {"row": row, "standalone": standalone}
             self._unfinished.leave(name, unit_file(unfinished, unit), weights, about, row["seconds"])
         return row
+
+    def _prune_first(self, name: str, trial: Trial, unit: str) -> None:
+        if trial.statistics_stream == "recovered":
+            return
+        pruned = self.blocks.layers[name]
+        for block in find_unit(self.blocks, str(trial.granularity), unit).blocks:
+            if not any(linear in pruned for linear in block.linears):
+                with self._timed(name, "mask"):
+                    self.blocks.prune(name, MaskRecipe.of(trial), block)
+                    self.blocks.linear_rows(name, block)
 
     def _taken_over(self, name: str, trial: Trial, unit: str, folder: Path) -> dict[str, Any] | None:
         """The row of a unit that was recovered before, whose weights become the trial's; its seconds count again."""
