@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from fuzzing.site import Case
+from raysweep.results.uris import cache_folder
 
 OURS = "^(error: |Usage: |╭─ Error )"  # the last two are typer's, for options that are none
 TAKES_VALUE = ("--set", "--name", "--storage", "--sort", "--address")
@@ -142,8 +143,10 @@ class Judge:
         return None
 
     def _written(self, case: Case, before: Mapping[str, tuple[int, int]]) -> str | None:
-        """Nothing at all but where the case allows it."""
-        allowed = [str(case.may_write), str(self.root / "home")] if case.may_write else []
+        """Nothing at all but where the case allows it, and what this machine keeps for later."""
+        allowed = [str(cache_folder())]
+        if case.may_write is not None:
+            allowed += [str(case.may_write), str(self.root / "home")]
         after = _tree(self.root)
         changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
         wrong = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
 
 Headers = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and type of stored tensors."""
-
-FEW = 5  # names in a message
-
-log = logging.getLogger(__name__)
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads")
@@ -55,16 +50,17 @@ def _setting(config: PretrainedConfig, name: str) -> Any:
         return None
 
 
+def unused_tensors(model: PreTrainedModel, layout: Layout, checkpoint: Checkpoint) -> list[str]:
+    """Stored tensors that the model does not use, with their files, in words."""
+    extra = unused(layout, checkpoint.files, model)
+    return [f"{name!r} in {checkpoint.files[name]}" for name in extra]
+
+
 def check_tensors(model: PreTrainedModel, layout: Layout, checkpoint: Checkpoint) -> None:
-    """Refuses tensors of other shapes than the model's, and integers in place of its weights; warns of tensors that the
-    model does not use. Raises UsageError.
+    """Refuses tensors of other shapes than the model's, and integers in place of its weights. Raises UsageError.
 
     Files that are still to be downloaded are checked as they are read.
     """
-    if extra := unused(layout, checkpoint.files, model):
-        named = ", ".join(f"{name!r} in {checkpoint.files[name]}" for name in extra[:FEW])
-        more = f", and {len(extra) - FEW} more" if len(extra) > FEW else ""
-        log.warning("model %r has tensors that it does not use: %s%s", checkpoint.source.path, named, more)
     if not checkpoint.source.is_local:
         return
     headers = checkpoint.headers()

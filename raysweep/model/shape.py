@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from raysweep.errors import UsageError
-from raysweep.model.checking import check_plain, check_sizes, check_tensors, check_twins
+from raysweep.model.checking import check_plain, check_sizes, check_tensors, check_twins, unused_tensors
 from raysweep.model.frame import survey
 from raysweep.model.linears import block_linears, find_blocks, routed_in
 from raysweep.model.loading import (
@@ -31,7 +32,10 @@ SHARING = (
     ("gate", "up"),
     ("w1", "w3"),
 )  # linears that share an input
+FEW = 5  # names in a message
 NOT_CONTENT = ("_name_or_path", "transformers_version")  # of config.json: who wrote it, and where
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class ModelShape:
 
     vocabulary_parameters: of the input embedding (the head has as many);  max_positions: None where unlimited
     attention: width of the queries of all heads together, 0 where the configuration does not say
+    unused: stored tensors that the model does not use
     """
 
     blocks: tuple[BlockShape, ...]
@@ -83,6 +88,7 @@ class ModelShape:
     dtype_on_cpu: str
     dtype_on_device: str
     attention: int = 0
+    unused: tuple[str, ...] = ()
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -132,7 +138,7 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
         )
     embedding = model.get_input_embeddings()
     dtypes = [resolve_dtype(dtype, config, torch.device(device)) for device in ("cpu", "cuda")]
-    return ModelShape(
+    shape = ModelShape(
         blocks=blocks,
         hidden=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
@@ -141,7 +147,17 @@ def read_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
         dtype_on_cpu=str(dtypes[0]).removeprefix("torch."),
         dtype_on_device=str(dtypes[1]).removeprefix("torch."),
         attention=_attention_width(text_config),
+        unused=tuple(unused_tensors(model, layout, checkpoint)),
     )
+    warn_of_unused(shape, source)
+    return shape
+
+
+def warn_of_unused(shape: ModelShape, source: ModelSource) -> None:
+    if shape.unused:
+        more = f", and {len(shape.unused) - FEW} more" if len(shape.unused) > FEW else ""
+        named = ", ".join(shape.unused[:FEW])
+        log.warning("model %r has tensors that it does not use: %s%s", source.path, named, more)
 
 
 def _attention_width(config: Any) -> int:

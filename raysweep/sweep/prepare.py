@@ -17,8 +17,9 @@ from raysweep.config.studies import Study
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
 from raysweep.fingerprint import recovery_id, trial_id
+from raysweep.model.known_shapes import known_shape
 from raysweep.model.loading import ModelSource
-from raysweep.model.shape import ModelShape, model_hash, read_shape
+from raysweep.model.shape import ModelShape, model_hash
 from raysweep.model.tasks import TaskSet, find_tasks
 from raysweep.model.text import TextSource
 from raysweep.model.tokenizer import load_tokenizer
@@ -128,7 +129,7 @@ class _Preparation:
         self.space, self.config, self.tasks = space, config, tasks
         self.source = ModelSource(config.path, config.revision, config.trust_remote_code)
         with self._placed("model"):
-            self.shape = read_shape(self.source, config.dtype)
+            self.shape = known_shape(self.source, config.dtype)
         self.dtype = self.shape.dtype_on_cpu if device == "cpu" else self.shape.dtype_on_device
         self.tokenizer = _Lazy(lambda: load_tokenizer(config.path, config.revision, config.trust_remote_code))
 
