@@ -102,8 +102,8 @@ def float64_loss(blocks: BlockRange) -> float:
     """Of the optimum, solved to the last bits from the same Gram matrix."""
     block = blocks.blocks[0]
     linear = block.linears[LINEAR]
-    gram_II = blocks.statistics(CALIBRATION, linear, block).gram_II.double()
-    layer = blocks.pruned_layer(MaskRecipe.of(EXACT), block, linear)
+    gram_II = blocks.statistics.of(CALIBRATION, linear, block).gram_II.double()
+    layer = blocks.pruner.layer(MaskRecipe.of(EXACT), block, linear)
     assert layer is not None
     change_OI = layer.masked(linear.weight_OI).double() - linear.weight_OI.double()
     for _ in range(3):  # each goes on where the last one ended, with a residual of its own

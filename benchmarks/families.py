@@ -140,7 +140,7 @@ def _check_counts(blocks: BlockRange) -> None:
         recipe = MaskRecipe.of(reconstruct_trial(criterion=criterion, sparsity=SPARSITY, **fields))
         for block in blocks.blocks.values():
             for name, linear in block.linears.items():
-                layer = blocks.pruned_layer(recipe, block, linear)
+                layer = blocks.pruner.layer(recipe, block, linear)
                 groups = layer.mask_OI if criterion == "wanda" else layer.mask_OI.reshape(1, -1)
                 if not ((~groups).sum(1) == int(groups.shape[1] * SPARSITY)).all():
                     raise Wrong(f"{criterion} removes another count of {name}")

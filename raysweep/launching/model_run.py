@@ -187,9 +187,9 @@ class ModelRun:
         granularities = sorted({trial.granularity for trial in model.possible if trial.granularity})
         self.progress.stage(f"Dense pass and statistics (calibration seed {phase.calibration.seed})")
         texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
-        by_block = self.plan.placement.by_block
+        placement = self.plan.placement
         info = set_up(
-            group, self.plan.ranges, texts, granularities, model.shape, model.own_criteria, by_block
+            group, self.plan.ranges, texts, granularities, model.shape, model.own_criteria, placement
         )
         for key, value in _known_results(prepared, model, phase, info).items():
             group.share(key, "earlier launch", partial(_the_same, value))

@@ -190,7 +190,7 @@ def measured(alone: Alone, folder: Path, tell: Callable[[str], None]) -> dict[st
     (plan,) = make_plans([model], alone.space, [this_node()])
     texts = {name: text.input_ids for name, text in model.texts(alone.phase).items() if name != CALIBRATION}
     with InProcess().group("export", shard_specs(plan, source), plan) as group:
-        set_up(group, plan.ranges, texts, [], model.shape)
+        set_up(group, plan.ranges, texts, [], model.shape, placement=plan.placement)
         columns = run_trial(group, Trial.dense(), "exported", 0).columns
     names = ("perplexity", "validation_perplexity")
     return {

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,21 @@ def batches(samples: int, tokens: int, device: torch.device) -> list[slice]:
     limit = CPU_BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
     size = max(1, limit // tokens)
     return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+
+def batches_of(rows: slice, tokens: int, device: torch.device) -> list[slice]:
+    """The same of some samples of a text, from the start of a batch on."""
+    cut = batches(rows.stop - rows.start, tokens, device)
+    return [slice(rows.start + each.start, rows.start + each.stop) for each in cut]
+
+
+def sizes(pieces: Sequence[slice]) -> list[int]:
+    return [piece.stop - piece.start for piece in pieces]
+
+
+def together(pieces: Sequence[Tensor]) -> Tensor:
+    """Batches one after another; one alone as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def keep_rows(

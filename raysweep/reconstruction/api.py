@@ -101,10 +101,10 @@ def prune(
     with _blocks_of(model, calibration, keep_halves=False) as (blocks, ids_ST):
         _check_fit(trial, blocks)
         if function_parts(criterion) is not None:
-            blocks.own_criteria[criterion] = load_function(criterion)
+            blocks.pruner.own_criteria[criterion] = load_function(criterion)
         if is_mask_file(criterion):
             file = MaskFile.of(criterion)
-            blocks.own_criteria[criterion] = file.path
+            blocks.pruner.own_criteria[criterion] = file.path
             linears = {
                 name: linear for block in blocks.blocks.values() for name, linear in block.linears.items()
             }

@@ -39,7 +39,8 @@ class Boundaries:
         self._first = min(blocks)
         self._kept: dict[Boundary, Tensor] = {}
         self._made: OrderedDict[Boundary, Tensor] = OrderedDict()
-        self._in_hand: tuple[slice, int, Tensor] | None = None  # a batch on its way through the dense blocks
+        # batches on their way through the dense blocks, by their samples: where they are
+        self._in_hand: OrderedDict[tuple[int, int], tuple[int, Tensor]] = OrderedDict()
 
     @property
     def tokens(self) -> int:
@@ -86,7 +87,9 @@ class Boundaries:
         start, hidden_BTH = self._nearest(index, rows, device)
         for passed in range(start, index):
             hidden_BTH = self.through(self._blocks[passed], hidden_BTH)
-        self._in_hand = (rows, index, hidden_BTH)
+        self._in_hand[rows.start, rows.stop] = index, hidden_BTH
+        while len(self._in_hand) > self._placement.together:
+            self._in_hand.popitem(last=False)
         return hidden_BTH
 
     def through(self, block: Block, hidden_BTH: Tensor) -> Tensor:
@@ -99,10 +102,9 @@ class Boundaries:
     def _nearest(self, index: int, rows: slice, device: torch.device) -> tuple[int, Tensor]:
         """The last batch that was made, where it is nearer than one that is kept."""
         start = max(at for kind, at in self._kept if kind == INPUT and at <= index)
-        if self._in_hand is not None:
-            there, at, hidden_BTH = self._in_hand
-            if there == rows and start <= at <= index:
-                return at, hidden_BTH
+        at, hidden_BTH = self._in_hand.pop((rows.start, rows.stop), (-1, None))
+        if hidden_BTH is not None and start <= at <= index:
+            return at, hidden_BTH
         return start, fetch(self._kept[INPUT, start], rows, device)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ hold them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -82,6 +82,15 @@ class BatchMeasures:
     @property
     def place(self) -> tuple[str, int, int]:
         return self.text, self.start, self.stop
+
+    def parts(self, batches: Iterable[tuple[int, int]]) -> Iterator[BatchMeasures]:
+        """What was measured of several batches at once, batch by batch; `batches`: (start, stop) of the text's."""
+        for start, stop in batches:
+            if self.start <= start and stop <= self.stop:
+                own = slice(start - self.start, stop - self.start)
+                errors = {index: by_sample[own] for index, by_sample in self.errors.items()}
+                share = (stop - start) / (self.stop - self.start)
+                yield BatchMeasures(self.text, start, stop, self.losses[own], errors, share * self.seconds)
 
     def and_then(self, losses: list[float], errors: BlockErrors, seconds: float) -> BatchMeasures:
         """With what the next shard adds."""

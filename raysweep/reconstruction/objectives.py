@@ -265,7 +265,7 @@ class MatrixObjective(_Matrix):
         weights = self.blocks.weights[self.name]
         weight_OI = self.linear.from_stored(weights[f"{self.linear.name}.weight"])
         bias_O = weights.get(f"{self.linear.name}.bias")
-        statistics = self.blocks.statistics(text, self.linear, self.block)
+        statistics = self.blocks.statistics.of(text, self.linear, self.block)
         error = self.blocks.matrix_error(text, self.block, self.linear, weight_OI, bias_O)
         power = self.blocks.output_power(text, self.block, self.linear)
         total = error * power

@@ -37,6 +37,12 @@ class Placement:
         return self.weights != DEVICE
 
     @property
+    def together(self) -> int:
+        """Batches of an evaluation that pass a block before the next one comes into hand: files would be read again for
+        every batch."""
+        return 8 if self.weights == FILES else 1
+
+    @property
     def by_block(self) -> bool:
         """Whether texts pass as a whole through one block after another, because not everything has room at once."""
         return self.waits or self.statistics != DEVICE or self.every > 1 or not self.halves

@@ -88,7 +88,7 @@ class Solver:
         pieces = zip(self.problems(text), self._pieces, strict=True)
         total = sum(problem.error(self._change(rows)) for problem, rows in pieces)
         power = self._power(text)
-        rows = self.blocks.statistics(text, self.linear, self.block).rows
+        rows = self.blocks.statistics.rows(text, self.linear, self.block)
         return TextError((total,), (power,), (total,), rows * self.linear.weight_OI.shape[0])
 
     def problems(self, text: str) -> list[Quadratic]:
@@ -136,7 +136,7 @@ class Solver:
 
     def _dense_problems(self, text: str) -> list[Quadratic]:
         """Their Gram matrix is that of the statistics, without a bias no copy."""
-        gram_II = _augmented(self.blocks.statistics(text, self.linear, self.block), self._has_bias)
+        gram_II = _augmented(self.blocks.statistics.of(text, self.linear, self.block), self._has_bias)
         return [Quadratic(gram_II) for _ in self._pieces]
 
     @torch.no_grad()

@@ -67,6 +67,7 @@ class GroupInfo:
     ranges: blocks (start, stop) of every shard;  heads: shards with the head, whose turn it is batch by batch
     units: by granularity, in the order of the model
     texts: by name; those that are kept (calibration, validation) and those that are evaluated on
+    together: batches that an evaluation sends as one, as of `Placement`
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -75,6 +76,7 @@ class GroupInfo:
     device_name: str
     prunable: Mapping[str, int]
     heads: tuple[int, ...]
+    together: int = 1
 
     @property
     def shards(self) -> int:

@@ -43,19 +43,30 @@ class MeasuredBatches:
         digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
         return cls(folder / f"{what}-{digest[:ID_LENGTH]}.jsonl")
 
-    def missing(self, text: TextInfo) -> TextInfo:
-        """The text with those of its batches that are not known."""
-        unknown = (place for place in text.batches if (text.name, *place) not in self._known)
+    def missing(self, text: TextInfo, together: int = 1) -> TextInfo:
+        """The text with those of its batches that are not known; up to `together` that follow one another as one."""
+        unknown: list[tuple[int, int]] = []
+        joined = together
+        for start, stop in text.batches:
+            if (text.name, start, stop) in self._known:
+                continue
+            if joined < together and unknown[-1][1] == start:
+                unknown[-1], joined = (unknown[-1][0], stop), joined + 1
+            else:
+                unknown.append((start, stop))
+                joined = 1
         return replace(text, batches=tuple(unknown))
 
     def of_text(self, text: TextInfo) -> list[BatchMeasures]:
         """The batches of a text, of which none is missing, in order."""
         return [self._known[(text.name, *place)] for place in text.batches]
 
-    def add(self, batch: BatchMeasures) -> None:
-        self._known[batch.place] = batch
-        if self._file is not None:
-            _append(self._file, json.dumps(asdict(batch)))
+    def add(self, measured: BatchMeasures, text: TextInfo) -> None:
+        """Takes in what was measured of one batch of the text, or of several that `missing` has joined."""
+        for batch in measured.parts(text.batches):
+            self._known[batch.place] = batch
+            if self._file is not None:
+                _append(self._file, json.dumps(asdict(batch)))
 
 
 def _append(file: Path, line: str) -> None:

@@ -200,7 +200,8 @@ def shard_memory(
         pruning=_pruning_bytes(blocks, size, work)
         + waits_elsewhere * 4 * max(map(_widest_input, blocks)) ** 2,
         recovery=_largest_recovery(blocks, model, size, work, on_gpu),
-        evaluation=max(forward + given, _logits_bytes(model, size, work, on_gpu) if has_head else 0),
+        evaluation=max(forward + given, _logits_bytes(model, size, work, on_gpu) if has_head else 0)
+        + 2 * (placement.together - 1) * _batch_tokens(on_gpu, work) * model.hidden * size,
         activations=_activation_bytes(model, len(blocks), size, work, placement),
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),

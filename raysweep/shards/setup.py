@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
+from raysweep.reconstruction.placement import Placement
 from raysweep.shards.activity import Activity
 from raysweep.shards.group_info import GroupInfo, ShardGroup, ShardSpec, TextInfo
 from raysweep.shards.peaks import Peaks
@@ -96,17 +98,17 @@ def set_up(
     granularities: Sequence[str],
     model: ModelShape,
     own_criteria: Mapping[str, Any] | None = None,
-    by_block: bool = False,
+    placement: Placement | None = None,
 ) -> GroupInfo:
     """Passes the kept texts through the dense model and tells the group what its trials need to know; in all replicas
     at once.
 
     texts: token ids (samples, tokens) by name: calibration, perhaps validation, and those of evaluation
     own_criteria: functions and paths of mask files that users bring along, by the text that names them
-    by_block: whether texts pass as a whole through one block after another, as of `Placement`
+    placement: of the shards
     May be called again with another calibration set; weights are not read again.
     """
-    groups = group.replicas
+    groups, placement = group.replicas, placement or Placement()
     portable = group.portable(own_criteria or {})
     group.forget_shared()
     for one in groups:
@@ -117,8 +119,10 @@ def set_up(
         infos[name], *_ = [_set_text(one, name, ids_ST) for one in groups]
     for name in (CALIBRATION, VALIDATION):
         if name in infos:
-            _pass_blocks(groups, ranges, infos[name]) if by_block else _dense_pass(groups, infos[name])
-    group.info = _describe(group, ranges, infos, granularities, model)
+            _pass_blocks(groups, ranges, infos[name]) if placement.by_block else _dense_pass(
+                groups, infos[name]
+            )
+    group.info = replace(_describe(group, ranges, infos, granularities, model), together=placement.together)
     return group.info
 
 

@@ -390,9 +390,9 @@ class _Run:
 
         Batches that are not known yet pass through the chain, several at once; every shard works on another one.
         """
-        wanted = [known.missing(self.info.texts[text]) for text in texts]
-        for _, batch in self.calls.routed(wanted, self._evaluation_route(weights)):
-            known.add(batch)
+        wanted = [known.missing(self.info.texts[text], self.info.together) for text in texts]
+        for text, measured in self.calls.routed(wanted, self._evaluation_route(weights)):
+            known.add(measured, self.info.texts[text])
         batches = [batch for text in texts for batch in known.of_text(self.info.texts[text])]
         finished, cost = self._finish(weights or DENSE_KEY), evaluation_cost(batches)
         quality = quality_of(batches, finished, self.info.texts)

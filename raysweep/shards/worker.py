@@ -24,7 +24,7 @@ from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.pruning.criteria import OwnFunction
 from raysweep.pruning.recipe import MaskRecipe
-from raysweep.reconstruction.activations import batches
+from raysweep.reconstruction.activations import batches, batches_of, sizes
 from raysweep.reconstruction.device_peak import highest_peak
 from raysweep.reconstruction.knowledge import Stopwatch
 from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, BatchMeasures, Cost
@@ -94,7 +94,7 @@ class ShardWorker:
 
     def set_own_criteria(self, own_criteria: dict[str, OwnFunction | Path]) -> None:
         """Functions and paths of mask files that users bring along, by the text that names them."""
-        self.blocks.own_criteria = own_criteria
+        self.blocks.pruner.own_criteria = own_criteria
 
     def set_text(self, name: str, ids_ST: np.ndarray[Any, Any] | None) -> None:
         """Token ids of a text; None where only its activations pass by."""
@@ -411,7 +411,8 @@ class ShardWorker:
         stop: int,
         before: tuple[Any, BatchMeasures] | None,
     ) -> Any:
-        """Passes a batch through the blocks with the weights of `name` (None: dense).
+        """Passes a batch, or several that follow one another, through the blocks with the weights of `name` (None:
+        dense).
 
         ends_here: whether the last shard goes on to the losses, and returns what is measured alone
         before: what the shard before returned. Returns hidden states for the next shard, or AS_DENSE, and what is
@@ -446,7 +447,9 @@ class ShardWorker:
     def _losses(self, hidden_BTH: Tensor, text: str, rows: slice) -> list[float]:
         ids_BT = self._ids[text][rows]
         self.counts.evaluated_tokens += ids_BT.numel()
-        return window_losses(self.shard, hidden_BTH, ids_BT)
+        cut = sizes(batches_of(rows, ids_BT.shape[1], self.shard.device))
+        pieces = zip(hidden_BTH.split(cut), ids_BT.split(cut), strict=True)
+        return [loss for hidden, ids in pieces for loss in window_losses(self.shard, hidden, ids)]
 
     def finish(self, name: str) -> dict[str, Any]:
         """What this shard knows of the work under a name: busy seconds by phase, zeros among its weights; and of kept

@@ -84,7 +84,7 @@ def recover_all(blocks: BlockRange, name: str, trial: Trial) -> list[UnitResult]
 def mask_of(blocks: BlockRange, recipe: MaskRecipe, linear_name: str) -> torch.Tensor:
     """The mask (O, I) that a recipe gives one of the linears."""
     block = next(block for block in blocks.blocks.values() if linear_name in block.linears)
-    layer = blocks.pruned_layer(recipe, block, block.linears[linear_name])
+    layer = blocks.pruner.layer(recipe, block, block.linears[linear_name])
     assert layer is not None
     return layer.mask_OI
 

@@ -102,7 +102,7 @@ def through(blocks: BlockRange, trial: Trial, units: int) -> dict[str, MatrixSee
         assert unit.linear is not None
         assert result is not None
         name = unit.linear.name
-        layer = blocks.pruned_layer(recipe, unit.block, unit.linear)
+        layer = blocks.pruner.layer(recipe, unit.block, unit.linear)
         assert layer is not None
         inputs, _ = linear_io(before, IDS, name)
         weight = unit.linear.from_stored(blocks.weights["trial"][f"{name}.weight"])

@@ -102,7 +102,7 @@ def test_masks_have_exact_counts(saved, family):
 
 def mask_of(blocks: BlockRange, trial: Trial, name: str) -> torch.Tensor:
     block = next(block for block in blocks.blocks.values() if name in block.linears)
-    layer = blocks.pruned_layer(MaskRecipe.of(trial), block, block.linears[name])
+    layer = blocks.pruner.layer(MaskRecipe.of(trial), block, block.linears[name])
     assert layer is not None
     return layer.mask_OI
 
@@ -140,7 +140,7 @@ def test_masks_read_from_a_file_give_the_same_weights(saved, family, tmp_path):
     file.check(read_shape(ModelSource(str(saved(family).folder))).stored_shapes)
     again = reconstruct_trial(criterion=f"file:{file.path}", sparsity=None, statistics_stream=None)
     for blocks in saved(family).ranges:
-        blocks.own_criteria[f"file:{file.path}"] = file.path
+        blocks.pruner.own_criteria[f"file:{file.path}"] = file.path
         prune_all(blocks, "again", again)
         assert blocks.weights["again"].keys() == blocks.weights["trial"].keys()
         for name, tensor in blocks.weights["again"].items():
@@ -155,4 +155,5 @@ def test_no_router_is_a_linear(saved, family):
     for blocks in saved(family).ranges:
         for block in blocks.blocks.values():
             assert all(linear.weight_OI.shape[0] not in (1, 4) for linear in block.linears.values())
-            assert blocks.texts[CALIBRATION].statistics.keys() == set(block.leaders)
+            leaders = [block.linears[name] for name in block.leaders]
+            assert all(blocks.statistics.rows(CALIBRATION, linear, block) for linear in leaders)

@@ -14,6 +14,7 @@ from raysweep.config.trial import Trial
 from raysweep.errors import StorageError
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
+from raysweep.reconstruction import activations
 from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.reconstruction.placement import Placement
@@ -114,6 +115,30 @@ def test_where_things_wait_changes_no_number(family: str, kind: str, tmp_path: P
                 assert all(torch.equal(one, other) for one, other in pairs), (name, part)
             else:
                 assert found[part] == value, (name, part)
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_batches_that_pass_together_give_what_they_give_alone(
+    place: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(activations, "CPU_BATCH_TOKENS", 2 * IDS.shape[1])
+    make_model("llama").save_pretrained(tmp_path)
+    placement = PLACEMENTS[place]
+    shard = ModelShard.load(ModelSource(str(tmp_path)), dtype="float32", waits=placement.waits)
+    blocks = BlockRange(shard, placement=placement)
+    for text, ids_ST in TEXTS.items():
+        pass_text(blocks, text, ids_ST)
+    prune_all(blocks, "trial", TRIALS["subblock"])
+    for text, ids_ST in TEXTS.items():
+        pieces = batches(*ids_ST.shape, blocks.device)
+        assert len(pieces) > 1
+        alone = [blocks.forward("trial", text, rows, None) for rows in pieces]
+        hidden_STH, errors = blocks.forward("trial", text, slice(0, len(ids_ST)), None)
+        assert hidden_STH is not None
+        assert torch.equal(hidden_STH, torch.cat([hidden for hidden, _ in alone if hidden is not None]))
+        assert errors == {index: [e for _, each in alone for e in each[index]] for index in errors}
+        outputs = [blocks.dense_output(text, rows) for rows in pieces]
+        assert torch.equal(blocks.dense_output(text, slice(0, len(ids_ST))), torch.cat(outputs))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

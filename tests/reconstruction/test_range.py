@@ -83,7 +83,7 @@ def test_statistics_are_those_of_every_linears_own_input(family, keep_halves):
     names = [name for block in blocks.blocks.values() for name in block.linears]
     for name, x_NI in inputs_of(model, names).items():
         block = next(block for block in blocks.blocks.values() if name in block.linears)
-        statistics = blocks.statistics(CALIBRATION, block.linears[name], block)
+        statistics = blocks.statistics.of(CALIBRATION, block.linears[name], block)
         exact = x_NI.double()
         torch.testing.assert_close(statistics.gram_II.double(), exact.T @ exact, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(statistics.sum_I.double(), exact.sum(0), rtol=1e-4, atol=1e-4)
@@ -101,10 +101,11 @@ def test_a_text_in_several_batches_is_the_same_text():
             in_parts.texts[CALIBRATION].activations.get(INPUT, index),
             at_once.texts[CALIBRATION].activations.get(INPUT, index),
         )
-    for name, statistics in at_once.texts[CALIBRATION].statistics.items():
-        parts = in_parts.texts[CALIBRATION].statistics[name]
-        torch.testing.assert_close(parts.gram_II, statistics.gram_II, rtol=1e-5, atol=1e-4)
-        assert parts.rows == statistics.rows
+    for block in at_once.blocks.values():
+        for linear in block.linears.values():
+            whole, parts = (one.statistics.of(CALIBRATION, linear, block) for one in (at_once, in_parts))
+            torch.testing.assert_close(parts.gram_II, whole.gram_II, rtol=1e-5, atol=1e-4)
+            assert parts.rows == whole.rows == SAMPLES * IDS.shape[1]
 
 
 def test_batches_hold_about_2048_tokens_on_a_cpu_and_leave_nothing_out():

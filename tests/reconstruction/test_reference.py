@@ -171,7 +171,7 @@ def test_wandas_statistics_are_the_references(blocks, reference):
     tokens = reference.calibration.shape[1]
     for block in blocks.blocks.values():
         for name, linear in block.linears.items():
-            sum_over_window = blocks.statistics(CALIBRATION, linear, block).mean_square_I.numpy() * tokens
+            sum_over_window = blocks.statistics.of(CALIBRATION, linear, block).mean_square_I.numpy() * tokens
             np.testing.assert_allclose(sum_over_window, reference.statistics[f"dense/{name}"], rtol=1e-4)
 
 

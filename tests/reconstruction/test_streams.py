@@ -103,7 +103,7 @@ def test_pruned_statistics_are_those_behind_pruned_blocks_before_any_of_the_own_
         )  # its dense statistics are those behind what is pruned so far
         now = current.blocks[index]
         for name, linear in now.linears.items():
-            layer = current.pruned_layer(recipe(criterion), now, linear)
+            layer = current.pruner.layer(recipe(criterion), now, linear)
             assert layer is not None
             assert torch.equal(pruned.masks[name], layer.mask_OI), name
             expected = linear.as_stored(layer.masked(linear.weight_OI))
@@ -136,7 +136,7 @@ def test_recovered_statistics_are_those_behind_recovered_units(granularity, inpu
                 assert torch.equal(
                     linear.weight_OI, dense.get_parameter(f"{name}.weight")
                 )  # none of it is pruned
-                layer = current.pruned_layer(recipe("wanda"), now, linear)
+                layer = current.pruner.layer(recipe("wanda"), now, linear)
                 assert layer is not None
                 assert torch.equal(blocks.layers["trial"][name].mask_OI, layer.mask_OI), name
             for name, linear in now.linears.items():

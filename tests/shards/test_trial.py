@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from raysweep.cluster.nodes import Node
+from raysweep.reconstruction import activations
 from raysweep.reconstruction.measures import CALIBRATION
+from raysweep.reconstruction.placement import Placement
 from raysweep.shards import trial as trials
 from raysweep.shards.local import LocalGroup
 from raysweep.shards.outcome import Rung
@@ -48,6 +52,33 @@ def test_rungs_change_no_number_and_count_as_costs(prepared, monkeypatch):
     assert rungs[1].cost["seconds_evaluation"] == pytest.approx(spent[0] + spent[1])
     for name in ("perplexity", "validation_perplexity", "output_error_calibration", "unit_error_after"):
         assert last.columns[name] == whole.columns[name]
+
+
+def test_batches_that_shards_measure_together_are_those_of_one_alone(prepared, monkeypatch):
+    monkeypatch.setattr(activations, "CPU_BATCH_TOKENS", 32)
+    model, (phase,) = prepared, prepared.phases
+    texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
+    trial = next(one for one in phase.trials if one.trial.recovery == "reconstruct").trial
+    calls: list[int] = []
+    forward = ShardWorker.forward
+
+    def noting(worker, name, ends_here, text, start, stop, before):
+        calls.append(stop - start)
+        return forward(worker, name, ends_here, text, start, stop, before)
+
+    monkeypatch.setattr(ShardWorker, "forward", noting)
+    found, longest = [], []
+    for placement in (Placement(), Placement(weights="files", trials="disk")):
+        plan = make_plan(model.shape, [NODE], workload(model), model.dtype, shards=2)
+        plan = replace(plan, placement=placement)
+        calls.clear()
+        with LocalGroup(shard_specs(plan, model.source)) as group:
+            set_up(group, plan.ranges, texts, ["block"], model.shape, placement=placement)
+            found.append(trials.run_trial(group, trial, "alone", 0).columns)
+        longest.append(max(calls))
+    assert longest[1] > longest[0]
+    timed = {name for name in found[0] if "seconds" in name} | {"peak_recovery_bytes"}
+    assert all(found[0][name] == found[1][name] for name in found[0].keys() - timed)
 
 
 def test_shards_with_the_head_take_turns(prepared, monkeypatch):
