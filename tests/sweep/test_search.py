@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raysweep.cli.plan import kinds
+from raysweep.cli.plan_document import kinds
 from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
 from raysweep.launching.launch import launch, prepare_launch
