@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from raysweep.launching.launch import launch
 from tests.frames import assert_same_numbers
@@ -18,6 +22,16 @@ SWEEP = [
 ]
 
 
+def _kept_tensors(folder: Path) -> dict[tuple[str, str, str], torch.Tensor]:
+    """Masks and weights of kept trials, by trial, file and name."""
+    files = (folder / "artifacts").glob("*/*.safetensors")
+    return {
+        (file.parent.name, file.name, name): tensor
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
 @pytest.mark.parametrize(
     "stores",
     [
@@ -26,10 +40,14 @@ SWEEP = [
     ],
 )
 def test_a_sweep_through_small_memory_has_the_same_rows(make_space, tmp_path, stores):
-    execution = {"shards": 2, "keep": "none"}
+    execution = {"shards": 2, "keep": "all"}
     rows = launch(make_space(sweep=SWEEP, execution=execution), storage=tmp_path / "memory", in_process=True)
     assert (rows.status == "finished").all()
     stores = stores | {"scratch": str(tmp_path / "scratch")}
     launch(make_space(sweep=SWEEP, execution=execution | stores), storage=tmp_path / "disk", in_process=True)
     assert_same_numbers(tmp_path / "disk" / "tiny", tmp_path / "memory" / "tiny")
+    kept, expected = (_kept_tensors(tmp_path / place / "tiny") for place in ("disk", "memory"))
+    assert kept.keys() == expected.keys()
+    assert len({trial for trial, _, _ in kept}) == len(rows) - 1  # all but the dense model
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in kept.items())
     assert not any((tmp_path / "scratch").iterdir())  # files without names end with what lies in them
