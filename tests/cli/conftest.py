@@ -28,14 +28,15 @@ class Ran:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that is the current one; no setting of the environment speaks into the tests."""
+def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the current one; no setting of the environment speaks into the tests. What this machine
+    keeps for later lies elsewhere, so that tests see of `tmp_path` what else is written."""
     for name in ("RAYSWEEP_STORAGE", "RAYSWEEP_DEBUG", "COLUMNS", "RAY_ADDRESS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path_factory.mktemp("cache")))
     return folder
 
 
