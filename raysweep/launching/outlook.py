@@ -79,12 +79,13 @@ def look_ahead(
 
 
 def total_seconds(outlooks: Sequence[Outlook], in_process: bool = False) -> float | None:
-    """Of a launch; None where that of a model is not known. Ray starts once for all models."""
+    """Of a launch; None where that of a model is not known. Libraries and Ray start once for all models."""
     found = [each.durations for each in outlooks if each.work.trials]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         return None
-    return sum(each.in_process if in_process else each.total for each in known)
+    totals = [(each.in_process if in_process else each.total) - each.once[in_process] for each in known]
+    return sum(totals) + max((each.once[in_process] for each in known), default=0.0)
 
 
 def memory_by_kind(

@@ -56,6 +56,7 @@ class Durations:
     """Seconds on the clock. kinds: of `dense_pass`, `trials` and `retraining`, by kind of trial
 
     in_process: of all with `--in-process`;  trials_busy: of all shards together, for trials
+    once: of `total` and of `in_process`, what a launch takes once for all its models
     """
 
     start: float
@@ -65,6 +66,7 @@ class Durations:
     kinds: Mapping[Kind, float]
     in_process: float
     trials_busy: float
+    once: tuple[float, float] = (0.0, 0.0)
 
     @property
     def total(self) -> float:
@@ -138,6 +140,7 @@ def durations(
         kinds=kinds | {DENSE_PASS: max(dense, default=0.0)},
         in_process=in_process + retrained,
         trials_busy=sum(totals) / slower,
+        once=(pace * RAY_START, pace * IN_PROCESS_START),
     )
 
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 
 from raysweep.cluster.nodes import Node
+from raysweep.launching.outlook import Outlook, RetrainingInstead, total_seconds
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.shards.costs import DENSE_PASS, HEAD, WORKERS, Piece, Work
-from raysweep.shards.durations import BUSY_SHARE, RETRAINING_START_S, TRIAL, Rates, durations
+from raysweep.shards.durations import (
+    BUSY_SHARE,
+    IN_PROCESS_START,
+    RAY_START,
+    RETRAINING_START_S,
+    TRIAL,
+    Rates,
+    durations,
+)
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import make_plan
 
@@ -64,3 +73,17 @@ def test_without_a_rate_nothing_is_said():
 
 def test_nothing_to_run_takes_no_time():
     assert took(trials=0).total == 0
+
+
+def test_libraries_and_ray_start_once_for_all_models():
+    instead = RetrainingInstead(2, 1, 0, 0, 0.0, None, None, None)
+    looks = [
+        Outlook(Work((), {}, 1, 1), took(Piece(NONE, 0, "forward", amount), trials=1), instead)
+        for amount in (10, 100)
+    ]
+    alone, alone_in_process = (
+        [total_seconds([look], in_process) or 0.0 for look in looks] for in_process in (False, True)
+    )
+    assert total_seconds(looks) == pytest.approx(sum(alone) - RAY_START * IMPORTING)
+    in_process = total_seconds(looks, in_process=True)
+    assert in_process == pytest.approx(sum(alone_in_process) - IN_PROCESS_START * IMPORTING)
