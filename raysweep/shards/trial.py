@@ -18,10 +18,10 @@ from raysweep.fingerprint import fingerprint
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.artifact import Artifact
 from raysweep.shards.calls import Calls, Stop
-from raysweep.shards.group_info import EVALUATION_PREFIX, GroupInfo, ShardGroup, TextInfo
+from raysweep.shards.columns import RowColumns, first_text
+from raysweep.shards.group_info import GroupInfo, ShardGroup, TextInfo
 from raysweep.shards.measured import MeasuredBatches
 from raysweep.shards.outcome import (
-    PHASES,
     Evaluated,
     Finished,
     Outcome,
@@ -31,7 +31,6 @@ from raysweep.shards.outcome import (
     block_rows,
     evaluation_cost,
     fallbacks_of,
-    phase_seconds,
     quality_of,
     unit_columns,
     unit_row,
@@ -134,11 +133,7 @@ def pruned_key(trial: Trial) -> str:
 
 def known_perplexity(info: GroupInfo, value: float) -> Evaluated:
     """A model whose perplexity is known from an earlier launch, as far as other trials need it."""
-    return Evaluated([], Quality({_first_text(info): value}), [])
-
-
-def _first_text(info: GroupInfo) -> str:
-    return next(text for text in info.texts if text.startswith(EVALUATION_PREFIX))
+    return Evaluated([], Quality({first_text(info): value}), [])
 
 
 def only_pruned(trial: Trial) -> Trial:
@@ -152,6 +147,7 @@ class _Run:
         self.group, self.name, self.order, self.folders = group, name, order, folders
         self.info: GroupInfo = group.info
         self.calls = Calls(group, name, order, label or name)
+        self.columns = RowColumns(self.info)
         self._evaluations: Finished = []  # of the trial's own weights, at rungs and at the end
         self._kept = False
         self._not_kept: str | None = None
@@ -160,9 +156,12 @@ class _Run:
 
     def dense(self) -> Outcome:
         dense, own = self._shared_dense()
-        columns = self._quality_columns(dense.quality)
-        columns |= self._cost_columns(dense.finished if own else as_shared(dense.finished))
-        columns |= {"dense_perplexity": self._first(dense.quality), "output_error_calibration": 0.0}
+        columns = self.columns.quality(dense.quality)
+        columns |= self.columns.cost(dense.finished if own else as_shared(dense.finished))
+        columns |= {
+            "dense_perplexity": dense.quality.perplexities[first_text(self.info)],
+            "output_error_calibration": 0.0,
+        }
         if VALIDATION in self.info.texts:
             columns["output_error_validation"] = 0.0
         return Outcome(columns, [])
@@ -172,8 +171,8 @@ class _Run:
         pruned, own = self._shared_pruned(trial)
         if isinstance(pruned, NumericalError):
             raise pruned
-        columns = self._quality_columns(pruned.quality) | self._compared(pruned)
-        columns |= self._cost_columns([*masks, *(pruned.finished if own else as_shared(pruned.finished))])
+        columns = self.columns.quality(pruned.quality) | self._compared(pruned)
+        columns |= self.columns.cost([*masks, *(pruned.finished if own else as_shared(pruned.finished))])
         columns["fallbacks"] = fallbacks_of(pruned.linear_rows)
         self._keep_pruned(columns, trial)
         return self._outcome(columns, [*pruned.linear_rows, *block_rows(pruned.quality)])
@@ -193,13 +192,13 @@ class _Run:
             quality, finished = self._evaluate(self.name, list(self.info.texts), batches)
             is_own = trial.statistics_stream == "recovered"
             before = self._before_recovery(linear_rows) if is_own else None
-            self._keep(self._quality_columns(quality), self.name)
+            self._keep(self.columns.quality(quality), self.name)
         finally:
             self.calls.release(self.name)
         pruned = before or self._shared_pruned(trial)[0]
         units = recovery.rows
-        columns = self._quality_columns(quality) | self._compared(pruned)
-        columns |= unit_columns(units) | self._cost_columns([*masks, *finished], units, trial)
+        columns = self.columns.quality(quality) | self._compared(pruned)
+        columns |= unit_columns(units) | self.columns.cost([*masks, *finished], units, trial)
         columns["fallbacks"] = fallbacks_of([*linear_rows, *units])
         return self._outcome(columns, [*map(unit_row, units), *linear_rows, *block_rows(quality)])
 
@@ -214,11 +213,13 @@ class _Run:
             self.calls.everywhere("read_weights", self.name, folders.weights)
             batches = self._batches("end", [asdict(cost)])
             quality, finished = self._evaluate(self.name, list(self.info.texts), batches)
-            self._keep(self._quality_columns(quality), self.name, masks, folders.weights)
+            self._keep(self.columns.quality(quality), self.name, masks, folders.weights)
         finally:
             self.calls.release(self.name)
-        columns = self._quality_columns(quality) | self._compared(self._shared_pruned(trial)[0])
-        columns |= self._retraining_cost(self._cost_columns(finished), trial, cost, start, folders.tokens)
+        columns = self.columns.quality(quality) | self._compared(self._shared_pruned(trial)[0])
+        columns |= self.columns.retraining(
+            self.columns.cost(finished), trial, cost, start, folders.tokens, self.name
+        )
         columns["fallbacks"] = fallbacks_of(linear_rows)
         return self._outcome(columns, [*linear_rows, *block_rows(quality)])
 
@@ -244,14 +245,14 @@ class _Run:
             if recovery.go_on(fraction) and recovery.remains:
                 batches = self._batches(f"rung-{number}", recovery.rows)
                 value, finished = self._measured(str(metric), batches)
-                yield Rung(number, recovery.done, value, self._cost_columns([*masks, *finished]))
+                yield Rung(number, recovery.done, value, self.columns.cost([*masks, *finished]))
         recovery.go_on(1.0)
 
     def _measured(self, metric: str, batches: MeasuredBatches) -> tuple[float | None, Finished]:
         """The metric of the weights as they are, and what it took so far."""
         text = CALIBRATION if metric == "output_error_calibration" else VALIDATION
         quality, finished = self._evaluate(self.name, [text], batches)
-        value = self._quality_of_text(quality, text).get(metric)
+        value = self.columns.of_text(quality, text).get(metric)
         if value is not None and not math.isfinite(value):
             raise NumericalError(f"{metric} is {value} with a part of the model recovered")
         return value, finished
@@ -305,7 +306,7 @@ class _Run:
 
     def _write_weights(self, masks: Finished, folder: Path, owner: str) -> None:
         """Writes the weights as they are by block, and what they took so far."""
-        columns = self._cost_columns([*masks, *self._finish(self.name)])
+        columns = self.columns.cost([*masks, *self._finish(self.name)])
         self.calls.everywhere("write_weights", self.name, folder)
         StartCost(owner, columns["device_seconds"], columns["device_seconds_standalone"]).write(folder)
 
@@ -354,13 +355,19 @@ class _Run:
 
         return self.group.share(pruned_key(trial), self.name, make), bool(made_here)
 
+    def _compared(self, pruned: Evaluated | NumericalError) -> dict[str, Any]:
+        first = first_text(self.info)
+        dense, _ = self._shared_dense()
+        before = None if isinstance(pruned, NumericalError) else pruned.quality.perplexities[first]
+        return {"dense_perplexity": dense.quality.perplexities[first], "pruned_perplexity": before}
+
     def _before_recovery(self, linear_rows: list[dict[str, Any]]) -> Evaluated | NumericalError:
         """The same of masks that no other trial has, as far as this one's row needs it."""
         name = f"pruned@{self.name}"
         self.calls.everywhere("copy_pruned", self.name, name)
         try:
             batches = self._batches("before", linear_rows)
-            return Evaluated([], *self._evaluate(name, [_first_text(self.info)], batches))
+            return Evaluated([], *self._evaluate(name, [first_text(self.info)], batches))
         except NumericalError as error:
             return error
 
@@ -423,75 +430,3 @@ class _Run:
     def _placed(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with the shard that holds their (first) block."""
         return [row | {"shard": self.info.shard_of(row["block"])} for row in rows]
-
-    # Their columns
-
-    def _first(self, quality: Quality) -> float:
-        return quality.perplexities[_first_text(self.info)]
-
-    def _compared(self, pruned: Evaluated | NumericalError) -> dict[str, Any]:
-        dense, _ = self._shared_dense()
-        before = None if isinstance(pruned, NumericalError) else self._first(pruned.quality)
-        return {"dense_perplexity": self._first(dense.quality), "pruned_perplexity": before}
-
-    def _quality_columns(self, quality: Quality) -> dict[str, Any]:
-        columns: dict[str, Any] = {"perplexity": self._first(quality)}
-        for text, value in quality.perplexities.items():
-            if text.startswith(EVALUATION_PREFIX):
-                columns[f"perplexity_{text.removeprefix(EVALUATION_PREFIX)}"] = value
-        for text in (CALIBRATION, VALIDATION):
-            columns |= self._quality_of_text(quality, text)
-        columns["realized_sparsity"] = quality.zeros / sum(self.info.prunable.values())
-        return columns
-
-    def _quality_of_text(self, quality: Quality, text: str) -> dict[str, Any]:
-        columns: dict[str, Any] = {f"output_error_{text}": quality.output_error(text)}
-        if text == VALIDATION:
-            columns["validation_perplexity"] = quality.perplexities.get(VALIDATION)
-        return columns
-
-    def _cost_columns(
-        self, finished: Finished, units: Sequence[dict[str, Any]] = (), trial: Trial | None = None
-    ) -> dict[str, Any]:
-        own, standalone = phase_seconds(finished)
-        used_statistics = bool(standalone["mask"])  # a dense trial prunes nothing and so needs no statistics
-        dense_seconds = sum(shard["dense_seconds"] for shard in finished) if used_statistics else 0.0
-        columns: dict[str, Any] = {f"seconds_{phase}": own[phase] for phase in PHASES}
-        columns["device_seconds"] = math.fsum(own.values())
-        columns["device_seconds_standalone"] = math.fsum(standalone.values()) + dense_seconds
-        columns["devices"] = self.info.shards
-        if units and trial is not None:
-            columns |= self._recovery_cost(units, trial)
-        return columns
-
-    def _retraining_cost(
-        self, measuring: dict[str, Any], trial: Trial, cost: Retrained, start: StartCost, tokens: int
-    ) -> dict[str, Any]:
-        """With what the start weights took: standalone always, else on the account of the trial they were made for."""
-        own_start = start.seconds if start.owner == self.name else 0.0
-        alone = measuring["device_seconds_standalone"] + cost.seconds + start.standalone
-        return measuring | {
-            "seconds_total": cost.start_seconds + cost.wall_seconds,  # the measuring comes on top
-            "seconds_recovery": cost.seconds + own_start,
-            "device_seconds": measuring["device_seconds"] + cost.seconds + own_start,
-            "device_seconds_standalone": alone,
-            "devices": cost.workers,
-            "training_flops": float(cost.training_flops),
-            "optimizer_steps": cost.steps,
-            "tokens_unique": tokens,
-            "tokens_trained": tokens * (trial.epochs or 0),
-            "trainable_parameters": cost.trainable_parameters,
-            "peak_recovery_bytes": cost.peak_bytes,
-        }
-
-    def _recovery_cost(self, units: Sequence[dict[str, Any]], trial: Trial) -> dict[str, Any]:
-        text = self.info.texts[CALIBRATION]
-        tokens = text.samples * text.tokens
-        return {
-            "training_flops": float(sum(unit["training_flops"] for unit in units)),
-            "optimizer_steps": None if trial.epochs is None else max(unit["steps"] for unit in units),
-            "tokens_unique": tokens,
-            "tokens_trained": None if trial.epochs is None else tokens * trial.epochs,
-            "trainable_parameters": sum(unit["trainable_parameters"] for unit in units),
-            "peak_recovery_bytes": max(unit["peak_bytes"] for unit in units),
-        }
