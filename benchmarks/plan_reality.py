@@ -77,8 +77,14 @@ def on_cpus() -> dict[str, tuple[dict[str, Any], list[str]]]:
         "one-shard": embedded("one-shard", [RECOVERY | units], shards=1),
         "two-threads": embedded("two-threads", [RECOVERY | units], shards=1, threads_per_worker=2),
     }
+    on_disk = {"weight_store": "disk", "activation_store": "disk"}
+    anew = on_disk | {"statistics_store": "anew", "boundaries": 2}
+    spaces |= {
+        "disk": embedded("disk", [RECOVERY | units], **on_disk, statistics_store="disk"),
+        "anew": embedded("anew", [RECOVERY | rates | {"granularity": "block"}], **anew),
+    }
     chosen = {name: (space, []) for name, space in spaces.items()}
-    for name in ("quickstart", "block", "exact", "streams"):
+    for name in ("quickstart", "block", "exact", "streams", "disk"):
         space = spaces[name] | {"name": f"{name}-alone"}
         chosen[f"{name}-alone"] = (space, ["--in-process"])
     return chosen
