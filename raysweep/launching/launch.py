@@ -97,7 +97,7 @@ def launch(
     prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     if in_process:
         prepared = prepare_here(device_here())
-        _check_fit(prepared)
+        _check_fit(prepared, one_at_a_time=True)
         with _in_hand(folder) as held:
             _run(_with_rows(prepared), InProcess(), held, progress, fail_fast, keeper)
     else:
@@ -122,18 +122,18 @@ def _with_rows(prepared: Launch) -> Launch:
     return replace(prepared, rows=trial_rows(prepared.folder) if prepared.folder.exists() else {})
 
 
-def _check_fit(prepared: Launch) -> None:
+def _check_fit(prepared: Launch, one_at_a_time: bool = False) -> None:
     """Raises CapacityError where this machine cannot hold what a sweep, yet without its rows, has to run."""
     try:
-        _check_fit_of(prepared)
+        _check_fit_of(prepared, one_at_a_time)
     except CapacityError:
         there = _with_rows(prepared)
         if there.to_run:
-            _check_fit_of(there)
+            _check_fit_of(there, one_at_a_time)
 
 
-def _check_fit_of(prepared: Launch) -> None:
-    make_plans(prepared.models, prepared.space, [this_node()])
+def _check_fit_of(prepared: Launch, one_at_a_time: bool) -> None:
+    make_plans(prepared.models, prepared.space, [this_node()], one_at_a_time)
     for model in prepared.models:
         prepared.retrain_plan(model, [this_node()])
 
@@ -245,7 +245,7 @@ def _run(
         _say_done(prepared, progress)
         return
     nodes, unmeasured = runner.nodes(), None
-    plans = make_plans(prepared.models, prepared.space, nodes)
+    plans = make_plans(prepared.models, prepared.space, nodes, runner.one_at_a_time)
     if prepared.tasks is not None:
         places(prepared.models, nodes)
     retrain_plans = [prepared.retrain_plan(model, nodes) for model in prepared.models]

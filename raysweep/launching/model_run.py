@@ -143,7 +143,7 @@ class ModelRun:
         if len(nodes) > 1 and reader is not None and not is_shared(folder):
             raise CapacityError(f"{reader} would look for weights in mirrors that nodes have apart")
         used = nodes if on_gpus else [replace(node, gpus=0) for node in nodes]
-        (self.plan,) = make_plans([self.model], self.prepared.space, used)
+        (self.plan,) = make_plans([self.model], self.prepared.space, used, self.runner.one_at_a_time)
         if not retrained:
             self.retrain_plan = self.prepared.retrain_plan(self.model, used)
         self._nodes = nodes

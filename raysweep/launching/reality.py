@@ -16,7 +16,7 @@ from raysweep.launching.prepared import Launch
 from raysweep.results.folders import PLAN_FILE
 from raysweep.results.writer import write_atomically
 from raysweep.shards.peaks import Peaks
-from raysweep.shards.plan import ShardPlan
+from raysweep.shards.plan import ShardPlan, host_bytes_in_one_process
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ class Keeper:
         planned = [memory.host if plan.device == "cuda" else memory.total for memory in memories]
         hosts = [Peak(peak.host, bytes_) for peak, bytes_ in zip(peaks, planned, strict=True) if peak.host]
         if self._in_process and hosts:
-            together = sum(planned) - sum(memory.process for memory in memories[1:])
-            hosts = [Peak(hosts[0].measured, together)]
+            hosts = [Peak(hosts[0].measured, host_bytes_in_one_process(plan))]
         devices = [
             Peak(peak.device, memory.device)
             for peak, memory in zip(peaks, memories, strict=True)

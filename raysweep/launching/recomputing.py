@@ -131,7 +131,7 @@ def recompute(alone: Alone, scratch: Path, tell: Callable[[str], None]) -> tuple
     """
     node, runner = this_node(), InProcess()
     launch = Launch(alone.space, scratch / alone.space.name, [alone.model], {})
-    (plan,) = make_plans([alone.model], alone.space, [node])
+    (plan,) = make_plans([alone.model], alone.space, [node], runner.one_at_a_time)
     retrain_plan = launch.retrain_plan(alone.model, [node])
     with recorded(launch, runner, plan.all_shards, _Telling(tell), lambda: None) as recorder:
         ModelRun(launch, alone.model, plan, retrain_plan, runner, recorder, [node]).run()
@@ -187,7 +187,7 @@ def measured(alone: Alone, folder: Path, tell: Callable[[str], None]) -> dict[st
     config = alone.model.config
     source = ModelSource(str(folder), trust_remote_code=config.trust_remote_code)
     model = replace(alone.model, source=source, shape=read_shape(source, alone.model.dtype))
-    (plan,) = make_plans([model], alone.space, [this_node()])
+    (plan,) = make_plans([model], alone.space, [this_node()], one_at_a_time=True)
     texts = {name: text.input_ids for name, text in model.texts(alone.phase).items() if name != CALIBRATION}
     with InProcess().group("export", shard_specs(plan, source), plan) as group:
         set_up(group, plan.ranges, texts, [], model.shape, placement=plan.placement)

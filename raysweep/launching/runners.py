@@ -39,8 +39,12 @@ OnRow = Callable[[dict[str, Any]], None]
 
 
 class Runner(Protocol):
-    """Starts shard groups and runs trials through them."""
+    """Starts shard groups and runs trials through them.
 
+    one_at_a_time: whether trials run one after another
+    """
+
+    one_at_a_time: bool
     ray_version: str | None
     dashboard: str | None
 
@@ -91,6 +95,7 @@ class Runner(Protocol):
 class InProcess:
     """Without Ray: the twin of the shard group, one trial at a time. The numbers are those of the Ray one."""
 
+    one_at_a_time = True
     ray_version: str | None = None
     dashboard: str | None = None
 
@@ -141,6 +146,8 @@ class InProcess:
 
 class OnRay:
     """Over the Ray cluster that this process is connected to."""
+
+    one_at_a_time = False
 
     def __init__(self, cluster: Cluster, importing: threading.Thread) -> None:
         """importing: what `importing_tune` gave"""

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from raysweep.model.shard import ModelShard
 
-LOGITS_LIMIT = 1 << 27  # numbers in one piece of logits: half a GiB in float32; assumption
+# Numbers in one piece of logits. On a GPU half a GiB in float32, assumption. On a CPU 8 MiB: they stay in its cache,
+# and make room for the next: with 32 MiB the head took 1.6 times as long, and the heap grew (builtin:pystdlib, one core).
+DEVICE_LOGITS, CPU_LOGITS = 1 << 27, 1 << 21
+FEWEST_TOKENS = (
+    64  # that pass the head together on a CPU, however large the vocabulary: all its weights pass as well
+)
 
 
 @torch.no_grad()
@@ -20,7 +25,7 @@ def window_losses(shard: ModelShard, hidden_BTH: Tensor, ids_BT: Tensor) -> list
     """
     losses: list[float] = []
     vocabulary: int = shard.model.config.get_text_config().vocab_size
-    windows, tokens = pieces_of_logits(vocabulary, ids_BT.shape[1])
+    windows, tokens = pieces_of_logits(ids_BT.shape[1], vocabulary, shard.device.type == "cuda")
     for piece_BTH, piece_BT in zip(hidden_BTH.split(windows), ids_BT.split(windows), strict=True):
         loss_BT = torch.cat(
             [
@@ -43,7 +48,12 @@ def _losses(shard: ModelShard, hidden_BTH: Tensor, targets_BT: Tensor) -> Tensor
     return logits_BTV.logsumexp(2) - logits_BTV.gather(2, targets_BT[..., None])[..., 0]
 
 
-def pieces_of_logits(vocabulary: int, tokens: int) -> tuple[int, int]:
+def tokens_at_once(vocabulary: int, on_gpu: bool) -> int:
+    """Whose logits are held at once, at most."""
+    return max(1, DEVICE_LOGITS // vocabulary) if on_gpu else max(FEWEST_TOKENS, CPU_LOGITS // vocabulary)
+
+
+def pieces_of_logits(tokens: int, vocabulary: int, on_gpu: bool) -> tuple[int, int]:
     """Windows, and tokens of each, whose logits are held at once: a fixed function of the shapes."""
-    windows = LOGITS_LIMIT // (tokens * vocabulary)
-    return (windows, tokens) if windows else (1, max(1, LOGITS_LIMIT // vocabulary))
+    most = tokens_at_once(vocabulary, on_gpu)
+    return (most // tokens, tokens) if tokens <= most else (1, most)

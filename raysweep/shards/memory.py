@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from raysweep.model.evaluation import LOGITS_LIMIT
+from raysweep.model.evaluation import tokens_at_once
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.pruning.masks import RANKED_AT_ONCE
 from raysweep.pruning.statistics import COLUMNS_AT_ONCE
@@ -48,7 +48,8 @@ class Workload:
     masks, updated: distinct masks kept at once, and those of them that come with updated weights (sparsegpt)
     factors: distinct factors of every Gram matrix, one for each dampening (sparsegpt)
     granularities: of the units that are trained;  span: most blocks that are trained together
-    concurrent_trials: in flight;  own_masks: whether some have masks of their own, behind what they have recovered
+    concurrent_trials: in flight;  most_trials: with weights of their own, that a calibration set has; None = unknown
+    own_masks: whether some have masks of their own, behind what they have recovered
     streams: whether trials carry activations of their own
     exact: whether matrices are solved for;  inputs: whether some are trained on their inputs, which are kept
     outputs: whether matrices are trained towards outputs, on other inputs than dense ones or with another loss than mse
@@ -61,6 +62,7 @@ class Workload:
     masks: int
     granularities: frozenset[str]
     concurrent_trials: int
+    most_trials: int | None = None
     updated: int = 0
     factors: int = 0
     span: int = 1
@@ -370,7 +372,8 @@ def _forward_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -
 
 def _logits_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:
     """Logits, the same in float32, and what their logarithm takes."""
-    numbers = min(_batch_tokens(on_gpu, work) * model.vocabulary, max(LOGITS_LIMIT, model.vocabulary))
+    tokens = min(_batch_tokens(on_gpu, work), tokens_at_once(model.vocabulary, on_gpu))
+    numbers = tokens * model.vocabulary
     return numbers * (size + (4 if size < 4 else 0) + 4)
 
 

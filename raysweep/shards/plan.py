@@ -188,7 +188,8 @@ def _with_memory(
     plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], work: Workload, fewer: bool
 ) -> ShardPlan:
     """The plan with its memory; `fewer`: with as many fewer trials in flight as it takes to fit."""
-    work = replace(work, concurrent_trials=plan.concurrent_trials)
+    most = plan.concurrent_trials if work.most_trials is None else work.most_trials
+    work = replace(work, concurrent_trials=min(plan.concurrent_trials, most))
     shards = (
         shard_memory(model, *blocks, plan.dtype, work, shard in plan.heads, plan.placement, plan.device)
         for shard, blocks in enumerate(plan.ranges)
@@ -227,6 +228,16 @@ def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], w
 def host_bytes(plan: ShardPlan) -> int:
     """Host memory of all shards: on a CPU also what a device would hold."""
     return plan.replicas * sum(_host_bytes(plan, memory) for memory in plan.memory)
+
+
+def host_bytes_in_one_process(plan: ShardPlan) -> int:
+    """The same of a process that holds all shards, and does one thing at a time."""
+    passing = [(memory.at_work + memory.heap) * (plan.device == "cpu") for memory in plan.memory]
+    lasting = [
+        _host_bytes(plan, memory) - memory.process - at_work
+        for memory, at_work in zip(plan.memory, passing, strict=True)
+    ]
+    return max(memory.process for memory in plan.memory) + sum(lasting) + max(passing)
 
 
 def _host_bytes(plan: ShardPlan, memory: ShardMemory) -> int:

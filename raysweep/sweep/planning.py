@@ -19,9 +19,15 @@ COMPILE_FROM_FLOPS = 3e16
 """Of a sweep's training on units. Compiling takes half a minute (H100, 1.2B shape: 26 s), and pays by about here."""
 
 
-def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Sequence[Node]) -> list[ShardPlan]:
-    """One plan per model, on all nodes. Raises CapacityError when one cannot fit."""
+def make_plans(
+    models: Sequence[PreparedModel], space: SearchSpace, nodes: Sequence[Node], one_at_a_time: bool = False
+) -> list[ShardPlan]:
+    """One plan per model, on all nodes. Raises CapacityError when one cannot fit.
+
+    one_at_a_time: whether trials run one after another, whatever the space says
+    """
     execution = space.execution
+    in_flight = None if execution.concurrent_trials == "auto" else execution.concurrent_trials
     return [
         make_plan(
             model.shape,
@@ -30,7 +36,7 @@ def make_plans(models: Sequence[PreparedModel], space: SearchSpace, nodes: Seque
             model.dtype,
             shards=None if execution.shards == "auto" else execution.shards,
             threads=execution.threads_per_worker,
-            concurrent_trials=None if execution.concurrent_trials == "auto" else execution.concurrent_trials,
+            concurrent_trials=1 if one_at_a_time else in_flight,
             stores=Stores(
                 execution.weight_store,
                 execution.activation_store,
@@ -63,6 +69,7 @@ def workload(model: PreparedModel) -> Workload:
         factors=max(len(_dampenings(phase)) for phase in model.phases),
         granularities=frozenset(_unit_kind(trial) for trial in trials if trial.granularity),
         concurrent_trials=1,
+        most_trials=max(map(_trials_of, model.phases)),
         span=max((_span(trial, len(model.shape.blocks)) for trial in trials), default=1),
         streams=any(trial.is_sequential or trial.statistics_stream == "pruned" for trial in trials),
         own_masks=any(
@@ -88,6 +95,13 @@ def training_flops(model: PreparedModel, space: SearchSpace) -> float:
         if one.trial.recovery == "reconstruct" and one.trial.granularity != "matrix"
     )
     return 6.0 * weights * epochs
+
+
+def _trials_of(phase: Phase) -> int:
+    """That have weights of their own, with those that retraining starts from."""
+    changed = [trial.trial for trial in phase.trials if not trial.trial.is_dense]
+    starts = sum(trial.recovery == "retrain" for trial in changed)
+    return len(changed) + starts + 2 * sum(study.samples for study in phase.studies)
 
 
 def _recipes(phase: Phase) -> set[MaskRecipe]:

@@ -30,6 +30,7 @@ def run(make_space, tmp_path, monkeypatch):
     def make(*clusters: tuple[Node, ...], strangers: tuple[str, ...] = ()) -> tuple[ModelRun, list[str]]:
         waiting, said, strange = list(clusters), list[str](), list(strangers)
         runner = SimpleNamespace(
+            one_at_a_time=False,
             nodes=lambda: waiting.pop(0) if len(waiting) > 1 else waiting[0],
             strangers=lambda folder: [strange.pop()] if strange else [],
         )

@@ -61,10 +61,11 @@ def test_the_head_takes_few_windows_at_once_and_gives_the_same(tiny_llama, monke
         return logits(self, hidden_BTH)
 
     monkeypatch.setattr(ModelShard, "logits", counted)
-    monkeypatch.setattr(evaluation, "LOGITS_LIMIT", 2 * 12 * 128 + 1)
+    monkeypatch.setattr(evaluation, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(evaluation, "CPU_LOGITS", 2 * 12 * 128 + 1)
     assert losses_through([shard], ids_BT, batch=5) == pytest.approx(at_once, rel=1e-6)
     assert sizes == [2, 2, 1]
-    monkeypatch.setattr(evaluation, "LOGITS_LIMIT", 5 * 128)  # less than a window: in pieces of five tokens
+    monkeypatch.setattr(evaluation, "CPU_LOGITS", 5 * 128)  # less than a window: in pieces of five tokens
     assert losses_through([shard], ids_BT, batch=5) == pytest.approx(at_once, rel=1e-6)
     assert sizes[3:] == [1] * 5 * 3
 

@@ -55,7 +55,7 @@ def test_shards_leave_room_for_the_processes_of_trials(cpus, shards, threads):
 
 
 def test_both_ends_of_the_chain_have_the_head_on_cpus_and_room_for_it():
-    shape = model()
+    shape = model(vocabulary=65536)
     alone = make_plan(shape, [Node(1, 0, 64 * GIB)], WORK, "float32")
     first, middle, last = make_plan(shape, [Node(3, 0, 64 * GIB)], WORK, "float32", shards=3).memory
     assert first.evaluation == last.evaluation == alone.memory[0].evaluation > middle.evaluation
