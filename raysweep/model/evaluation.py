@@ -9,12 +9,11 @@ from torch import Tensor
 
 from raysweep.model.shard import ModelShard
 
-# Numbers in one piece of logits. On a GPU half a GiB in float32, assumption. On a CPU 8 MiB: they stay in its cache,
-# and make room for the next: with 32 MiB the head took 1.6 times as long, and the heap grew (builtin:pystdlib, one core).
+# Numbers in one piece of logits. On a GPU half a GiB in float32, assumption. On a CPU 8 MiB, that stay in its cache and
+# make room for the next: with 32 MiB the head took 1.6 times as long, and the heap grew (builtin:pystdlib).
 DEVICE_LOGITS, CPU_LOGITS = 1 << 27, 1 << 21
-FEWEST_TOKENS = (
-    64  # that pass the head together on a CPU, however large the vocabulary: all its weights pass as well
-)
+# That pass the head together on a CPU, however large the vocabulary: for each piece all its weights pass as well.
+FEWEST_TOKENS = 64
 
 
 @torch.no_grad()
