@@ -242,20 +242,25 @@ def overhead_of_small_trials() -> float:
 def starts(number: int) -> tuple[float, list[float]]:
     """`seconds_to_first_trial` of a model that this machine has not read before, and then of one that it knows."""
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["RAYSWEEP_CACHE"] = cache
-        first, *others = (seconds_to_first_trial() for _ in range(1 + number))
-        del os.environ["RAYSWEEP_CACHE"]
+        first, *others = (seconds_to_first_trial(cache) for _ in range(1 + number))
     return first, sorted(others)
 
 
-def seconds_to_first_trial() -> float:
-    """From the typed command to the first trial at work in its process, which its row tells afterwards."""
+def seconds_to_first_trial(cache: str) -> float:
+    """From the typed command to the first trial at work in its process, which its row tells afterwards.
+
+    cache: folder of what this machine knows
+    """
     from raysweep.results.reader import trial_rows
 
     with tempfile.TemporaryDirectory() as storage:
         command = ["launch", "quickstart", "--storage", storage, "--address", "local"]
         begin, deadline = datetime.now(UTC), time.monotonic() + START_LIMIT_S
-        launched = subprocess.Popen([sys.executable, "-m", "raysweep", *command], stderr=subprocess.DEVNULL)
+        launched = subprocess.Popen(
+            [sys.executable, "-m", "raysweep", *command],
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"RAYSWEEP_CACHE": cache},
+        )
         try:
             while not (rows := trial_rows(Path(storage) / "quickstart")) and time.monotonic() < deadline:
                 time.sleep(0.5)

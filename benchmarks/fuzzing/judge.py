@@ -93,6 +93,8 @@ class Judge:
     def run(self, case: Case, folder: Path, limit_s: float, really: bool = False) -> Ending:
         """folder: the current one of the command;  really: launches run, instead of ending where they would begin"""
         before, here = _tree(self.root), os.getcwd()
+        with _environment(case.environment):
+            cache = cache_folder()
         paths = list(sys.path)
         self.watch.paths.clear()
         begin = time.monotonic()
@@ -109,7 +111,7 @@ class Judge:
         if ending.problem is None:
             ending.problem = self._wrong_ending(case, ending) if not really else _unforeseen(ending)
         if ending.problem is None:
-            ending.problem = self._written(case, before)
+            ending.problem = self._written(case, before, cache)
         return ending
 
     def _invoke(self, case: Case) -> Ending:
@@ -142,9 +144,9 @@ class Judge:
             return _wrong_json(ending.out)
         return None
 
-    def _written(self, case: Case, before: Mapping[str, tuple[int, int]]) -> str | None:
-        """Nothing at all but where the case allows it, and what this machine keeps for later."""
-        allowed = [str(cache_folder())]
+    def _written(self, case: Case, before: Mapping[str, tuple[int, int]], cache: Path) -> str | None:
+        """Nothing at all but where the case allows it, and what this machine keeps for later, in `cache`."""
+        allowed = [str(cache)]
         if case.may_write is not None:
             allowed += [str(case.may_write), str(self.root / "home")]
         after = _tree(self.root)

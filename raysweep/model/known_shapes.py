@@ -47,7 +47,8 @@ def _file(source: ModelSource, dtype: str) -> Path | None:
     try:
         checkpoint = Checkpoint.open(source)
         weights = checkpoint.file_names() if source.is_local else []
-        found = {name: checkpoint.find(name) for name in {CONFIG, INDEX, SINGLE, *weights}}
+        listed = SINGLE if SINGLE in checkpoint.file_names() else INDEX
+        found = {name: checkpoint.find(name) for name in (CONFIG, listed, *weights)}
         if found[CONFIG] is None:
             return None
         files = {name: _marks(Path(path)) for name, path in found.items() if path is not None}
@@ -72,7 +73,7 @@ def _read(path: Path) -> ModelShape | None:
         fields["blocks"] = tuple(_block(**block) for block in fields["blocks"])
         fields["unused"] = tuple(fields["unused"])
         return ModelShape(**fields)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

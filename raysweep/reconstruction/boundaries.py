@@ -87,7 +87,8 @@ class Boundaries:
         start, hidden_BTH = self._nearest(index, rows, device)
         for passed in range(start, index):
             hidden_BTH = self.through(self._blocks[passed], hidden_BTH)
-        self._in_hand[rows.start, rows.stop] = index, hidden_BTH
+        if index in self._blocks:  # else nothing goes on from there
+            self._in_hand[rows.start, rows.stop] = index, hidden_BTH
         while len(self._in_hand) > self._placement.together:
             self._in_hand.popitem(last=False)
         return hidden_BTH

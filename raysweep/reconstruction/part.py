@@ -44,6 +44,7 @@ class UnitPart:
         if self._stage is None:
             for block in self.unit.blocks:
                 self._held.enter_context(self.blocks.holding(self.name, block))
+            self.blocks.statistics.put_down()
             with self._in_hand():
                 self._stage = Stage(self.blocks, self.name, self.trial, self.unit, self.objective)
         return self._stage

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +76,9 @@ class BlockRange:
         self.keep_halves = self.matrices = True
         self.store = self._store(self.placement.activations)
         self.compiles = False
-        self.statistics = DenseStatistics(self.placement, self.device, self._pass_again)
+        self.statistics = DenseStatistics(
+            self.placement, self.device, partial(_pass_again, self.texts, self.device)
+        )
         self.waiting = self._store(self.placement.trials)
         self.pruner = LayerPruner(self.knowledge, self.statistics, self.waiting)
         self.dense_seconds = 0.0
@@ -176,15 +178,6 @@ class BlockRange:
                 output_BTH = block.run(middle_BTH, halves.mlp)
         kept.write((MIDDLE, block.index), rows, middle_BTH)
         return output_BTH
-
-    @torch.no_grad()
-    def _pass_again(self, text: str, block: Block) -> None:
-        """As the dense pass does, for what is learned on the way."""
-        activations = self.texts[text].activations
-        source_STH = activations.get(INPUT, block.index)
-        with self.using(None, block):
-            for rows in batches(source_STH.shape[0], source_STH.shape[1], self.device):
-                activations.through(block, fetch(source_STH, rows, self.device))
 
     def starves(self, linear: Linear, block: Block) -> bool:
         """Whether it is of an expert that too few calibration tokens are routed to: recovery leaves it as it is."""
@@ -352,6 +345,7 @@ class BlockRange:
         hidden_BTH: None where a kept text arrives as in the dense model. Its activations are known up to the first
         block that is not dense, so they are not computed again; what comes out is None where all blocks are.
         """
+        self.statistics.put_down()
         errors: BlockErrors = {}
         compares = name is not None and text in self.texts
         tokens = self.texts[text].activations.tokens if hidden_BTH is None else hidden_BTH.shape[1]
@@ -438,6 +432,20 @@ class BlockRange:
         self.streams.pop(name, None)
         for captured in [key for key in self.captured if key[0] == name]:
             del self.captured[captured]
+
+
+@torch.no_grad()
+def _pass_again(texts: Mapping[str, RangeText], device: torch.device, text: str, block: Block) -> None:
+    """Through a block as the dense pass does, for what is learned on the way.
+
+    No method of the range: one that its own parts hold would keep it, and all that it has on a device, until Python
+    looks for cycles.
+    """
+    activations = texts[text].activations
+    source_STH = activations.get(INPUT, block.index)
+    with block.in_hand():
+        for rows in batches(source_STH.shape[0], source_STH.shape[1], device):
+            activations.through(block, fetch(source_STH, rows, device))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def cache_folder() -> Path:
     not be there."""
     own = os.environ.get(CACHE_VARIABLE)
     folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or DEFAULT_CACHE) / "raysweep"
-    return folder.expanduser().absolute()
+    return Path(os.path.expanduser(folder)).absolute()
 
 
 def mirror_folder(uri: str) -> Path:

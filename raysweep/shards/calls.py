@@ -94,7 +94,7 @@ class Calls:
         Each call is `method(*lead, text, start, stop, hidden)`, with what the stop before gave. Several batches are on
         their way at once, so that every shard works on another one; what is there is yielded before more is asked for.
         """
-        ahead: deque[tuple[str, list[Ref]]] = deque()
+        ahead: deque[tuple[str, Ref]] = deque()
         for text in texts:
             for start, stop in text.batches:
                 refs: list[Ref] = [None]
@@ -102,9 +102,12 @@ class Calls:
                     arguments = (*lead, text.name, start, stop, refs[-1])
                     label = f"{method.replace('_', ' ')} {text.name}[{start}:{stop}]"
                     refs.append(self.submit(shard, method, *arguments, label=label))
-                ahead.append((text.name, refs[1:]))
+                self._open.difference_update(
+                    refs[1:-1]
+                )  # are over with the last, and hidden states need room
+                ahead.append((text.name, refs[-1]))
                 while ahead and (
-                    len(ahead) > CALLS_AHEAD * (len(refs) - 1) or self.group.is_there(ahead[0][1][-1])
+                    len(ahead) > CALLS_AHEAD * (len(refs) - 1) or self.group.is_there(ahead[0][1])
                 ):
                     yield self._taken(*ahead.popleft())
         while ahead:
@@ -128,7 +131,7 @@ class Calls:
             self.submit(shard, "release", name)
         self.settle()
 
-    def _taken(self, text: str, refs: list[Ref]) -> tuple[str, Any]:
-        result = self.result(refs[-1])
-        self._open.difference_update(refs)
+    def _taken(self, text: str, ref: Ref) -> tuple[str, Any]:
+        result = self.result(ref)
+        self._open.discard(ref)
         return text, result

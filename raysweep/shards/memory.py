@@ -203,7 +203,7 @@ def shard_memory(
         + waits_elsewhere * 4 * max(map(_widest_input, blocks)) ** 2,
         recovery=_largest_recovery(blocks, model, size, work, on_gpu),
         evaluation=max(forward + given, _logits_bytes(model, size, work, on_gpu) if has_head else 0)
-        + 2 * (placement.together - 1) * _batch_tokens(on_gpu, work) * model.hidden * size,
+        + _joined_bytes(placement, on_gpu, model, size, work),
         activations=_activation_bytes(model, len(blocks), size, work, placement),
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
@@ -368,6 +368,13 @@ def _batch_tokens(on_gpu: bool, work: Workload) -> int:
 def _forward_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:
     widest = max(outputs for block in model.blocks for outputs, _ in block.linears.values())
     return _batch_tokens(on_gpu, work) * FORWARD_PER_WIDEST * widest * size
+
+
+def _joined_bytes(placement: Placement, on_gpu: bool, model: ModelShape, size: int, work: Workload) -> int:
+    """Of batches that pass the blocks together: as they came, as they are, and, where boundaries are made anew, in the
+    dense model."""
+    copies = (2 + (placement.every > 1)) * placement.together if placement.together > 1 else 0
+    return copies * _batch_tokens(on_gpu, work) * model.hidden * size
 
 
 def _logits_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:

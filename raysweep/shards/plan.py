@@ -34,6 +34,7 @@ class ShardPlan:
     placement: where a shard's things lie while they are not in hand;  compiles: whether training on a device is
     shares_head: whether both ends of the chain have the head and take turns: on CPUs, where it is worth several blocks,
     and fits twice; a GPU is done with it before hidden states would have left for another one
+    spans: whether units reach over several shards
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -50,6 +51,7 @@ class ShardPlan:
     compiles: bool = False
     shares_head: bool = False
     replicas: int = 1
+    spans: bool = False
 
     @property
     def stored_on_device(self) -> bool:
@@ -136,6 +138,7 @@ def make_plan(
             shares_head=shared,
             replicas=replicas,
             placement=placement,
+            spans=work.span > 1 and count > 1,
         )
         fewer = concurrent_trials is None and not shared  # trials in flight are worth more than a second head
         if plan.stored_on_device and (stores is None or stores.activations == AUTO):
@@ -231,13 +234,15 @@ def host_bytes(plan: ShardPlan) -> int:
 
 
 def host_bytes_in_one_process(plan: ShardPlan) -> int:
-    """The same of a process that holds all shards, and does one thing at a time."""
+    """The same of a process that holds all shards. It does one thing at a time, but all parts of a unit are open."""
     passing = [(memory.at_work + memory.heap) * (plan.device == "cpu") for memory in plan.memory]
     lasting = [
         _host_bytes(plan, memory) - memory.process - at_work
         for memory, at_work in zip(plan.memory, passing, strict=True)
     ]
-    return max(memory.process for memory in plan.memory) + sum(lasting) + max(passing)
+    return (
+        max(memory.process for memory in plan.memory) + sum(lasting) + (sum if plan.spans else max)(passing)
+    )
 
 
 def _host_bytes(plan: ShardPlan, memory: ShardMemory) -> int:

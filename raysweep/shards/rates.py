@@ -25,7 +25,7 @@ from raysweep.shards.durations import Rates
 from raysweep.shards.worker import device_name
 
 CACHE_FILE = "probe.json"
-VERSION = 1  # of what is measured: raised with every change of it
+VERSION = 2  # of what is measured: raised with every change of it
 ALWAYS = (STATISTICS, FORWARD, ALONE, LOSSES, GRAM_ERRORS, IMPORT)  # are measured, whatever the trials
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.pruning.criteria import OwnFunction
 from raysweep.pruning.recipe import MaskRecipe
-from raysweep.reconstruction.activations import batches, batches_of, sizes
+from raysweep.reconstruction.activations import batches, batches_of, sizes, together
 from raysweep.reconstruction.device_peak import highest_peak
 from raysweep.reconstruction.knowledge import Stopwatch
 from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, BatchMeasures, Cost
@@ -511,7 +511,9 @@ class ShardWorker:
 
     def _incoming(self, text: str, rows: slice, hidden: Any) -> Tensor:
         if self.shard.is_first:
-            return self.shard.embed(self._ids[text][rows])
+            ids_BT = self._ids[text][rows]
+            cut = sizes(batches_of(rows, ids_BT.shape[1], self.shard.device))
+            return together([self.shard.embed(piece_BT) for piece_BT in ids_BT.split(cut)])
         return from_wire(hidden, self.shard.dtype)
 
     @contextmanager

@@ -87,7 +87,10 @@ def test_a_model_with_code_of_its_own_is_always_read(reads, model):
     assert len(reads) == 2
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"blocks": [1], "unused": []}', "[" * 100_000])
+LISTS = '{"blocks": [{"linears": [], "transposed": [], "parameters": 1}], "unused": []}'
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"blocks": [1], "unused": []}', LISTS, "[" * 100_000])
 def test_a_damaged_file_is_read_anew_and_replaced(damage, reads, model, tmp_path):
     source = ModelSource(str(model))
     shape = known_shape(source)

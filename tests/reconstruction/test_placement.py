@@ -141,6 +141,28 @@ def test_batches_that_pass_together_give_what_they_give_alone(
         assert torch.equal(blocks.dense_output(text, slice(0, len(ids_ST))), torch.cat(outputs))
 
 
+def test_batches_go_on_in_the_dense_model_where_they_were(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(activations, "CPU_BATCH_TOKENS", 2 * IDS.shape[1])
+    make_model("llama").save_pretrained(tmp_path)
+    placement = Placement(weights="files", trials="disk", every=100, halves=False)
+    shard = ModelShard.load(ModelSource(str(tmp_path)), dtype="float32", waits=True)
+    blocks = BlockRange(shard, placement=placement)
+    pass_text(blocks, CALIBRATION, IDS)
+    prune_all(blocks, "trial", TRIALS["subblock"])
+    kept, passed = blocks.texts[CALIBRATION].activations, list[int]()
+    through = type(kept).through
+    monkeypatch.setattr(
+        type(kept),
+        "through",
+        lambda self, block, hidden: passed.append(block.index) or through(self, block, hidden),
+    )
+    kept._made.clear()
+    blocks.forward("trial", CALIBRATION, slice(0, len(IDS)), None)
+    pieces = len(batches(*IDS.shape, blocks.device))
+    assert passed == [index for index in blocks.blocks for _ in range(pieces)]
+    assert not kept._in_hand  # nothing goes on behind the last block
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [value[key] for key in sorted(value)] if isinstance(value, dict) else list(value)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -384,3 +386,18 @@ def test_little_room_for_knowledge_costs_time_and_changes_no_bit():
         for name, weight in ample.weights[granularity].items():
             assert torch.equal(scarce.weights[granularity][name], weight)
     assert scarce.knowledge.made > ample.knowledge.made
+
+
+def test_a_range_is_gone_with_its_last_user():
+    """Python's look for cycles may come late, and what it holds on a device is large."""
+    blocks = range_of(make_model("llama"))
+    assert blocks.statistics.rows(
+        CALIBRATION, next(iter(blocks.blocks[0].linears.values())), blocks.blocks[0]
+    )
+    seen = weakref.ref(blocks)
+    gc.disable()
+    try:
+        del blocks
+        assert seen() is None
+    finally:
+        gc.enable()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def texts() -> dict[str, TokenSet]:
     """One of more than a batch, one of few short windows."""
-    ids = np.array(token_ids(70, 40))
+    ids = token_ids(70, 40).numpy()
     return {"long": TokenSet("long", ids), "short": TokenSet("short", ids[:3, :7])}
 
 

@@ -11,7 +11,13 @@ from raysweep.errors import CapacityError
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.shards.group_info import TRIAL_CPUS
 from raysweep.shards.memory import Workload, shard_memory
-from raysweep.shards.plan import KNOWLEDGE_MARGIN, even_ranges, host_bytes, make_plan
+from raysweep.shards.plan import (
+    KNOWLEDGE_MARGIN,
+    even_ranges,
+    host_bytes,
+    host_bytes_in_one_process,
+    make_plan,
+)
 from raysweep.shards.stores import Stores
 
 GIB = 1 << 30
@@ -251,3 +257,31 @@ def test_memory_grows_with_what_it_is_made_of():
     assert half.activations * 2 == base.activations
     one_sample = 256 * 256 * 4 * (4 + 3)  # a boundary per block and one more, and one within each block
     assert base.activations == 80 * one_sample
+
+
+def test_no_more_trials_are_counted_than_there_are():
+    node = [Node(2, 0, 64 * GIB)]
+    few, more, unknown = (
+        make_plan(model(), node, replace(WORK, most_trials=most), "float32", concurrent_trials=4).memory[0]
+        for most in (1, 4, None)
+    )
+    assert more.trials == unknown.trials == 4 * few.trials > 0
+
+
+def test_batches_that_pass_together_take_room():
+    node = [Node(2, 0, 64 * GIB)]
+    resident, files = (
+        make_plan(model(), node, WORK, "float32", stores=Stores(weights, "host", "device", "all")).memory[0]
+        for weights in ("device", "disk")
+    )
+    assert files.evaluation == resident.evaluation + 2 * 8 * 2048 * 256 * 4
+
+
+@pytest.mark.parametrize("span", [1, 6])
+def test_one_process_does_one_thing_at_a_time_unless_units_span_its_shards(span):
+    plan = make_plan(model(), [Node(2, 0, 64 * GIB)], replace(WORK, span=span), "float32", shards=2)
+    first, last = plan.memory
+    lasting = [memory.total - memory.process - memory.at_work - memory.heap for memory in plan.memory]
+    passing = [memory.at_work + memory.heap for memory in (first, last)]
+    at_once = max(passing) if span == 1 else sum(passing)
+    assert host_bytes_in_one_process(plan) == first.process + sum(lasting) + at_once
