@@ -94,6 +94,7 @@ class Calls:
         Each call is `method(*lead, text, start, stop, hidden)`, with what the stop before gave. Several batches are on
         their way at once, so that every shard works on another one; what is there is yielded before more is asked for.
         """
+        at_once = CALLS_AHEAD if self.info.together == 1 else 1  # what is on its way takes room, and lasts
         ahead: deque[tuple[str, Ref]] = deque()
         for text in texts:
             for start, stop in text.batches:
@@ -106,9 +107,7 @@ class Calls:
                     refs[1:-1]
                 )  # are over with the last, and hidden states need room
                 ahead.append((text.name, refs[-1]))
-                while ahead and (
-                    len(ahead) > CALLS_AHEAD * (len(refs) - 1) or self.group.is_there(ahead[0][1])
-                ):
+                while ahead and (len(ahead) > at_once * (len(refs) - 1) or self.group.is_there(ahead[0][1])):
                     yield self._taken(*ahead.popleft())
         while ahead:
             yield self._taken(*ahead.popleft())

@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 
 LOOK_EVERY_S = 0.05
-OWN_MEMORY = ("RssAnon:", "RssShmem:")
+OWN_MEMORY = "RssAnon:"
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes since its process began. host: of the whole process, without files that are mapped, 0 = unknown
+    """Bytes since its process began. host: of the whole process, without files that are mapped and what processes
+    share, as messages of Ray are; 0 = unknown
     device: that the allocator of its GPU has handed out, what compiling took left out; None on a CPU
     """
 
@@ -22,7 +23,7 @@ class Peaks:
 
 def memory_in_use() -> int:
     """Bytes of this process that lie nowhere else: not those of files that the system has mapped for it, which it takes
-    back when it needs them. 0 where it does not say."""
+    back when it needs them, and not those of Ray's object store. 0 where it does not say."""
     try:
         with open("/proc/self/status", encoding="utf-8") as lines:
             return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(OWN_MEMORY))
