@@ -55,7 +55,8 @@ class Rates:
 class Durations:
     """Seconds on the clock. kinds: of `dense_pass`, `trials` and `retraining`, by kind of trial
 
-    in_process: of all with `--in-process`;  trials_busy: of all shards together, for trials
+    in_process: of all with `--in-process`;  trials_busy: of all shards together, for trials, on CPUs of
+    every core
     once: of `total` and of `in_process`, what a launch takes once for all its models
     """
 
@@ -139,7 +140,7 @@ def durations(
         retraining=retrained,
         kinds=kinds | {DENSE_PASS: max(dense, default=0.0)},
         in_process=in_process + retrained,
-        trials_busy=sum(totals) / slower,
+        trials_busy=sum(totals) / slower * (plan.threads if plan.device == "cpu" else 1),
         once=(pace * RAY_START, pace * IN_PROCESS_START),
     )
 
