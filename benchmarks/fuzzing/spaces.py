@@ -213,8 +213,10 @@ def _spoil(chance: random.Random, space: dict[str, Any]) -> None:
 
 
 def typed_case(chance: random.Random, site: Site, folder: Path) -> Case:
+    """One in eight has the machine measured, which takes seconds."""
     _, path = typed_space(chance, site, folder)
-    return Case(["plan", str(path), "--storage", str(folder / "results")])
+    probe = [] if chance.random() < 0.125 else ["--no-probe"]
+    return Case(["plan", str(path), "--storage", str(folder / "results"), *probe])
 
 
 LINES = (

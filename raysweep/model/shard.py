@@ -168,6 +168,12 @@ class ModelShard:
     def _parameter(self) -> nn.Parameter:
         return next(self.blocks[0].module.parameters())
 
+    def forget_weights(self) -> None:
+        """Frees them at once: models and their blocks know one another, so that Python finds them late."""
+        for parameter in self.model.parameters():
+            if not parameter.is_meta:
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
     def _arguments_of(self, index: int, samples: int, tokens: int) -> BlockArguments:
         return self._frame.block_arguments(samples, tokens, self._parameter)[index]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +99,6 @@ class LocalGroup:
         for worker in self.workers:
             worker.close()
         self.workers.clear()
-        gc.collect()  # models and their blocks know one another, and what comes next needs the room
 
     def _loaded(self, shard: int, spec: ShardSpec) -> ShardWorker:
         with self._traces[shard].span("load"):

@@ -479,8 +479,10 @@ class ShardWorker:
             self._seconds.pop(each, None)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written, and gives up all that takes room."""
         self._unfinished.settle()
+        self.blocks.forget_texts()
+        self.shard.forget_weights()
 
     def peaks(self) -> Peaks:
         """The most memory that this process has held."""

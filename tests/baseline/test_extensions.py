@@ -15,6 +15,7 @@ pytestmark = pytest.mark.timeout(900)  # compiling takes minutes, once on a mach
 LOAD = "from raysweep.baseline.extensions import load_extensions; load_extensions()"
 
 
+@pytest.mark.long
 def test_a_build_that_was_killed_is_begun_again(tmp_path, monkeypatch):
     """What has been compiled on this machine is used, so that this takes seconds."""
     compiled = extensions.own_folder()

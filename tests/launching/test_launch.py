@@ -19,7 +19,7 @@ from raysweep.errors import NumericalError, RaysweepError, StorageError, UsageEr
 from raysweep.launching.launch import launch
 from raysweep.launching.progress import Silent
 from raysweep.launching.runners import InProcess
-from raysweep.reconstruction import range as block_range
+from raysweep.reconstruction import pruner
 from raysweep.results import cleaning
 from raysweep.results.folders import TRIALS, UNITS, row_files
 from raysweep.results.lock import holder_of, launch_lock
@@ -126,9 +126,9 @@ def test_dense_pass_statistics_and_masks_are_made_once_for_all_trials(
     make_space, tmp_path, calls, monkeypatch
 ):
     made: list[str] = []
-    prune_layer = block_range.prune_layer
+    prune_layer = pruner.prune_layer
     monkeypatch.setattr(
-        block_range,
+        pruner,
         "prune_layer",
         lambda recipe, view, own: made.append(view.name) or prune_layer(recipe, view, own),
     )

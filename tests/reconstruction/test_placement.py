@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,15 @@ def pass_text(blocks: BlockRange, text: str, ids_ST: torch.Tensor) -> None:
         blocks.pass_block(text, index)
 
 
-@pytest.mark.parametrize("kind", TRIALS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
+def _pairs() -> Iterator[Any]:
+    """All kinds on one family, one kind on all; the others take long."""
+    for family in ("llama", "gpt2", "gpt_neox", "mixtral"):
+        for kind in TRIALS:
+            is_short = family == "llama" or kind == "subblock"
+            yield pytest.param(family, kind, marks=() if is_short else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("family", "kind"), _pairs())
 def test_where_things_wait_changes_no_number(family: str, kind: str, tmp_path: Path) -> None:
     trial = TRIALS[kind]
     if family == "mixtral" and kind in ("matrix", "exact"):
