@@ -105,7 +105,8 @@ class Bench:
 
     def _run(self, case: Case) -> tuple[Case, Ending, dict[str, Any]]:
         case.may_write = self.folder / "results"  # and the caches of libraries, below HOME
-        case.arguments = ["launch", *case.arguments[1:], "--in-process", "--json"]
+        given = [word for word in case.arguments[1:] if word != "--no-probe"]
+        case.arguments = ["launch", *given, "--in-process", "--json"]
         ending = self.judge.run(case, self.folder, RUN_LIMIT_S, really=True)
         if ending.problem is not None:
             return case, ending, {}
