@@ -70,7 +70,7 @@ Tasks = Annotated[
     typer.Option(
         "--tasks",
         metavar="NAMES",
-        help="Tasks of lm-eval, separated by commas; may be repeated. Needs raysweep[tasks].",
+        help="Tasks of lm-eval, separated by commas; may be repeated. Needs raysweep\\[tasks].",
     ),
 ]
 Include = Annotated[

@@ -240,7 +240,9 @@ def _print_outlook(console: Console, seen: Seen) -> None:
         parts = {"start": took.start, "dense pass": took.dense_pass, "trials": took.trials}
         parts |= {"retraining": took.retraining} if took.retraining else {}
         listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
-        grid.add_row("time", f"about {duration(took.total)} ({listed})")
+        waits = seen.plan.placement.by_block or seen.plan.placement.activations == DISK
+        more = "; what is read or computed again comes on top" if waits else ""
+        grid.add_row("time", f"about {duration(took.total)} ({listed}){more}")
     each = f"{format_bytes(instead.bytes)} {'on each GPU' if seen.plan.device == 'cuda' else 'in each'}"
     needs = f"{each} of {count(instead.workers, 'worker')} (ZeRO {instead.zero_stage})"
     grid.add_row("retraining instead", ", ".join([needs, *_work_words(instead.flops, instead.seconds)]))

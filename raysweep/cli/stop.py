@@ -21,5 +21,5 @@ def run_stop(name: str, storage: str | None) -> None:
     bring_up_to_date(folder)
     rows = count(row_count(folder), "row")
     say(
-        f"{folder.name}, {holder}, has ended; {rows} kept in {place_of(folder)}; `raysweep launch` continues it"
+        f"{folder.name}, {holder}, has ended; {rows} kept in {place_of(folder)}; the same launch continues it"
     )

@@ -281,8 +281,8 @@ class ExecutionConfig(BaseModel):
         values=f"auto, all, or {WHOLE_VALUES}",
     )
     scratch: Text | None = setting(
-        "folder, of every node its own and on a disk, for what is kept there while a sweep runs, and is gone with it; "
-        "null = the node's temporary folder (TMPDIR)",
+        "folder, of every node its own and on a disk, for what is kept there while a sweep runs, in files that "
+        "are gone with it; null = the node's temporary folder (TMPDIR)",
         default=None,
         values="a folder, or null",
     )

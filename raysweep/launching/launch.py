@@ -180,7 +180,22 @@ def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Pat
             allowed="a folder that can be made and written",
             remedy="Choose another one with --storage or RAYSWEEP_STORAGE.",
         )
+    _check_scratch(space)
     return folder
+
+
+def _check_scratch(space: SearchSpace) -> None:
+    """Raises UsageError where this machine could not write there."""
+    if space.execution.scratch is None:
+        return
+    folder = typed_path(space.execution.scratch, "scratch").absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        error = UsageError(
+            f"scratch {folder} cannot be written: {existing} is {'read-only' if existing.is_dir() else 'no folder'}",
+            allowed="a folder on a disk that can be made and written, or null for the node's temporary one",
+        )
+        raise space.placed(error, ("execution", "scratch"))
 
 
 def device_here() -> str:

@@ -101,7 +101,7 @@ def probed_rates(
     except (RaysweepError, RuntimeError, MemoryError, OSError) as error:
         log.warning("no times are known: the probe of this machine failed: %s", first_line(error))
         return None
-    _write(probed.key, known)
+    _write(probed.key, _read().get(probed.key, {}) | known)
     return Rates(known, probed.weights)
 
 

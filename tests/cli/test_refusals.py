@@ -204,3 +204,13 @@ def test_a_real_process_refuses_before_ray_starts(tmp_path, space_file):
     assert "Traceback" not in run.stderr
     assert "Starting Ray" not in run.stderr
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["launch", "plan"])
+def test_a_scratch_folder_that_cannot_be_one_is_refused(raysweep, tmp_path, space_file, command):
+    (tmp_path / "file").write_text("here lies no folder")
+    before = tree(tmp_path)
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        ran = raysweep(command, space_file, "--set", f"execution.scratch={place}")
+        assert_refused(ran, ["execution.scratch", str(tmp_path / "file"), "no folder"])
+    assert tree(tmp_path) == before

@@ -54,6 +54,7 @@ def test_a_device_is_asked_once_and_for_what_is_missing(cache, probed, measured)
     probed_rates(probed, wanted | mask)
     probed_rates(probed, wanted, again=True)
     assert measured == [{step_rate(BLOCK)}, {mask_rate(BLOCK)}, {step_rate(BLOCK)}]
+    assert probed_rates(probed, mask, measures=False) is not None  # measuring some anew forgets no others
 
 
 def test_another_number_of_threads_or_length_is_another_device(cache, probed, measured):
