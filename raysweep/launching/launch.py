@@ -173,10 +173,9 @@ def checked_folder(space: SearchSpace, storage: str | Path | None = None) -> Pat
     if (remote := remote_of(folder)) is not None:
         remote.now()
         bring_up_to_date(folder)
-    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if (reason := _not_writable(folder)) is not None:
         raise UsageError(
-            f"storage {folder} cannot be written: {existing} is {'read-only' if existing.is_dir() else 'no folder'}",
+            f"storage {folder} cannot be written: {reason}",
             allowed="a folder that can be made and written",
             remedy="Choose another one with --storage or RAYSWEEP_STORAGE.",
         )
@@ -189,13 +188,20 @@ def _check_scratch(space: SearchSpace) -> None:
     if space.execution.scratch is None:
         return
     folder = typed_path(space.execution.scratch, "scratch").absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if (reason := _not_writable(folder)) is not None:
         error = UsageError(
-            f"scratch {folder} cannot be written: {existing} is {'read-only' if existing.is_dir() else 'no folder'}",
+            f"scratch {folder} cannot be written: {reason}",
             allowed="a folder on a disk that can be made and written, or null for the node's temporary one",
         )
         raise space.placed(error, ("execution", "scratch"))
+
+
+def _not_writable(folder: Path) -> str | None:
+    """Why it can be neither written nor made; None where it can."""
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return None
+    return f"{existing} is {'read-only' if existing.is_dir() else 'no folder'}"
 
 
 def device_here() -> str:
