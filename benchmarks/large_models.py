@@ -135,10 +135,13 @@ def run(folder: Path, space: dict[str, Any], options: argparse.Namespace) -> lis
     """Launches a space; figures of every row, with the seconds and the peaks of the whole launch."""
     file = folder / f"{space['name']}.yaml"
     file.write_text(yaml.safe_dump(space))
-    command = [sys.executable, "-m", "raysweep", "launch", str(file), "--storage", str(folder / "results")]
+    begin, storage = [sys.executable, "-m", "raysweep"], ["--storage", str(folder / "results")]
+    if options.plan:
+        subprocess.run([*begin, "plan", str(file), *storage], stdout=subprocess.DEVNULL, check=True)
+    command = [*begin, "launch", str(file), *storage]
     command += ["--trace"] if options.trace else []
     command += ["--in-process"] if options.in_process else ["--address", "local"]
-    began = time.monotonic()
+    began, at = time.monotonic(), time.time()
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}, check=False
     )
@@ -154,6 +157,10 @@ def run(folder: Path, space: dict[str, Any], options: argparse.Namespace) -> lis
         if reality[where] is not None:
             for kind in ("measured", "planned"):
                 launch[f"{kind}_{where}_gib"] = round(reality[where][kind] / 2**30, 2)
+    if reality["planned_seconds"] is not None:
+        launch |= {"measured_s": reality["seconds"], "planned_s": reality["planned_seconds"]}
+    if options.trace:
+        launch |= phases(folder / "results" / space["name"] / "trace.json", at)
     rows = raysweep.load_results(folder / "results" / space["name"])
     names = ("criterion", "granularity", "optimizer", "status", "seconds_total", "seconds_mask")
     names += ("seconds_recovery", "seconds_evaluation", "output_error_calibration", "perplexity")
@@ -162,6 +169,16 @@ def run(folder: Path, space: dict[str, Any], options: argparse.Namespace) -> lis
         for row in rows.to_dict("records")
         if row["recovery"] != "dense"
     ]
+
+
+def phases(trace: Path, began: float) -> dict[str, float]:
+    """Seconds of a launch, which began then, until it read weights, and of what it did from there on."""
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    mine = [event for event in events if event["pid"] == events[0]["pid"]]  # of the launch
+    found = {"before_loading_s": mine[0]["ts"] / 1e6 - began}
+    for name in ("Loading", "Dense", "trials"):
+        found[f"{name.lower()}_s"] = sum(event["dur"] for event in mine if event["cat"] == name) / 1e6
+    return {name: round(seconds, 1) for name, seconds in found.items()}
 
 
 def main() -> None:
@@ -179,6 +196,9 @@ def main() -> None:
         "--boundaries", type=lambda text: int(text) if text.isdigit() else text, default="auto"
     )
     parser.add_argument("--in-process", action="store_true")
+    parser.add_argument(
+        "--plan", action="store_true", help="plan before, so that the seconds are planned too"
+    )
     parser.add_argument(
         "--trace", action="store_true", help="leave what the shard did when in the sweeps' folders"
     )

@@ -78,12 +78,15 @@ class Boundaries:
         self._made.move_to_end(boundary)
         return self._made[boundary]
 
+    def stored(self, index: int) -> Tensor | None:
+        """All of what enters a block, where it is kept or was made."""
+        return self._kept.get((INPUT, index), self._made.get((INPUT, index)))
+
     @torch.no_grad()
     def rows(self, index: int, rows: slice, device: torch.device) -> Tensor:
         """A batch of what enters a block, on the device."""
-        for known in (self._kept, self._made):
-            if (INPUT, index) in known:
-                return fetch(known[INPUT, index], rows, device)
+        if (stored_STH := self.stored(index)) is not None:
+            return fetch(stored_STH, rows, device)
         start, hidden_BTH = self._nearest(index, rows, device)
         for passed in range(start, index):
             hidden_BTH = self.through(self._blocks[passed], hidden_BTH)

@@ -13,7 +13,7 @@ from queue import Queue
 import torch
 from torch import Tensor
 
-from raysweep.reconstruction.activations import batches
+from raysweep.reconstruction.activations import batches, fetch
 from raysweep.reconstruction.graphs import stream_of
 
 AHEAD = 2  # steps whose samples are on their way, or in hand
@@ -42,6 +42,43 @@ def in_batches(sources: Sequence[Tensor], device: torch.device) -> Iterator[Iter
         return
     with feed(sources, [torch.arange(each.start, each.stop) for each in rows], device) as given:
         yield given
+
+
+def one_ahead(stored: Tensor, pieces: Sequence[slice], device: torch.device) -> Iterator[Tensor]:
+    """Samples of each piece on the device: the first on their way at once, the others while one before is in use,
+    where a GPU copies them by itself.
+
+    stored: (S, ...)
+    """
+    if not stored.is_pinned():
+        return (fetch(stored, rows, device) for rows in pieces)
+    return _one_ahead(_Sending(stored[pieces[0]], device), stored, pieces[1:], device)
+
+
+def _one_ahead(
+    coming: _Sending, stored: Tensor, rest: Sequence[slice], device: torch.device
+) -> Iterator[Tensor]:
+    for rows in rest:
+        following = _Sending(stored[rows], device)
+        yield coming.arrived()
+        coming = following
+    yield coming.arrived()
+
+
+class _Sending:
+    """A copy on its way, beside what the device is given to do from here on."""
+
+    def __init__(self, source: Tensor, device: torch.device) -> None:
+        current, beside = torch.cuda.current_stream(device), stream_of(device, "samples")
+        self._there, self._copied = torch.empty_like(source, device=device), torch.cuda.Event()
+        beside.wait_stream(current)  # whose memory this may have been
+        with torch.cuda.stream(beside):
+            self._there.copy_(source, non_blocking=True)
+            self._copied.record(beside)
+
+    def arrived(self) -> Tensor:
+        torch.cuda.current_stream(self._there.device).wait_event(self._copied)
+        return self._there
 
 
 @contextmanager

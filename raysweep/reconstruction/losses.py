@@ -72,14 +72,23 @@ def batch_error(loss: Loss, output_BTH: Tensor, target_BTH: Tensor) -> TextError
 
 
 def squared_sums(x_BTH: Tensor) -> list[float]:
-    """Sum of squares of every sample, float64.
+    """Sum of squares of every sample, float64, as numbers: on a GPU all work must be done before."""
+    return _numbers(squared_sums_B(x_BTH))
+
+
+def squared_sums_B(x_BTH: Tensor) -> Tensor:
+    """The same where the samples are, float64 (B,).
 
     A fixed tree: every token's hidden units in float32 (one thread sums one token), then tokens in float64.
     How many threads there are, and which samples share a batch, changes nothing.
     """
-    return sample_sums(x_BTH.float().square().sum(-1))
+    return x_BTH.float().square().sum(-1).double().sum(-1)
 
 
 def sample_sums(x_BT: Tensor) -> list[float]:
     """Sum over the tokens of every sample, float64."""
-    return [float(total) for total in x_BT.double().sum(-1).tolist()]
+    return _numbers(x_BT.double().sum(-1))
+
+
+def _numbers(x_B: Tensor) -> list[float]:
+    return [float(x) for x in x_B.tolist()]

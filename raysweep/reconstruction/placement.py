@@ -7,6 +7,7 @@ from pathlib import Path
 
 DEVICE, HOST, DISK, FILES, ANEW = "device", "host", "disk", "files", "anew"
 
+IN_HAND = 2  # blocks, where they come into hand one after another: the one at work, and the next
 MADE = 3  # boundaries of a text that are held once they are made anew: input, middle and output of one block
 
 

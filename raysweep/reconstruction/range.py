@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +22,10 @@ from raysweep.pruning.statistics import output_error
 from raysweep.reconstruction.activations import batches, batches_of, fetch, keep_rows, sizes, together
 from raysweep.reconstruction.boundaries import INPUT, MIDDLE, MLP_OUTPUT, Boundaries
 from raysweep.reconstruction.dense_statistics import DenseStatistics, Statistics, accumulate, starved
+from raysweep.reconstruction.feed import one_ahead
 from raysweep.reconstruction.hand import Hand, WaitingWeights
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
-from raysweep.reconstruction.losses import squared_sums
+from raysweep.reconstruction.losses import squared_sums, squared_sums_B
 from raysweep.reconstruction.measures import CALIBRATION, BlockErrors, ratio
 from raysweep.reconstruction.placement import DEVICE, Placement
 from raysweep.reconstruction.pruner import LayerPruner
@@ -221,7 +222,12 @@ class BlockRange:
         """One row per pruned linear of the block: sparsity, dead inputs, error of its output before recovery."""
         layers = self.layers[name]
         pruned = [linear for linear in block.linears.values() if linear.name in layers]
-        return [self._linear_row(self.recipes[name], block, linear, layers[linear.name]) for linear in pruned]
+        # from the last one on, whose Gram matrix is still in hand behind `prune`
+        rows = [
+            self._linear_row(self.recipes[name], block, linear, layers[linear.name])
+            for linear in reversed(pruned)
+        ]
+        return rows[::-1]
 
     def _linear_row(
         self, recipe: MaskRecipe, block: Block, linear: Linear, layer: PrunedLayer
@@ -346,28 +352,28 @@ class BlockRange:
         block that is not dense, so they are not computed again; what comes out is None where all blocks are.
         """
         self.statistics.put_down()
-        errors: BlockErrors = {}
+        errors = dict[int, Tensor]()
         compares = name is not None and text in self.texts
         tokens = self.texts[text].activations.tokens if hidden_BTH is None else hidden_BTH.shape[1]
         pieces = batches_of(rows, tokens, self.device)
         passing = None if hidden_BTH is None else list(hidden_BTH.to(self.device).split(sizes(pieces)))
         for block in self.blocks.values():
             if passing is None and self._is_dense(name, block):
-                errors[block.index] = [0.0] * (rows.stop - rows.start)
+                errors[block.index] = torch.zeros(rows.stop - rows.start, dtype=torch.float64)
                 continue
             if passing is None:
                 passing = [
                     self.texts[text].activations.rows(block.index, piece, self.device) for piece in pieces
                 ]
+            dense = self._dense_rows(text, block.index + 1, pieces) if compares else None
             with self.using(name, block):
                 for place, hidden_BTH in enumerate(passing):
                     passing[place] = block.run(hidden_BTH)
-            if compares:
-                compared = zip(pieces, passing, strict=True)
-                errors[block.index] = [
-                    error for pair in compared for error in self._block_error(text, block, *pair)
-                ]
-        return None if passing is None else together(passing), errors if compares else {}
+            if dense is not None:
+                compared = zip(passing, dense, strict=True)
+                errors[block.index] = torch.cat([squared_sums_B(x.float() - y.float()) for x, y in compared])
+        numbers = {index: error_B.tolist() for index, error_B in errors.items()} if compares else {}
+        return None if passing is None else together(passing), numbers
 
     def dense_output(self, text: str, rows: slice) -> Tensor:
         """What leaves the range when samples of a kept text pass through the dense model."""
@@ -378,9 +384,13 @@ class BlockRange:
     def _is_dense(self, name: str | None, block: Block) -> bool:
         return name is None or not any(full.startswith(f"{block.prefix}.") for full in self.weights[name])
 
-    def _block_error(self, text: str, block: Block, rows: slice, hidden_BTH: Tensor) -> list[float]:
-        dense_BTH = self.texts[text].activations.rows(block.index + 1, rows, self.device)
-        return squared_sums(hidden_BTH.float() - dense_BTH.float())
+    def _dense_rows(self, text: str, index: int, pieces: Sequence[slice]) -> Iterator[Tensor]:
+        """What enters a block in the dense model, piece by piece."""
+        activations = self.texts[text].activations
+        stored_STH = activations.stored(index)
+        if stored_STH is not None:
+            return one_ahead(stored_STH, pieces, self.device)
+        return (activations.rows(index, piece, self.device) for piece in pieces)
 
     def zeros(self, name: str) -> int:
         """Among the prunable weights of the trial."""

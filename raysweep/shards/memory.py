@@ -18,14 +18,13 @@ from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.pruning.masks import RANKED_AT_ONCE
 from raysweep.pruning.statistics import COLUMNS_AT_ONCE
 from raysweep.reconstruction.activations import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS
-from raysweep.reconstruction.page_locked import KEPT_BYTES
-from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, MADE, Placement
+from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, IN_HAND, MADE, Placement
 from raysweep.reconstruction.solving import solving_bytes
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
 HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
-DEVICE_PROCESS_BYTES = 2 << 30  # beside a GPU: with its libraries; measured
+DEVICE_PROCESS_BYTES = 1920 << 20  # beside a GPU: with its libraries; measured, 1.4 to 1.7 GiB
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
@@ -209,7 +208,7 @@ def shard_memory(
         streams=_stream_bytes(blocks, model, size, work),
         known_masks=sum(masks),
         store=placement.activations,
-        process=_process_bytes(placement, on_gpu),
+        process=DEVICE_PROCESS_BYTES if on_gpu else PROCESS_BYTES,
     ).keeping(0, keepable_bytes(blocks, size, work))
     waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}
     if waits_elsewhere:
@@ -217,26 +216,19 @@ def shard_memory(
         made = work.summed_texts * max(map(gram_bytes, blocks)) if placement.statistics == ANEW else 0
         memory = replace(memory, statistics=0, pruning=memory.pruning + made)
     if placement.waits:
-        in_hand = min(len(blocks), work.span + 1)  # those at work, and the one that comes next
+        in_hand = min(len(blocks), work.span + IN_HAND - 1)
         open_at_once = work.concurrent_trials if work.span > 1 else 1  # as of `_largest_recovery`
+        stay = len(blocks) <= IN_HAND  # then none is ever put away
         waiting[placement.weights] += sum(parameters)
-        waiting[placement.trials] += sum(trials) + sum(masks)
+        waiting[placement.trials] += sum(masks) + (0 if stay else sum(trials))
         memory = replace(
             memory,
             weights=memory.weights - sum(parameters) + in_hand * max(parameters),
-            trials=in_hand * max(parameters) * open_at_once,
+            trials=sum(trials) if stay else in_hand * max(parameters) * open_at_once,
             masks=work.span * max(map(_prunable, blocks)) if on_gpu else 0,
         )
     heap = 0 if on_gpu else int(HEAP_SHARE * memory.at_work)
     return replace(memory, waiting_on_host=waiting[HOST], waiting_on_disk=waiting[DISK], heap=heap)
-
-
-def _process_bytes(placement: Placement, on_gpu: bool) -> int:
-    """Beside a GPU with page-locked memory that waits to be used again."""
-    if not on_gpu:
-        return PROCESS_BYTES
-    locks = HOST in (placement.weights, placement.trials, placement.activations, placement.statistics)
-    return DEVICE_PROCESS_BYTES + KEPT_BYTES * locks
 
 
 def _pruning_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from raysweep.cluster.nodes import Node
 from raysweep.errors import CapacityError
 from raysweep.model.shape import BlockShape, ModelShape
+from raysweep.reconstruction.placement import Placement
 from raysweep.shards.group_info import TRIAL_CPUS
 from raysweep.shards.memory import Workload, shard_memory
 from raysweep.shards.plan import (
@@ -275,6 +276,23 @@ def test_batches_that_pass_together_take_room():
         for weights in ("device", "disk")
     )
     assert files.evaluation == resident.evaluation + 2 * 8 * 2048 * 256 * 4
+
+
+def test_of_two_blocks_none_is_ever_put_away():
+    """Each is the next one of the other, so that all weights of trials stay in hand."""
+    placement = Placement("host", "host", "host", "host")
+    parameters, masks = model().blocks[0].parameters * 2, 4 * (model().blocks[0].parameters - 2 * 256)
+    for trials in (1, 3):
+        work = replace(WORK, concurrent_trials=trials)
+        of_two, of_three = (
+            shard_memory(model(blocks), 0, blocks, "bfloat16", work, placement=placement, device="cuda")
+            for blocks in (2, 3)
+        )
+        assert of_two.trials == 2 * trials * parameters
+        assert of_three.trials == 2 * parameters
+        grams = of_three.waiting_on_host // 3 - (1 + trials) * parameters - masks
+        assert of_two.waiting_on_host == 2 * (parameters + masks + grams)
+        assert grams > 0
 
 
 @pytest.mark.parametrize("span", [1, 6])
