@@ -113,8 +113,10 @@ class InProcess:
 
     @contextmanager
     def group(self, name: str, specs: Sequence[ShardSpec], plan: ShardPlan) -> Iterator[OwnedGroup]:
+        from raysweep.reconstruction.heap import give_back
         from raysweep.shards.local import LocalGroup
 
+        give_back()  # what models and data were looked at with: shards are in this process
         with LocalGroup(specs) as group:
             yield group
 

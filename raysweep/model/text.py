@@ -130,8 +130,11 @@ def _documents(source: TextSource) -> Iterator[str]:
 def _parquet_documents(path: Path) -> Iterator[str]:
     file = open_parquet(path)
     _require_text_column(file.schema_arrow.names, str(path))
-    for batch in file.iter_batches(batch_size=256, columns=[TEXT_COLUMN]):
-        yield from _texts(batch.column(0).to_pylist(), str(path))
+    try:
+        for batch in file.iter_batches(batch_size=256, columns=[TEXT_COLUMN]):
+            yield from _texts(batch.column(0).to_pylist(), str(path))
+    finally:  # Arrow would keep what it has read
+        pa.default_memory_pool().release_unused()
 
 
 def _json_documents(path: Path) -> Iterator[str]:

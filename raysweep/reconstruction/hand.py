@@ -143,6 +143,7 @@ class Hand:
         for counted in (self._put, self._nonzeros):
             for key in [key for key in counted if key[0] == name]:
                 del counted[key]
+        give_back()  # milliseconds, where memory is what there is little of
 
     def zeros(self, name: str, full: str) -> int | None:
         """Among a trial's tensor that waits as it was put away; None for another."""
