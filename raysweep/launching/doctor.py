@@ -12,7 +12,15 @@ from typing import Any
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, StorageError, UsageError
-from raysweep.launching.examination import PORTS, SHARED_MEMORY, clock, examine, marked, taken_ports
+from raysweep.launching.examination import (
+    PORTS,
+    SHARED_MEMORY,
+    TEMPORARY,
+    clock,
+    examine,
+    marked,
+    taken_ports,
+)
 from raysweep.launching.launch import checked_folder, refuse_mirror_of_one_node
 from raysweep.launching.prepared import Launch
 from raysweep.launching.runners import ANSWER_S
@@ -164,9 +172,11 @@ class _Doctor:
                 self._model(about, source.path, model, mine)
             if folder is not None and there["storage"] is not None:
                 self._storage(about, folder.parent, there["storage"])
-            self._room(about, "temporary files", "/tmp", there["temporary"]["free"])
+            mine, shared_by = plans if about in holders else [], len(holders)
+            self._room(about, "temporary files", TEMPORARY, there["temporary"]["free"])
+            self._scratch(about, there["scratch"], mine, shared_by)
             self._shared_memory(about, there["shared_memory"], object_store)
-            self._memory(about, there["memory"], plans if about in holders else [], len(holders))
+            self._memory(about, there["memory"], mine, shared_by)
             self._fine(about, "devices", ", ".join(there["gpus"]) or "CPU only")
         if on_cluster:
             self._clocks()
@@ -175,12 +185,13 @@ class _Doctor:
         self, asked: Sequence[Any], folder: Path | None, on_cluster: bool
     ) -> tuple[dict[str, Any], list[tuple[str, int, dict[str, Any]]]]:
         """What is here; and what is there, by what it is about and with the size of the object store."""
+        scratch = self.space.execution.scratch
         if folder is None:
-            here = examine(asked, None, "")
+            here = examine(asked, None, "", scratch)
             return here, self._answers(asked, None, "") if on_cluster else [(HERE, 0, here)]
         storage = folder.parent
         with there_for_now(storage), marked(storage) as marker:
-            here = examine(asked, str(storage), marker)
+            here = examine(asked, str(storage), marker, scratch)
             if not on_cluster:
                 return here, [(HERE, 0, here)]
             # of a mirror other nodes know nothing, unless it is one for all
@@ -192,7 +203,9 @@ class _Doctor:
         from raysweep.cluster.everywhere import ask_every_node
 
         heard = []
-        for answer in ask_every_node(examine, models, storage, marker, timeout_s=ANSWER_S):
+        for answer in ask_every_node(
+            examine, models, storage, marker, self.space.execution.scratch, timeout_s=ANSWER_S
+        ):
             if answer.silence is None:
                 heard.append((answer.about, answer.object_store, answer.value))
             else:
@@ -252,6 +265,17 @@ class _Doctor:
         else:
             self._fine(about, check, f"{place}, {format_bytes(free)} free")
 
+    def _scratch(self, about: str, there: Mapping[str, Any], plans: Sequence[ShardPlan], nodes: int) -> None:
+        """Told where the sweep leaves something there, or says where it would."""
+        needed = max((_disk_per_node(plan, nodes) for plan in plans), default=0)
+        free, place = int(there["free"]), there["folder"]
+        if needed > free:
+            mend = "Free some of it, or name a folder on a larger disk by execution.scratch."
+            said = f"{format_bytes(free)} are free in {place}, and the sweep needs {format_bytes(needed)}"
+            self._fault(about, "scratch", said, mend)
+        elif needed or self.space.execution.scratch is not None:
+            self._fine(about, "scratch", f"{place}, {format_bytes(free)} free")
+
     def _shared_memory(self, about: str, there: Mapping[str, int], object_store: int) -> None:
         least = max(LEAST_SHARED, object_store)
         said = f"{SHARED_MEMORY} has {format_bytes(there['total'])}"
@@ -309,3 +333,7 @@ def _on_gpus(plans: Sequence[ShardPlan]) -> bool:
 def _bytes_per_node(plan: ShardPlan, nodes: int) -> int:
     largest = max(memory.host if plan.device == "cuda" else memory.total for memory in plan.memory)
     return largest * math.ceil(plan.all_shards / nodes)
+
+
+def _disk_per_node(plan: ShardPlan, nodes: int) -> int:
+    return max(memory.disk for memory in plan.memory) * math.ceil(plan.all_shards / nodes)

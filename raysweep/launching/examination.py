@@ -8,6 +8,7 @@ import platform
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,24 +18,30 @@ from typing import Any
 
 PACKAGES = ("raysweep", "torch", "transformers", "ray", "deepspeed", "numpy", "pyarrow")
 SHARED_MEMORY = "/dev/shm"
+TEMPORARY = "/tmp"  # where Ray leaves its own
 PORTS = (6379, 8265)  # of Ray's head and of its dashboard
 CACHED_S = 5.0  # that a network file system may go on saying that a new file is not there; assumption
 
 
 def examine(
-    models: Sequence[tuple[str, str | None, bool]], storage: str | None, marker: str
+    models: Sequence[tuple[str, str | None, bool]],
+    storage: str | None,
+    marker: str,
+    scratch: str | None = None,
 ) -> dict[str, Any]:
     """Facts about this machine, as plain values.
 
     models: path, revision and whether its code is trusted
     storage: a folder in which the caller has put the file `marker`; None where that says nothing
+    scratch: of `execution`
     """
     return {
         "versions": {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "models": [_model(*model) for model in models],
         "storage": None if storage is None else see_storage(storage, marker),
         "shared_memory": _room(SHARED_MEMORY),
-        "temporary": _room("/tmp"),
+        "temporary": _room(TEMPORARY),
+        "scratch": _scratch(scratch),
         "memory": _memory(),
         "gpus": _gpus(),
     }
@@ -150,6 +157,12 @@ def _room(path: str) -> dict[str, int]:
             total, _, free = shutil.disk_usage(parent)
             return {"total": total, "free": free}
     return {"total": 0, "free": 0}
+
+
+def _scratch(folder: str | None) -> dict[str, Any]:
+    """Where shards put what finds no room in memory."""
+    place = folder or tempfile.gettempdir()
+    return {"folder": os.path.abspath(place), **_room(os.path.abspath(place))}
 
 
 def _memory() -> dict[str, int]:

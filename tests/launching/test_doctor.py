@@ -87,6 +87,18 @@ def test_a_nearly_full_disk_is_told(make_space, tmp_path):
     assert "16.0 MiB are free" in fault.said
 
 
+def test_a_scratch_folder_with_too_little_room_is_told(make_space, tmp_path):
+    (scratch := tmp_path / "scratch").mkdir()
+    stores = {"weight_store": "disk", "activation_store": "disk", "scratch": str(scratch)}
+    with mounted(scratch, 16 * MIB):
+        found = findings(make_space(execution=stores), tmp_path)
+        assert [one.said for one in found if one.check == "scratch"] == [f"{scratch}, 16.0 MiB free"]
+    with mounted(scratch, 64 << 10):
+        fault = faults(findings(make_space(execution=stores), tmp_path))["scratch"]
+    assert f"64.0 KiB are free in {scratch}, and the sweep needs" in fault.said
+    assert "execution.scratch" in str(fault.mend)
+
+
 def test_a_sweep_that_cannot_fit_is_told(make_space, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "this_node", lambda: doctor.Node(1, 0, 300 * MIB))
     fault = faults(findings(make_space(), tmp_path))["plan"]
@@ -145,6 +157,7 @@ def test_what_differs_from_here(make_space, tmp_path, monkeypatch):
     ahead[0] = 1.5
     assert told("clock") is None
     assert "64.0 MiB" in told("shared memory", shared_memory={"total": 64 * MIB, "free": 0}).said
+    assert told("scratch", scratch={"folder": "/scratch", "free": MIB}) is None  # nothing comes there
     assert "1.0 MiB are free" in told("temporary files", temporary={"total": MIB, "free": MIB}).said
 
 
