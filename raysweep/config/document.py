@@ -72,6 +72,10 @@ class Document:
             if path[:length] in self.overrides:
                 flag = f"--set {self.overrides[path[:length]]}"
                 return flag if length == len(path) else f"{flag}: {dotted(path)}"
+        if path and path not in self.lines:
+            for beneath, text in self.overrides.items():  # which has made what it lies in
+                if beneath[: len(path)] == path:
+                    return f"--set {text}"
         line = next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), None)
         place = self.source if line is None or self.source is None else f"{self.source}:{line}"
         return ": ".join(part for part in (place, dotted(path)) if part) or None

@@ -90,7 +90,7 @@ def launch(
     folder = checked_folder(loaded, storage)
     refuse_where_held(folder)
     if in_process:
-        _check_in_process(loaded)
+        _check_in_process(loaded, address)
     elif loaded.execution.trackers:
         _check_trackers(loaded)
     keeper = Keeper(in_process)
@@ -138,7 +138,12 @@ def _check_fit_of(prepared: Launch, one_at_a_time: bool) -> None:
         prepared.retrain_plan(model, [this_node()])
 
 
-def _check_in_process(space: SearchSpace) -> None:
+def _check_in_process(space: SearchSpace, address: str | None) -> None:
+    if address is not None:
+        raise UsageError(
+            f"--in-process runs without Ray, and --address names a cluster: {address}",
+            remedy="Leave one of them out.",
+        )
     if space.execution.replicas > 1:
         raise UsageError(
             f"execution.replicas is {space.execution.replicas}, and --in-process runs one trial at a time",

@@ -127,6 +127,7 @@ def test_overrides_reach_into_lists_and_new_sections():
     }
     assert document.where(("c", 0, "d", 1)) == "--set c.0.d: c[0].d[1]"
     assert document.where(("a", "b")) == "--set a.b"
+    assert document.where(("new",)) == "--set new.deep.key"  # no line of the file
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,9 @@ def test_a_scheduler_without_ray_is_refused(make_space, tmp_path):
     assert not (tmp_path / "tiny").exists()
 
 
-def test_replicas_without_ray_are_refused(make_space, tmp_path):
+def test_replicas_and_clusters_without_ray_are_refused(make_space, tmp_path):
+    with pytest.raises(UsageError, match="--address names a cluster: local"):
+        launch(make_space(), storage=tmp_path, in_process=True, address="local")
     with pytest.raises(UsageError, match="--in-process runs one trial at a time"):
         launch(make_space(execution={"replicas": 2}), storage=tmp_path, in_process=True)
     assert not (tmp_path / "tiny").exists()
