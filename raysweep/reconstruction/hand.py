@@ -17,7 +17,8 @@ from raysweep.reconstruction.heap import give_back
 from raysweep.reconstruction.placement import HOST
 from raysweep.reconstruction.stores import Store
 
-GIVE_BACK_BYTES = 64 << 20  # of weights that were put away; walking the heap takes milliseconds
+# of weights that were put away: walking the heap takes milliseconds, and meanwhile what work leaves there adds up
+GIVE_BACK_BYTES = 16 << 20
 
 Tensors = dict[str, Tensor]
 """By full name of a parameter."""

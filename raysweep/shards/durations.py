@@ -30,12 +30,13 @@ from raysweep.shards.plan import ShardPlan
 # Assumptions, from two CPU cores in November 2026, as multiples of the 1.6 s of a core that importing
 # torch takes there: starting is Python's work, and slow where that is.
 RAY_START = 7.0  # libraries, `ray.init`, actors and processes of trials, until the first trial begins
-IN_PROCESS_START = 1.0  # libraries
+IN_PROCESS_START = 3.0  # libraries, looking at model and data, and the end
 TRIAL = 0.2  # of one that Tune starts in a process that is there; and of writing its row
 PHASE = 0.5  # that Tune takes for a calibration set
 RESTART = 3.0  # of shards, after retraining
 BUSY_SHARE = 0.8  # of the busiest shard's time while trials run over Ray; measured there too (0.75 to 0.85)
 LOADING_BYTES_S = 1e9  # of weights from storage, a shard; assumption
+LOCKING_BYTES_S = 8e9  # of host memory beside a GPU, page by page; measured, host of an H200
 RETRAINING_START_S = 30.0  # of Ray Train and DeepSpeed, a trial
 COMPILING_S = 26.0  # of a kind of unit on a GPU: H100, 1.2B shape
 
@@ -129,16 +130,17 @@ def durations(
         kinds[kind] = kinds.get(kind, 0.0) + seconds
     own = sum(dense) + sum(totals)
     all_weights = model.parameters * size / LOADING_BYTES_S
+    locking = _locking_seconds(plan)
     forward = rates.seconds[FORWARD]  # of tiny models too little for the clock
     alone = min(1.0, rates.seconds[ALONE] / forward) if forward else 1.0
-    in_process = IN_PROCESS_START * pace + all_weights + own / slower * alone + compiling
+    in_process = IN_PROCESS_START * pace + all_weights + sum(locking) + own / slower * alone + compiling
     retrained = sum(seconds for _, seconds in retraining.values())
     return Durations(
         start=loading + pace * (RAY_START + PHASE * work.phases + RESTART * work.retrains),
-        dense_pass=max(dense, default=0.0),
+        dense_pass=max(dense, default=0.0) + max(locking),
         trials=trials,
         retraining=retrained,
-        kinds=kinds | {DENSE_PASS: max(dense, default=0.0)},
+        kinds=kinds | {DENSE_PASS: max(dense, default=0.0) + max(locking)},
         in_process=in_process + retrained,
         trials_busy=sum(totals) / slower * (plan.threads if plan.device == "cpu" else 1),
         once=(pace * RAY_START, pace * IN_PROCESS_START),
@@ -156,6 +158,13 @@ def retraining_seconds(
         return None
     blocks = rates.seconds[rate] * _scale(model.blocks, rates)
     return steps * (blocks + 3 * rates.seconds[LOSSES] * step_tokens)
+
+
+def _locking_seconds(plan: ShardPlan) -> list[float]:
+    """Of what waits on the host beside a GPU, by shard: in the dense pass most of it is put there."""
+    if plan.device != "cuda":
+        return [0.0] * len(plan.memory)
+    return [(memory.host - memory.process) / LOCKING_BYTES_S for memory in plan.memory]
 
 
 def _retraining(piece: Piece, model: ModelShape, rates: Rates) -> float:

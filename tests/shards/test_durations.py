@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from raysweep.cluster.nodes import Node
@@ -11,6 +13,7 @@ from raysweep.shards.costs import DENSE_PASS, HEAD, WORKERS, Piece, Work
 from raysweep.shards.durations import (
     BUSY_SHARE,
     IN_PROCESS_START,
+    LOCKING_BYTES_S,
     RAY_START,
     RETRAINING_START_S,
     TRIAL,
@@ -19,6 +22,7 @@ from raysweep.shards.durations import (
 )
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import make_plan
+from raysweep.shards.stores import Stores
 
 BLOCK = BlockShape({"0.up": (8, 4)}, 40)
 MODEL = ModelShape((BLOCK,) * 4, 4, 16, 64, 32, "float32", "bfloat16")
@@ -65,6 +69,21 @@ def test_replicas_share_the_trials_and_shards_the_cores():
 def test_retraining_uses_its_workers():
     found = took(Piece(("retrain", None), 0, "step: block", 100, place=WORKERS), trials=1)
     assert found.retraining == RETRAINING_START_S + 4 * 100 * 5.0 / 2
+
+
+def test_locking_host_memory_beside_a_gpu_takes_time():
+    """Of tiny blocks next to nothing; activations on the host are locked in the dense pass, whatever else is there."""
+    dense = Piece(DENSE_PASS, -1, "forward", 1)
+    node, work = Node(4, 2, 64 << 30, 64 << 30), replace(WORK, texts=((1024, 2048),))
+    stores = Stores("device", "host", "device", "all")
+    plan = make_plan(MODEL, [node], work, "bfloat16", 2, stores=stores)
+    assert plan.device == "cuda"
+    found = durations(Work((dense,), {}, 1, 1), MODEL, plan, RATES, 2, node.cpus)
+    locked = [memory.host - memory.process for memory in plan.memory]
+    assert found.dense_pass - 2 * 2.0 == pytest.approx(max(locked) / LOCKING_BYTES_S)
+    assert min(locked) == 1024 * 2048 * 4 * 2 * 3  # two blocks have three boundaries
+    on_cpus = took(dense, trials=1)
+    assert on_cpus.dense_pass == 2 * 2.0
 
 
 def test_without_a_rate_nothing_is_said():
