@@ -17,6 +17,7 @@ from torch import Tensor
 from raysweep.config.criterion import function_parts
 from raysweep.errors import RaysweepError
 from raysweep.pruning.masks import pruning_mask
+from raysweep.pruning.packed_mask import PackedMask
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.pruning.scores import magnitude_score, random_score, ria_score, wanda_score
 from raysweep.pruning.sparsegpt import InverseFactor, sparsegpt
@@ -41,12 +42,12 @@ class LayerView:
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """mask_OI: bool, True = kept;  weight_OI: updated, or None where the kept weights stay as they are
+    """mask: of what is kept;  weight_OI: updated, or None where the kept weights stay as they are
 
     dead_inputs: inputs that were never active in the statistics;  dampening, fallback: of the factorization, if any
     """
 
-    mask_OI: Tensor
+    mask: PackedMask
     weight_OI: Tensor | None = None
     dead_inputs: int | None = None
     dampening: float | None = None
@@ -55,7 +56,12 @@ class PrunedLayer:
     def moved(self, move: Callable[[Tensor], Tensor]) -> PrunedLayer:
         """The same with its tensors elsewhere."""
         weight_OI = None if self.weight_OI is None else move(self.weight_OI)
-        return replace(self, mask_OI=move(self.mask_OI), weight_OI=weight_OI)
+        return replace(self, mask=self.mask.moved(move), weight_OI=weight_OI)
+
+    @property
+    def mask_OI(self) -> Tensor:
+        """bool, True = kept; where its bits lie."""
+        return self.mask.on(self.mask.bits.device)
 
     def masked(self, dense_OI: Tensor) -> Tensor:
         """The weights (O, I) after pruning, in the dtype of the dense ones; removed ones are exactly zero.
@@ -63,7 +69,7 @@ class PrunedLayer:
         In storage of their own: trials train on them, and the layer is shared.
         """
         return (
-            dense_OI * self.mask_OI.to(dense_OI.device)
+            dense_OI * self.mask.on(dense_OI.device)
             if self.weight_OI is None
             else self.weight_OI.to(dense_OI.device, dense_OI.dtype, copy=True)
         )
@@ -94,9 +100,11 @@ def prune_layer(
             layer.weight_OI, factor, rule, recipe.column_block or layer.weight_OI.shape[1]
         )
         weight_OI = weight_OI.to(layer.weight_OI.dtype)
-        return PrunedLayer(mask_OI, weight_OI, dead_inputs, factor.dampening, factor.fallback)
+        mask = PackedMask.of(mask_OI)
+        return PrunedLayer(mask, weight_OI, dead_inputs, factor.dampening, factor.fallback)
     score_OI = _score(recipe, layer, own_criteria or {})
-    return PrunedLayer(pruning_mask(score_OI.to(layer.weight_OI.device), rule), dead_inputs=dead_inputs)
+    mask = PackedMask.of(pruning_mask(score_OI.to(layer.weight_OI.device), rule))
+    return PrunedLayer(mask, dead_inputs=dead_inputs)
 
 
 def _score(recipe: MaskRecipe, layer: LayerView, own_criteria: Mapping[str, Any]) -> Tensor:

@@ -25,6 +25,7 @@ from raysweep.model.shard import ModelShard
 from raysweep.pruning.criteria import PrunedLayer
 from raysweep.pruning.mask_file import MaskFile
 from raysweep.pruning.own import load_function
+from raysweep.pruning.packed_mask import PackedMask
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.fitting import check_trial
@@ -155,7 +156,9 @@ def reconstruct(
         _check_dense(blocks, pruned.masks)
         _check_fit(trial, blocks)
         blocks.begin(TRIAL)
-        blocks.layers[TRIAL] = {name: PrunedLayer(mask_OI) for name, mask_OI in pruned.masks.items()}
+        blocks.layers[TRIAL] = {
+            name: PrunedLayer(PackedMask.of(mask_OI)) for name, mask_OI in pruned.masks.items()
+        }
         blocks.weights[TRIAL] = {name: tensor.clone() for name, tensor in pruned.weights.items()}
         if trial.is_sequential:
             _enter(blocks, ids_ST)

@@ -15,6 +15,7 @@ from raysweep.model.linears import Linear
 from raysweep.model.structure import Block
 from raysweep.pruning.criteria import LayerView, OwnFunction, PrunedLayer, prune_layer
 from raysweep.pruning.mask_file import MaskFile
+from raysweep.pruning.packed_mask import PackedMask
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.pruning.sparsegpt import InverseFactor, inverse_factor
 from raysweep.pruning.statistics import InputStatistics, alike
@@ -94,9 +95,9 @@ class LayerPruner:
         dense_OI = linear.weight_OI
         mask_OI = linear.from_stored(mask.to(dense_OI.device)).contiguous()
         if weight is None:
-            return PrunedLayer(mask_OI).moved(self._waiting.put)
+            return PrunedLayer(PackedMask.of(mask_OI)).moved(self._waiting.put)
         weight_OI = linear.from_stored(weight.to(dense_OI.device, dense_OI.dtype)) * mask_OI
-        return PrunedLayer(mask_OI, weight_OI.contiguous()).moved(self._waiting.put)
+        return PrunedLayer(PackedMask.of(mask_OI), weight_OI.contiguous()).moved(self._waiting.put)
 
     def _factor_on_host(self, linear: Linear, block: Block, dampening: float) -> InverseFactor:
         """Kept where memory is plenty: copying it costs little beside making it again."""

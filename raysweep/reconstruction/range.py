@@ -238,7 +238,7 @@ class BlockRange:
         return dict(self.knowledge.get(("row", recipe, linear.name), make))
 
     def _new_linear_row(self, block: Block, linear: Linear, layer: PrunedLayer) -> dict[str, object]:
-        mask_OI = layer.mask_OI.to(self.device)
+        mask_OI = layer.mask.on(self.device)
         with self.using(None, block):
             masked_OI = layer.masked(linear.weight_OI)
             error = self.matrix_error(CALIBRATION, block, linear, masked_OI)

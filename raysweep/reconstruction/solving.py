@@ -55,7 +55,7 @@ class Solver:
         """Puts the optimum under the mask into the trial's weights; it starts at the pruned (or updated) ones."""
         weights, problems = self.blocks.weights[self.name], self.problems(CALIBRATION)
         dense_OI = self.linear.weight_OI
-        mask_OI = self.blocks.layers[self.name][self.linear.name].mask_OI.to(self.blocks.device)
+        mask_OI = self.blocks.layers[self.name][self.linear.name].mask.on(self.blocks.device)
         trains_bias = self._has_bias and self.trial.trainable == "all"
         weight_OI, bias_changes = torch.empty_like(dense_OI), []
         most, flops, trainable, converged = 0, 0, 0, True

@@ -165,7 +165,7 @@ def stored_mask(blocks: BlockRange, name: str, unit: Unit, full: str) -> Tensor 
     linear = unit.linears.get(full.removesuffix(".weight"))
     if linear is None or not full.endswith(".weight") or linear.name not in blocks.layers[name]:
         return None
-    return linear.as_stored(blocks.layers[name][linear.name].mask_OI.to(blocks.device))
+    return linear.as_stored(blocks.layers[name][linear.name].mask.on(blocks.device))
 
 
 def _parameter(weights: Weights, unit: Unit, full: str) -> nn.Parameter:

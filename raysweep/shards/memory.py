@@ -94,7 +94,7 @@ class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
 
     weights, trials, masks, statistics: those that are in hand, which is all of them unless blocks come one by one
-    masks: a byte a weight for each, and updated weights
+    masks: a bit a weight for each, and updated weights
     dense, pruning, recovery, evaluation: what is held at work, of which only the most counts; errors of units are part
     of evaluation
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
@@ -187,7 +187,7 @@ def shard_memory(
     placement, on_gpu = placement or Placement(), device == "cuda"
     parameters = [block.parameters * size for block in blocks]
     trials = [work.concurrent_trials * (1 + work.own_masks) * each for each in parameters]
-    masks = [(work.masks + size * work.updated) * _prunable(block) for block in blocks]
+    masks = [_mask_bytes(block, size, work) for block in blocks]
     grams = [work.summed_texts * gram_bytes(block) for block in blocks]
     forward = _forward_bytes(model, size, work, on_gpu)
     given = 2 * BATCHES_GIVEN * _batch_tokens(on_gpu, work) * model.hidden * size * on_gpu
@@ -265,6 +265,11 @@ def _widest_input(block: BlockShape) -> int:
 
 def _prunable(block: BlockShape) -> int:
     return sum(outputs * inputs for outputs, inputs in block.linears.values())
+
+
+def _mask_bytes(block: BlockShape, size: int, work: Workload) -> int:
+    packed = sum(-(-outputs * inputs // 8) for outputs, inputs in block.linears.values())
+    return work.masks * packed + size * work.updated * _prunable(block)
 
 
 def _input_widths(block: BlockShape) -> int:

@@ -242,7 +242,7 @@ class ShardWorker:
     def written_bytes(self, name: str, masks: str | None = None) -> int:
         """What `write_weights` takes, about."""
         weights = sum(tensor.nbytes for tensor in self.blocks.weights[name].values())
-        return weights + sum(layer.mask_OI.numel() for layer in self.blocks.layers[masks or name].values())
+        return weights + sum(layer.mask.numel() for layer in self.blocks.layers[masks or name].values())
 
     def read_weights(self, name: str, folder: Path) -> None:
         """Takes over the weights of a retrained model as those of the trial: of its blocks, and of its ends."""

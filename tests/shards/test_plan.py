@@ -109,7 +109,7 @@ def test_replicas_divide_the_places_and_each_needs_its_memory():
             {"shards": 2, "replicas": 2},
             "2 replicas of 2 shards need 4 GPUs",
         ),
-        ([Node(2, 0, GIB // 2)], {}, "of host memory"),
+        ([Node(2, 0, 400 << 20)], {}, "of host memory"),
         ([Node(8, 1, 64 * GIB, 1 << 20)], {}, "of device memory"),
     ],
 )
@@ -180,7 +180,7 @@ def least_bytes() -> int:
 
 
 def test_inputs_of_one_block_are_required_and_of_all_kept_where_memory_is_left():
-    masks = 4 * 6 * (2 * 640 * 256 + 3 * 256 * 256)  # one byte a weight
+    masks = 4 * 6 * (2 * 640 * 256 + 3 * 256 * 256) // 8  # one bit a weight
     options = {"shards": 1, "concurrent_trials": 1, "stores": RESIDENT}
     poor = make_plan(model(), [Node(1, 0, least_bytes())], MATRICES, "float32", **options)
     rich = make_plan(model(), [Node(1, 0, 64 * GIB)], MATRICES, "float32", **options)
@@ -211,7 +211,7 @@ def test_masks_lie_on_the_device():
     more = shard_memory(model(), 0, 3, "float32", replace(WORK, masks=WORK.masks + 1))
     base = shard_memory(model(), 0, 3, "float32", WORK)
     assert more.device - base.device == sum(
-        outputs * inputs for block in model().blocks[:3] for outputs, inputs in block.linears.values()
+        outputs * inputs // 8 for block in model().blocks[:3] for outputs, inputs in block.linears.values()
     )
     assert more.host == base.host
 
@@ -239,7 +239,7 @@ def test_work_on_gram_matrices_is_no_room_for_knowledge():
     plan = make_plan(model(), [Node(1, 0, 64 * GIB)], masks, "float32", shards=1, concurrent_trials=1)
     weights = 6 * (2 * 640 * 256 + 3 * 256 * 256)
     assert plan.memory[0].pruning == 36 * 640**2 + 12 * 640 * 256
-    assert plan.knowledge_bytes == (4 + 4) * weights + KNOWLEDGE_MARGIN
+    assert plan.knowledge_bytes == 4 * weights // 8 + 4 * weights + KNOWLEDGE_MARGIN
 
 
 def test_a_shard_fits_on_one_node():
@@ -281,7 +281,7 @@ def test_batches_that_pass_together_take_room():
 def test_of_two_blocks_none_is_ever_put_away():
     """Each is the next one of the other, so that all weights of trials stay in hand."""
     placement = Placement("host", "host", "host", "host")
-    parameters, masks = model().blocks[0].parameters * 2, 4 * (model().blocks[0].parameters - 2 * 256)
+    parameters, masks = model().blocks[0].parameters * 2, 4 * (model().blocks[0].parameters - 2 * 256) // 8
     for trials in (1, 3):
         work = replace(WORK, concurrent_trials=trials)
         of_two, of_three = (
