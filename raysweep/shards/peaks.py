@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+import weakref
 from dataclasses import dataclass
 
 LOOK_EVERY_S = 0.05
@@ -32,21 +32,32 @@ def memory_in_use() -> int:
 
 
 class HostPeak:
-    """Looks every so often how much memory this process has in use."""
+    """Looks every so often how much memory this process has in use, until it is closed or forgotten."""
 
     def __init__(self) -> None:
-        self._highest = 0
-        threading.Thread(target=self._watch, name="memory", daemon=True).start()
+        self._seen, self._ended = _Highest(), threading.Event()
+        weakref.finalize(self, self._ended.set)
+        # No method: a thread that holds this object would keep it from being forgotten.
+        threading.Thread(target=_watch, args=(self._seen, self._ended), name="memory", daemon=True).start()
 
     @property
     def bytes(self) -> int:
-        self._look()
-        return self._highest
+        self._seen.look()
+        return self._seen.bytes
 
-    def _look(self) -> None:
-        self._highest = max(self._highest, memory_in_use())
+    def close(self) -> None:
+        """Ends the looking. Closing twice does no harm."""
+        self._ended.set()
 
-    def _watch(self) -> None:
-        while True:
-            self._look()
-            time.sleep(LOOK_EVERY_S)
+
+@dataclass
+class _Highest:
+    bytes: int = 0
+
+    def look(self) -> None:
+        self.bytes = max(self.bytes, memory_in_use())
+
+
+def _watch(seen: _Highest, ended: threading.Event) -> None:
+    while not ended.wait(LOOK_EVERY_S):
+        seen.look()

@@ -483,6 +483,7 @@ class ShardWorker:
         self._unfinished.settle()
         self.blocks.forget_texts()
         self.shard.forget_weights()
+        self._host_peak.close()
 
     def peaks(self) -> Peaks:
         """The most memory that this process has held."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from raysweep.cluster.nodes import this_node
@@ -11,7 +13,12 @@ from raysweep.launching.reality import Peak, Reality
 
 def test_peaks_are_of_the_process_and_a_file_is_left(make_space, tmp_path):
     space = make_space(sweep=[{"recovery": "none", "criterion": "wanda", "sparsity": 0.5}])
+    before = set(threading.enumerate())
     launch(space, in_process=True, storage=tmp_path)
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in left)  # a program may launch as often as it likes
     found = Reality.read(tmp_path / "tiny")
     assert found is not None
     assert found.in_process
