@@ -168,15 +168,15 @@ class _Doctor:
         holders = [about for about, _, there in answers if there["gpus"] or not _on_gpus(plans)]
         for about, object_store, there in answers:
             self._versions(about, there["versions"], here["versions"])
-            for source, model, mine in zip(sources, there["models"], here["models"], strict=True):
-                self._model(about, source.path, model, mine)
+            for source, model, own in zip(sources, there["models"], here["models"], strict=True):
+                self._model(about, source.path, model, own)
             if folder is not None and there["storage"] is not None:
                 self._storage(about, folder.parent, there["storage"])
-            mine, shared_by = plans if about in holders else [], len(holders)
+            held = plans if about in holders else []
             self._room(about, "temporary files", TEMPORARY, there["temporary"]["free"])
-            self._scratch(about, there["scratch"], mine, shared_by)
+            self._scratch(about, there["scratch"], held, len(holders))
             self._shared_memory(about, there["shared_memory"], object_store)
-            self._memory(about, there["memory"], mine, shared_by)
+            self._memory(about, there["memory"], held, len(holders))
             self._fine(about, "devices", ", ".join(there["gpus"]) or "CPU only")
         if on_cluster:
             self._clocks()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -67,5 +68,7 @@ def unpacked(bits: Tensor, count: int) -> Tensor:
     return (bits[:, None] & _places(bits.device)).ne_(0).flatten()[:count]
 
 
+@cache
 def _places(device: torch.device) -> Tensor:
+    """Made once a device: bringing them there would wait for its work."""
     return torch.tensor([1 << place for place in reversed(range(BITS))], dtype=torch.uint8, device=device)

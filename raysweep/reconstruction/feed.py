@@ -75,6 +75,7 @@ class _Sending:
         with torch.cuda.stream(beside):
             self._there.copy_(source, non_blocking=True)
             self._copied.record(beside)
+        self._there.record_stream(beside)  # nobody may ask for it any more, should the work beside it fail
 
     def arrived(self) -> Tensor:
         torch.cuda.current_stream(self._there.device).wait_event(self._copied)

@@ -17,7 +17,7 @@ from raysweep.reconstruction.heap import give_back
 from raysweep.reconstruction.placement import HOST
 from raysweep.reconstruction.stores import Store
 
-# of weights that were put away: walking the heap takes milliseconds, and meanwhile what work leaves there adds up
+# of weights that were put away before the heap is given back: that takes milliseconds, and until then the heap grows
 GIVE_BACK_BYTES = 16 << 20
 
 Tensors = dict[str, Tensor]
@@ -144,7 +144,6 @@ class Hand:
         for counted in (self._put, self._nonzeros):
             for key in [key for key in counted if key[0] == name]:
                 del counted[key]
-        give_back()  # milliseconds, where memory is what there is little of
 
     def zeros(self, name: str, full: str) -> int | None:
         """Among a trial's tensor that waits as it was put away; None for another."""

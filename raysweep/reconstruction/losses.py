@@ -72,12 +72,12 @@ def batch_error(loss: Loss, output_BTH: Tensor, target_BTH: Tensor) -> TextError
 
 
 def squared_sums(x_BTH: Tensor) -> list[float]:
-    """Sum of squares of every sample, float64, as numbers: on a GPU all work must be done before."""
+    """Sum of squares of every sample, float64, as numbers, for which a GPU is waited for."""
     return _numbers(squared_sums_B(x_BTH))
 
 
 def squared_sums_B(x_BTH: Tensor) -> Tensor:
-    """The same where the samples are, float64 (B,).
+    """The same as a tensor where the samples are, float64 (B,).
 
     A fixed tree: every token's hidden units in float32 (one thread sums one token), then tokens in float64.
     How many threads there are, and which samples share a batch, changes nothing.

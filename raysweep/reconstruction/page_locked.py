@@ -23,18 +23,22 @@ KEPT_BYTES = 4 << 30  # of memory that was given back and waits to be asked for 
 TOUCH_BYTES = 8 << 20  # that one thread touches at a time: tensors of 32 MiB are worth several
 TOUCHING_THREADS = 8
 POPULATE_WRITE = 23  # of madvise, from Linux 5.14 on: pages are there, and nothing is written twice
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.CDLL(None)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class _Pool:
-    """Pieces of memory by size. Locking a page takes longer than filling it, so that pieces are used again."""
+    """Pieces of memory by size. Locking a page takes longer than filling it, so that pieces are used again.
+
+    All together never take more than the most that was in use at once: what plans count.
+    """
 
     def __init__(self) -> None:
         self._free: list[tuple[mmap.mmap, int]] = []  # the longest unused first
         # Memory comes back in whichever thread the collector runs, perhaps one that holds the lock.
         self._returned: deque[tuple[mmap.mmap, int]] = deque()
         self._locked: set[int] = set()  # addresses
+        self._in_use = self._most_in_use = 0  # bytes
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -43,6 +47,10 @@ class _Pool:
         with self._lock:
             self._tidy()
             place = next((k for k, (_, size) in enumerate(self._free) if size == nbytes), None)
+            self._in_use += nbytes
+            self._most_in_use = max(self._most_in_use, self._in_use)
+            if place is None:
+                self._let_go_but(self._most_in_use - self._in_use)
             mapped = self._new(nbytes) if place is None else self._free.pop(place)[0]
         loan = (ctypes.c_char * nbytes).from_buffer(mapped)
         weakref.finalize(loan, self._returned.append, (mapped, nbytes)).atexit = False
@@ -52,7 +60,12 @@ class _Pool:
         """Takes in what came back, and lets go of what is too much."""
         while self._returned:
             self._free.append(self._returned.popleft())
-        while sum(size for _, size in self._free) > KEPT_BYTES:
+            self._in_use -= self._free[-1][1]
+        self._let_go_but(KEPT_BYTES)
+
+    def _let_go_but(self, nbytes: int) -> None:
+        """Of what is free, at most so many bytes stay."""
+        while sum(size for _, size in self._free) > nbytes:
             mapped, _ = self._free.pop(0)
             if (address := _address(mapped)) in self._locked:
                 self._locked.remove(address)

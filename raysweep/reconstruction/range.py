@@ -24,6 +24,7 @@ from raysweep.reconstruction.boundaries import INPUT, MIDDLE, MLP_OUTPUT, Bounda
 from raysweep.reconstruction.dense_statistics import DenseStatistics, Statistics, accumulate, starved
 from raysweep.reconstruction.feed import one_ahead
 from raysweep.reconstruction.hand import Hand, WaitingWeights
+from raysweep.reconstruction.heap import give_back
 from raysweep.reconstruction.knowledge import Knowledge, Stopwatch
 from raysweep.reconstruction.losses import squared_sums, squared_sums_B
 from raysweep.reconstruction.measures import CALIBRATION, BlockErrors, ratio
@@ -442,6 +443,8 @@ class BlockRange:
         self.streams.pop(name, None)
         for captured in [key for key in self.captured if key[0] == name]:
             del self.captured[captured]
+        if self._hand is not None:  # memory is what there is little of
+            give_back()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raysweep.model.shape import BlockShape, ModelShape
+from raysweep.reconstruction.placement import HOST
 from raysweep.shards.costs import (
     ALONE,
     BLOCKS,
@@ -161,10 +162,11 @@ def retraining_seconds(
 
 
 def _locking_seconds(plan: ShardPlan) -> list[float]:
-    """Of what waits on the host beside a GPU, by shard: in the dense pass most of it is put there."""
+    """Of what waits on the host beside a GPU, by shard, once: in the dense pass most of it is put there."""
     if plan.device != "cuda":
         return [0.0] * len(plan.memory)
-    return [(memory.host - memory.process) / LOCKING_BYTES_S for memory in plan.memory]
+    locked = [memory.waiting_on_host + memory.activations * (memory.store == HOST) for memory in plan.memory]
+    return [nbytes / LOCKING_BYTES_S for nbytes in locked]
 
 
 def _retraining(piece: Piece, model: ModelShape, rates: Rates) -> float:

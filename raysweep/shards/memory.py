@@ -94,7 +94,8 @@ class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
 
     weights, trials, masks, statistics: those that are in hand, which is all of them unless blocks come one by one
-    masks: a bit a weight for each, and updated weights
+    masks: a bit a weight for each, and updated weights; on a GPU where blocks come into hand those of the blocks at
+    work, a byte a weight
     dense, pruning, recovery, evaluation: what is held at work, of which only the most counts; errors of units are part
     of evaluation
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
@@ -218,7 +219,8 @@ def shard_memory(
     if placement.waits:
         in_hand = min(len(blocks), work.span + IN_HAND - 1)
         open_at_once = work.concurrent_trials if work.span > 1 else 1  # as of `_largest_recovery`
-        stay = len(blocks) <= IN_HAND  # then none is ever put away
+        # then none is ever put away; weights that were retrained wait first, and then are in hand as well
+        stay = len(blocks) <= IN_HAND and not work.own_masks
         waiting[placement.weights] += sum(parameters)
         waiting[placement.trials] += sum(masks) + (0 if stay else sum(trials))
         memory = replace(
@@ -335,10 +337,10 @@ def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workl
 
 def _state_bytes(size: int, work: Workload, on_gpu: bool) -> float:
     """Of a trained weight, beside itself: on GPUs in 16 bits gradient, mask, and master and moments if it is kept; else
-    gradient, moments, mask as a factor and, below float32, master and its gradient."""
+    gradient, moments, mask, the same as a factor and, below float32, master and its gradient."""
     if on_gpu and size < 4:
         return size + 1 + 12 * work.kept_share
-    return size + 3 * 4 + (8 if size < 4 else 0)
+    return size + 1 + 3 * 4 + (8 if size < 4 else 0)
 
 
 def _units(block: BlockShape, granularity: str) -> list[list[str]]:

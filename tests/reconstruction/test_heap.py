@@ -11,6 +11,7 @@ import torch
 from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.reconstruction import hand, heap
+from raysweep.reconstruction import range as range_module
 from raysweep.reconstruction.placement import Placement
 from raysweep.reconstruction.range import BlockRange
 from raysweep.shards.peaks import memory_in_use
@@ -25,6 +26,16 @@ def test_holes_between_what_is_held_go_back():
     heap.give_back()
     assert memory_in_use() < full - (96 << 20)
     assert all(bool((piece == 1).all()) for piece in kept)
+
+
+def test_a_trial_is_gone_when_the_heap_is_given_back_behind_it(tiny_llama: Path, monkeypatch):
+    there: list[bool] = []
+    shard = ModelShard.load(ModelSource(str(tiny_llama)), dtype="float32", waits=True)
+    blocks = BlockRange(shard, placement=Placement(weights="files"))
+    monkeypatch.setattr(range_module, "give_back", lambda: there.append("trial" in blocks.weights))
+    blocks.begin("trial")
+    blocks.release("trial")
+    assert there == [False]
 
 
 def test_blocks_that_were_put_away_give_back_now_and_then(tiny_llama: Path, monkeypatch):

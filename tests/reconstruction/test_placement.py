@@ -105,7 +105,7 @@ def _pairs() -> Iterator[Any]:
             yield pytest.param(family, kind, marks=() if is_short else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("family", "kind"), _pairs())
+@pytest.mark.parametrize(("family", "kind"), list(_pairs()))
 def test_where_things_wait_changes_no_number(family: str, kind: str, tmp_path: Path) -> None:
     trial = TRIALS[kind]
     if family == "mixtral" and kind in ("matrix", "exact"):
@@ -281,3 +281,19 @@ def test_tensors_on_disk_hold_no_files_open(tmp_path: Path) -> None:
 def test_a_disk_without_room_says_so(small_disk: Path) -> None:
     with pytest.raises(StorageError, match="execution.scratch"):
         Store("disk", torch.device("cpu"), small_disk).empty((64 << 20,), torch.float32)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_two_blocks_none_is_ever_put_away(count: int, tmp_path: Path) -> None:
+    """As plans count: each is the next one of the other."""
+    make_model("llama", num_hidden_layers=count).save_pretrained(tmp_path / "model")
+    placement = Placement(weights="files", trials="disk", scratch=tmp_path)
+    shard = ModelShard.load(ModelSource(str(tmp_path / "model")), dtype="float32", waits=True)
+    blocks = BlockRange(shard, placement=placement)
+    for text, ids_ST in TEXTS.items():
+        pass_text(blocks, text, ids_ST)
+    prune_all(blocks, "trial", TRIALS["subblock"])
+    for unit in unit_names(blocks, "subblock"):
+        recover_unit(blocks, "trial", TRIALS["subblock"], unit)
+    blocks.forward("trial", CALIBRATION, slice(0, len(IDS)), None)
+    assert any(map(_is_mapped, blocks.weights["trial"].values())) == (count == 3)
