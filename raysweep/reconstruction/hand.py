@@ -106,7 +106,7 @@ class Hand:
         self._held: dict[int, _Held] = {}
         self._put: dict[tuple[str, str], Tensor] = {}  # what waits in the store, by trial and name
         self._nonzeros: dict[tuple[str, str], Tensor] = {}  # counted where they were, int64 ()
-        self._given_up = 0  # bytes of dense tensors since the heap was last given back
+        self._given_up = 0  # bytes that have left the device since the heap was last given back
 
     @contextmanager
     def hold(self, name: str | None, block: Block, following: Block) -> Iterator[Tensors]:
@@ -243,5 +243,7 @@ class Hand:
                     nonzeros, there = tensor.count_nonzero(), self._store.put(tensor)
                     weights[full] = self._put[key] = there
                     self._nonzeros[key] = nonzeros
+                if weights[full] is not tensor:
+                    self._given_up += tensor.nbytes
         del self._held[index]
         self._given_up += sum(tensor.nbytes for tensor in held.dense.values())

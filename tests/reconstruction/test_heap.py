@@ -50,3 +50,20 @@ def test_blocks_that_were_put_away_give_back_now_and_then(tiny_llama: Path, monk
             with blocks.using(None, block):
                 pass
     assert len(given) == 3  # of eight blocks the last two are in hand
+
+
+def test_weights_of_trials_that_were_put_away_count_as_well(tiny_llama: Path, tmp_path: Path, monkeypatch):
+    """While a trial is evaluated, next to nothing of a block is dense."""
+    given: list[int] = []
+    monkeypatch.setattr(hand, "give_back", lambda: given.append(1))
+    shard = ModelShard.load(ModelSource(str(tiny_llama)), dtype="float32", waits=True)
+    blocks = BlockRange(shard, placement=Placement(weights="files", trials="disk", scratch=tmp_path))
+    blocks.begin("trial")
+    for index in blocks.blocks:
+        blocks.weights["trial"] |= shard.read_block(index)
+    monkeypatch.setattr(hand, "GIVE_BACK_BYTES", 1)
+    for count in (3, 7):  # first put away, then copies of what waits; one block is always in hand
+        for block in blocks.blocks.values():
+            with blocks.using("trial", block):
+                pass
+        assert len(given) == count
