@@ -17,7 +17,7 @@ from raysweep.reconstruction.heap import give_back
 from raysweep.reconstruction.placement import HOST
 from raysweep.reconstruction.stores import Store
 
-# of weights that were put away before the heap is given back: that takes milliseconds, and until then the heap grows
+# of weights that come and go before the heap is given back: that takes milliseconds, and until then the heap grows
 GIVE_BACK_BYTES = 16 << 20
 
 Tensors = dict[str, Tensor]
@@ -106,7 +106,7 @@ class Hand:
         self._held: dict[int, _Held] = {}
         self._put: dict[tuple[str, str], Tensor] = {}  # what waits in the store, by trial and name
         self._nonzeros: dict[tuple[str, str], Tensor] = {}  # counted where they were, int64 ()
-        self._given_up = 0  # bytes that have left the device since the heap was last given back
+        self._passed_by = 0  # bytes of blocks that have left the hand since the heap was last given back
 
     @contextmanager
     def hold(self, name: str | None, block: Block, following: Block) -> Iterator[Tensors]:
@@ -226,8 +226,8 @@ class Hand:
         for index in [index for index, held in self._held.items() if not held.users and index not in stay]:
             self._put_block_away(index)
         # a block that comes may not fit into the holes of the one that went
-        if self._given_up >= GIVE_BACK_BYTES:
-            self._given_up = 0
+        if self._passed_by >= GIVE_BACK_BYTES:
+            self._passed_by = 0
             give_back()
 
     def _put_block_away(self, index: int) -> None:
@@ -243,7 +243,6 @@ class Hand:
                     nonzeros, there = tensor.count_nonzero(), self._store.put(tensor)
                     weights[full] = self._put[key] = there
                     self._nonzeros[key] = nonzeros
-                if weights[full] is not tensor:
-                    self._given_up += tensor.nbytes
+                self._passed_by += tensor.nbytes
         del self._held[index]
-        self._given_up += sum(tensor.nbytes for tensor in held.dense.values())
+        self._passed_by += sum(tensor.nbytes for tensor in held.dense.values())

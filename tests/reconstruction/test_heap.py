@@ -62,7 +62,10 @@ def test_weights_of_trials_that_were_put_away_count_as_well(tiny_llama: Path, tm
     for index in blocks.blocks:
         blocks.weights["trial"] |= shard.read_block(index)
     monkeypatch.setattr(hand, "GIVE_BACK_BYTES", 1)
-    for count in (3, 7):  # first put away, then copies of what waits; one block is always in hand
+    for count in (
+        3,
+        7,
+    ):  # first they are put away, then what waits is used where it lies; one block is always in hand
         for block in blocks.blocks.values():
             with blocks.using("trial", block):
                 pass
