@@ -11,7 +11,7 @@ from typing import Any
 
 from raysweep.cluster.nodes import Node, this_node
 from raysweep.config.space import SearchSpace
-from raysweep.errors import RaysweepError, StorageError, UsageError
+from raysweep.errors import RaysweepError, StorageError, UsageError, first_line
 from raysweep.launching.examination import (
     PORTS,
     SHARED_MEMORY,
@@ -322,6 +322,9 @@ class _Doctor:
             advice = [f"Allowed: {error.allowed}." if error.allowed else "", error.remedy or ""]
             mend = " ".join(filter(None, advice)) or "See docs/search-space.md."
             self._fault(HERE, check, where + error.what, mend)
+        elif isinstance(error, StorageError):
+            mend = "Make it writable, or name another folder by --storage or RAYSWEEP_STORAGE."
+            self._fault(HERE, check, first_line(error), mend)
         else:
             self._fault(HERE, check, error.message, "See the log of Ray in /tmp/ray/session_latest/logs.")
 

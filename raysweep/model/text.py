@@ -166,6 +166,11 @@ def _plain_document(path: Path) -> Iterator[str]:
 
 
 def _hub_documents(source: TextSource) -> Iterator[str]:
+    if os.path.isfile(source.dataset):
+        raise UsageError(
+            f"{source.dataset} is a file here, and config and data_files are of Hugging Face data sets",
+            remedy="leave them out",
+        )
     for row in _guarded(source, _hub_rows(source)):
         yield from _texts([_text_field(row, str(source))], str(source))
 

@@ -24,7 +24,9 @@ else `./raysweep-results`: a folder, or a URI (below).
 | `units/*.parquet` | one file for each trial, with a row for each of its units, linears and blocks; likewise |
 | `artifacts/` | the weights of kept trials (below) |
 | `status.json` | what the launching process last said about its progress |
-| `plan.json` | what the last launch took, seconds and memory of shards, beside what was planned |
+| `plan.json` | seconds of the last launch that had work to do and the most memory of a shard, beside what was planned |
+| `trace.json` | of `launch --trace`: what launch and shards did when |
+| `unfinished/` | recovered units of trials that have no row yet |
 | `tensorboard/`, `mlflow/`, `wandb/` | what experiment trackers were told, where the space names any (below) |
 
 `trials` and `units` are ordinary Parquet data sets. The easiest way to read them, without torch or Ray:
@@ -99,7 +101,7 @@ do not depend on the number of shards or of concurrent trials.
 text), of all, or of none. The shards write them once the trial is measured, block by block with the masks, if no
 trial of the cell with a row is better; what a better one replaces is removed. Weights that cannot be written (a full
 disk) cost no row: the trial is not kept, which is said. A launch with `keep: best` after one with `keep: all` leaves
-the best ones. `raysweep plan` says how much they take, `raysweep clean
+the best ones, once it has trials to run. `raysweep plan` says how much they take, `raysweep clean
 --artifacts` removes them.
 
 `raysweep export TRIAL --output DIR` writes a trial's model as a folder that `transformers` loads. TRIAL is a `trial_id`
@@ -118,8 +120,9 @@ rounded by that: then the folder is measured again, and the card has both number
 as they were, and loads with the perplexity of the row.
 
 A trial that was not kept is computed again from its row and `space.yaml`, in this process on this machine, retrained
-ones too, and its perplexity compared with the row: to the bit in float32 on a CPU with the same versions, processor and
-threads, else (and where it was retrained) within 0.5 %. Beyond that nothing is written, and the exit status is 1.
+ones too (relative paths of model and data in it are looked for from the folder that the command runs in), and its
+perplexity compared with the row: to the bit in float32 on a CPU with the same versions, processor and threads, else (and
+where it was retrained) within 0.5 %. Beyond that nothing is written, and the exit status is 1.
 Command and card say so. What has changed since (model, text, criterion) is refused. DIR is new (and no mount point), or
 holds an earlier export of the same trial and nothing else; it is complete, or not there.
 

@@ -146,7 +146,8 @@ def test_recipes_run_what_they_say(report, files, page):
         assert files[name].decode() == one["yaml"]
         assert SearchSpace.from_dict(yaml.safe_load(one["yaml"])).name == "made-up-recipe"
         assert f"raysweep launch {name}" in page.texts("code")
-        assert f"raysweep export {one['trial_id']} --output pruned-model" in page.texts("code")
+        named = f"{report.space.name}:{one['trial_id']}"
+        assert f"raysweep export {named} --output pruned-model" in page.texts("code")
         assert " ".join(one["yaml"].split()) in page.texts("code")
         assert one["label"] in " ".join(page.texts("h3"))
 

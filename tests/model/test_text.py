@@ -48,6 +48,12 @@ def test_a_text_file_is_one_document_whatever_the_split(tmp_path: Path) -> None:
     assert list(load_documents(TextSource(str(path), split="test"))) == ["one\n\ntwo ä\n"]
 
 
+def test_a_file_has_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("words")
+    with pytest.raises(UsageError, match="is a file here, and config and data_files"):
+        list(load_documents(TextSource(str(tmp_path / "notes.txt"), config="x")))
+
+
 def test_null_rows_are_left_out(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", text=["one", None, "two"])
     assert list(load_documents(TextSource(str(path)))) == ["one", "two"]

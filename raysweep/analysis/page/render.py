@@ -119,6 +119,11 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return said
 
 
+def _named(report: Report, trial_id: str) -> str:
+    """SWEEP:TRIAL, where it is of one sweep: others may have the trial, too."""
+    return trial_id if report.space is None else f"{report.space.name}:{trial_id}"
+
+
 def _recipes(report: Report) -> list[dict[str, Any]]:
     names, several = slugs(report.strata), len(report.recipes) > 1
     made: list[dict[str, Any]] = []
@@ -130,7 +135,7 @@ def _recipes(report: Report) -> list[dict[str, Any]]:
                 "words": report.strata[stratum],
                 "file": f"recipe-{names[stratum]}.yaml" if several else "recipe.yaml",
                 "yaml": row["yaml"] if isinstance(row["yaml"], str) else None,
-                "export": f"raysweep export {row['trial_id']} --output pruned-model",
+                "export": f"raysweep export {_named(report, row['trial_id'])} --output pruned-model",
             }
         )
     return made
