@@ -121,8 +121,8 @@ as they were, and loads with the perplexity of the row.
 
 A trial that was not kept is computed again from its row and `space.yaml`, in this process on this machine, retrained
 ones too (relative paths of model and data in it are looked for from the folder that the command runs in), and its
-perplexity compared with the row: to the bit in float32 on a CPU with the same versions, processor and threads, else (and
-where it was retrained) within 0.5 %. Beyond that nothing is written, and the exit status is 1.
+perplexity compared with the row: to the bit in float32 on a CPU with the same versions, processor and threads, else
+(and where it was retrained) within 0.5 %. Beyond that nothing is written, and the exit status is 1.
 Command and card say so. What has changed since (model, text, criterion) is refused. DIR is new (and no mount point), or
 holds an earlier export of the same trial and nothing else; it is complete, or not there.
 
