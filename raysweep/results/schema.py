@@ -198,13 +198,13 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
         "peak_device_bytes",
         WHOLE,
         "cost",
-        "peak device memory of a worker; null on CPU and where another trial shared the worker",
+        "peak device memory of a worker; null on CPU, where another trial shared the worker, and of the dense model",
     ),
     Column(
         "peak_host_bytes",
         WHOLE,
         "cost",
-        "peak host memory of a worker; null where another trial shared the worker",
+        "peak host memory of a worker; null where another trial shared the worker, and of the dense model",
     ),
     Column(
         "fallbacks",
@@ -273,7 +273,7 @@ UNIT_COLUMNS: tuple[Column, ...] = (
         "dampening_used", REAL, "structure", "linear: dampening of its Gram matrix; null where none is needed"
     ),
     Column("fallback", TEXT, "structure", "linear: the numerical fallback that was used; null = none"),
-    Column("peak_device_bytes", WHOLE, "cost", "unit: what its recovery allocated at most"),
+    Column("peak_device_bytes", WHOLE, "cost", "unit: what its recovery allocated at most; null on CPU"),
     Column("shard", WHOLE, "provenance", "the shard that computed it"),
 )
 

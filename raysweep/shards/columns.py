@@ -59,6 +59,16 @@ class RowColumns:
             columns |= self._recovery(units, trial)
         return columns
 
+    def peaks(self, finished: Finished) -> Columns:
+        """finished: of the trial's own weights"""
+        told = [shard["peaks"] for shard in finished if "peaks" in shard]
+        if not told or None in told:
+            return {}
+        columns: Columns = {"peak_host_bytes": max(peaks["host"] for peaks in told) or None}
+        if all(peaks["device"] is not None for peaks in told):
+            columns["peak_device_bytes"] = max(peaks["device"] for peaks in told)
+        return columns
+
     def retraining(
         self, measuring: Columns, trial: Trial, cost: Retrained, start: StartCost, tokens: int, name: str
     ) -> Columns:

@@ -45,6 +45,15 @@ class HostPeak:
         self._seen.look()
         return self._seen.bytes
 
+    @property
+    def lately(self) -> int:
+        """The most since `restart`."""
+        self._seen.look()
+        return self._seen.lately
+
+    def restart(self) -> None:
+        self._seen.lately = 0
+
     def close(self) -> None:
         """Ends the looking. Closing twice does no harm."""
         self._ended.set()
@@ -53,9 +62,11 @@ class HostPeak:
 @dataclass
 class _Highest:
     bytes: int = 0
+    lately: int = 0
 
     def look(self) -> None:
-        self.bytes = max(self.bytes, memory_in_use())
+        now = memory_in_use()
+        self.bytes, self.lately = max(self.bytes, now), max(self.lately, now)
 
 
 def _watch(seen: _Highest, ended: threading.Event) -> None:

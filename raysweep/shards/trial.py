@@ -173,6 +173,7 @@ class _Run:
             raise pruned
         columns = self.columns.quality(pruned.quality) | self._compared(pruned)
         columns |= self.columns.cost([*masks, *(pruned.finished if own else as_shared(pruned.finished))])
+        columns |= self.columns.peaks(pruned.finished) if own else {}
         columns["fallbacks"] = fallbacks_of(pruned.linear_rows)
         self._keep_pruned(columns, trial)
         return self._outcome(columns, [*pruned.linear_rows, *block_rows(pruned.quality)])
@@ -199,6 +200,7 @@ class _Run:
         units = recovery.rows
         columns = self.columns.quality(quality) | self._compared(pruned)
         columns |= unit_columns(units) | self.columns.cost([*masks, *finished], units, trial)
+        columns |= self.columns.peaks(finished)
         columns["fallbacks"] = fallbacks_of([*linear_rows, *units])
         return self._outcome(columns, [*map(unit_row, units), *linear_rows, *block_rows(quality)])
 
@@ -220,6 +222,7 @@ class _Run:
         columns |= self.columns.retraining(
             self.columns.cost(finished), trial, cost, start, folders.tokens, self.name
         )
+        columns |= self.columns.peaks(finished)
         columns["fallbacks"] = fallbacks_of(linear_rows)
         return self._outcome(columns, [*linear_rows, *block_rows(quality)])
 

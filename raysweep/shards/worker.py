@@ -25,7 +25,7 @@ from raysweep.model.shard import ModelShard
 from raysweep.pruning.criteria import OwnFunction
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches, batches_of, sizes, together
-from raysweep.reconstruction.device_peak import highest_peak
+from raysweep.reconstruction.device_peak import highest_peak, lately_highest, restart_peak
 from raysweep.reconstruction.knowledge import Stopwatch
 from raysweep.reconstruction.measures import CALIBRATION, KEPT_TEXTS, BatchMeasures, Cost
 from raysweep.reconstruction.optimizer import clip_factor
@@ -36,6 +36,7 @@ from raysweep.results.folders import OUTSIDE, block_file, unit_file
 from raysweep.shards.counts import Counts
 from raysweep.shards.group_info import ShardSpec, UnitSpan
 from raysweep.shards.peaks import HostPeak, Peaks
+from raysweep.shards.trial_peaks import TrialPeaks
 from raysweep.shards.unfinished import UnfinishedUnits
 from raysweep.shards.wire import AS_DENSE, from_wire, to_wire
 
@@ -55,6 +56,7 @@ class ShardWorker:
         if spec.device == "cpu":
             torch.set_num_threads(spec.threads)
         self.spec, self._host_peak = spec, HostPeak()
+        self._trial_peaks = TrialPeaks(self._restart_peaks, self._lately_held)
         source = ModelSource(spec.model_path, spec.revision, spec.trust_remote_code)
         self.shard = ModelShard.load(
             source,
@@ -141,6 +143,7 @@ class ShardWorker:
 
     def begin(self, name: str) -> None:
         """From here on the worker knows the trial."""
+        self._trial_peaks.enter(name)
         self.blocks.begin(name)
 
     def prune(self, name: str, trial: Trial, index: int) -> list[dict[str, Any]]:
@@ -452,13 +455,14 @@ class ShardWorker:
         return [loss for hidden, ids in pieces for loss in window_losses(self.shard, hidden, ids)]
 
     def finish(self, name: str) -> dict[str, Any]:
-        """What this shard knows of the work under a name: busy seconds by phase, zeros among its weights; and of kept
-        texts by block what errors are divided by."""
+        """What this shard knows of the work under a name: busy seconds by phase, zeros among its weights, the most
+        memory while its trial was alone here; and of kept texts by block what errors are divided by."""
         texts = [text for text in KEPT_TEXTS if text in self.blocks.texts]
         return {
             "seconds": {phase: tuple(pair) for phase, pair in self._seconds.get(name, {}).items()},
             "dense_seconds": self.blocks.dense_seconds,
             "weight_zeros": self.blocks.zeros(name),
+            "peaks": self._trial_peaks.of(name),
             "target_powers": {
                 text: {index: self.blocks.target_power(text, index) for index in self.blocks.blocks}
                 for text in texts
@@ -477,6 +481,7 @@ class ShardWorker:
             self._part_began.pop(each, None)
             self.blocks.knowledge.close_account(each)
             self._seconds.pop(each, None)
+        self._trial_peaks.leave(name)
 
     def close(self) -> None:
         """Waits for what is being written, and gives up all that takes room."""
@@ -489,6 +494,15 @@ class ShardWorker:
         """The most memory that this process has held."""
         device = self.shard.device
         return Peaks(self._host_peak.bytes, highest_peak(device) if device.type == "cuda" else None)
+
+    def _lately_held(self) -> Peaks:
+        device = self.shard.device
+        return Peaks(self._host_peak.lately, lately_highest(device) if device.type == "cuda" else None)
+
+    def _restart_peaks(self) -> None:
+        self._host_peak.restart()
+        if self.shard.device.type == "cuda":
+            restart_peak(self.shard.device)
 
     @property
     def stored_bytes(self) -> int:
