@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -72,6 +73,7 @@ def shards_one_by_one(
 ) -> Iterator[ModelShard]:
     """Reads each range when it is asked for."""
     for start, stop in ranges:
+        gc.collect()  # the range before: its blocks know it, so that it would wait for Python to look for cycles
         yield ModelShard.load(source, start, stop, dtype, device)
 
 
