@@ -267,7 +267,7 @@ class _Doctor:
 
     def _scratch(self, about: str, there: Mapping[str, Any], plans: Sequence[ShardPlan], nodes: int) -> None:
         """Told where the sweep leaves something there, or says where it would."""
-        needed = max((_disk_per_node(plan, nodes) for plan in plans), default=0)
+        needed = max((_disk_bytes_per_node(plan, nodes) for plan in plans), default=0)
         free, place = int(there["free"]), there["folder"]
         if needed > free:
             mend = "Free some of it, or name a folder on a larger disk by execution.scratch."
@@ -290,7 +290,7 @@ class _Doctor:
 
     def _memory(self, about: str, there: Mapping[str, int], plans: Sequence[ShardPlan], nodes: int) -> None:
         """Against an even share of the shards."""
-        needed = max((_bytes_per_node(plan, nodes) for plan in plans), default=0)
+        needed = max((_host_bytes_per_node(plan, nodes) for plan in plans), default=0)
         said = f"{format_bytes(there['free'])} of {format_bytes(there['total'])} are free"
         if there["free"] < needed:
             mend = (
@@ -333,10 +333,15 @@ def _on_gpus(plans: Sequence[ShardPlan]) -> bool:
     return any(plan.device == "cuda" for plan in plans)
 
 
-def _bytes_per_node(plan: ShardPlan, nodes: int) -> int:
+def _host_bytes_per_node(plan: ShardPlan, nodes: int) -> int:
     largest = max(memory.host if plan.device == "cuda" else memory.total for memory in plan.memory)
-    return largest * math.ceil(plan.all_shards / nodes)
+    return largest * _shards_per_node(plan, nodes)
 
 
-def _disk_per_node(plan: ShardPlan, nodes: int) -> int:
-    return max(memory.disk for memory in plan.memory) * math.ceil(plan.all_shards / nodes)
+def _disk_bytes_per_node(plan: ShardPlan, nodes: int) -> int:
+    return max(memory.disk for memory in plan.memory) * _shards_per_node(plan, nodes)
+
+
+def _shards_per_node(plan: ShardPlan, nodes: int) -> int:
+    """Of an even share."""
+    return math.ceil(plan.all_shards / nodes)

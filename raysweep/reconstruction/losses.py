@@ -82,12 +82,16 @@ def squared_sums_B(x_BTH: Tensor) -> Tensor:
     A fixed tree: every token's hidden units in float32 (one thread sums one token), then tokens in float64.
     How many threads there are, and which samples share a batch, changes nothing.
     """
-    return x_BTH.float().square().sum(-1).double().sum(-1)
+    return _sample_sums_B(x_BTH.float().square().sum(-1))
 
 
 def sample_sums(x_BT: Tensor) -> list[float]:
     """Sum over the tokens of every sample, float64."""
-    return _numbers(x_BT.double().sum(-1))
+    return _numbers(_sample_sums_B(x_BT))
+
+
+def _sample_sums_B(x_BT: Tensor) -> Tensor:
+    return x_BT.double().sum(-1)
 
 
 def _numbers(x_B: Tensor) -> list[float]:

@@ -47,11 +47,12 @@ class _Pool:
         with self._lock:
             self._tidy()
             place = next((k for k, (_, size) in enumerate(self._free) if size == nbytes), None)
-            self._in_use += nbytes
-            self._most_in_use = max(self._most_in_use, self._in_use)
+            in_use = self._in_use + nbytes
+            most = max(self._most_in_use, in_use)
             if place is None:
-                self._let_go_but(self._most_in_use - self._in_use)
+                self._let_go_but(most - in_use)
             mapped = self._new(nbytes) if place is None else self._free.pop(place)[0]
+            self._in_use, self._most_in_use = in_use, most
         loan = (ctypes.c_char * nbytes).from_buffer(mapped)
         weakref.finalize(loan, self._returned.append, (mapped, nbytes)).atexit = False
         return torch.frombuffer(loan, dtype=torch.uint8)

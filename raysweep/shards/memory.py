@@ -24,7 +24,7 @@ from raysweep.reconstruction.solving import solving_bytes
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
 HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
-DEVICE_PROCESS_BYTES = 1920 << 20  # beside a GPU: with its libraries; measured, 1.4 to 1.7 GiB
+DEVICE_PROCESS_BYTES = 1920 << 20  # beside a GPU: with its libraries; 1.7 GiB measured in one process
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
