@@ -202,6 +202,7 @@ class ModuleObjective:
         kind = MIDDLE if unit.half == "mlp" and not block.halves.parallel else INPUT
         batch_BTH = self._activations(CALIBRATION).get(kind, block.index)[: self.batch].to(self.blocks.device)
         module = block.module if unit.half is None else unit.module
+        block.arguments(*batch_BTH.shape[:2])  # made once for all steps of a shape, and no part of any
         key = ("profile", block.index, unit.half, tuple(batch_BTH.shape))
         run = partial(block.run, module=module)
         routed = tuple(f"{name.removeprefix(f'{block.prefix}.')}." for name in block.routed)

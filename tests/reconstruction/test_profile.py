@@ -26,6 +26,19 @@ def attention(samples: int) -> int:
     return samples * HEADS * 2 * TOKENS * TOKENS * HEAD_WIDTH * (2 + 5)
 
 
+def made_by_a_product(arguments):
+    """What blocks take besides hidden states, of which the first of a shape takes a product of matrices."""
+    seen = set()
+
+    def make(samples: int, tokens: int):
+        if (samples, tokens) not in seen:
+            seen.add((samples, tokens))
+            torch.ones(tokens, tokens) @ torch.ones(tokens, tokens)
+        return arguments(samples, tokens)
+
+    return make
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_flops_of_a_step(samples):
     blocks = range_of(make_model("llama"))
@@ -85,6 +98,19 @@ def test_flops_of_a_unit_are_those_of_all_samples_and_epochs(granularity, traina
     half = products(blocks.blocks[1], "mlp") - behind_the_norm
     a_token = {"matrix": 4 * 48 * 32, "subblock": half}[granularity]
     assert result.training_flops == 5 * SAMPLES * TOKENS * a_token
+
+
+def test_what_is_made_once_for_a_shape_is_no_part_of_a_step():
+    """Such as rotary angles: whichever unit comes first would have more FLOPs than the others."""
+    found = []
+    for _ in range(2):
+        blocks, trial = range_of(make_model("llama")), reconstruct_trial(granularity="subblock", batch_size=1)
+        prune_all(blocks, "trial", trial)
+        block = blocks.blocks[0]
+        if not found:
+            block.arguments = made_by_a_product(block.arguments)
+        found.append(recover_unit(blocks, "trial", trial, "0.attention").training_flops)
+    assert found[0] == found[1]
 
 
 def test_what_a_pass_saved_ends_with_it():
