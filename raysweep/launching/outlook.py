@@ -64,7 +64,7 @@ def look_ahead(
 ) -> Outlook:
     """What is left to do for a model. Measures on this machine only where `probing` says so."""
     phases = [_phase_work(prepared, model, phase) for phase in model.phases]
-    work = count_work(model.shape, plan.dtype, plan.ranges, len(plan.heads), phases)
+    work = count_work(model.shape, plan.dtype, plan.ranges, len(plan.heads), phases, plan.placement)
     example = _retraining_example(prepared, model)
     rates = _rates(model, plan, work, example, max(node.cpus for node in nodes), probing)
     workers = prepared.space.execution.retrain_workers

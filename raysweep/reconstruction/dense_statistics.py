@@ -51,7 +51,8 @@ class DenseStatistics:
 
     They are summed up while blocks are watched, in the order of the batches. Then they stay on the device, are put away
     block by block to where they wait, or are given up, and summed up again for a block that asks: in the same order, so
-    that the sums are the same. Of those that wait one is in hand at a time, of those that are made again one block's.
+    that the sums are the same. Of those that wait one is in hand at a time, of those that are made again one block's of
+    every text.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class DenseStatistics:
         self._store = Store(DEVICE if self._kind == ANEW else self._kind, device, placement.scratch)
         self._known: dict[str, Statistics] = {}
         self._rows: dict[tuple[str, str], int] = {}  # of inputs, by text and linear
-        self._made: tuple[str, int, Statistics] | None = None
+        self._made: dict[str, tuple[int, Statistics]] = {}
         self._in_hand: tuple[str, str, InputStatistics] | None = None
 
     def watching(self, text: str, block: Block) -> AbstractContextManager[None]:
@@ -92,9 +93,14 @@ class DenseStatistics:
             self.of(text, linear, block)
         return self._rows[text, linear.name]
 
-    def put_down(self) -> None:
-        """What is in hand takes no more room on the device."""
-        self._in_hand = self._made = None
+    def put_down(self, but_made: bool = False) -> None:
+        """What is in hand takes no more room on the device.
+
+        but_made: except for what is made again, which goes on to serve other matrices of the block
+        """
+        self._in_hand = None
+        if not but_made:
+            self._made.clear()
 
     def clear(self) -> None:
         self.put_down()
@@ -114,10 +120,11 @@ class DenseStatistics:
         return self._in_hand[2]
 
     def _anew(self, text: str, block: Block) -> Statistics:
-        if self._made is None or self._made[:2] != (text, block.index):
-            self._made = None
-            made: Statistics = {}
-            with block.watch_inputs(partial(accumulate, made), block.leaders):
+        index, known = self._made.get(text, (None, {}))
+        if index != block.index:
+            self._made.pop(text, None)  # before another takes its place
+            known = {}
+            with block.watch_inputs(partial(accumulate, known), block.leaders):
                 self._pass_again(text, block)
-            self._made = (text, block.index, made)
-        return self._made[2]
+            self._made[text] = (block.index, known)
+        return known

@@ -124,7 +124,7 @@ def _recovered(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> UnitR
     else:
         measured = objective_of(blocks, name, trial, unit)
         before = _errors_before(blocks, trial, unit, measured)
-        blocks.statistics.put_down()
+        blocks.statistics.put_down(but_made=unit.linear is not None)
         with _memory_peak(blocks.device) as device_peak:
             kind = Stage if blocks.device.type == "cpu" else DeviceStage
             stage = kind(blocks, name, trial, unit, measured)

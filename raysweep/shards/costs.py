@@ -3,7 +3,8 @@
 Counted is what the code does. Once for all: the dense pass, once per calibration set; masks, and the evaluation of the
 model that is only pruned, once per mask; errors before recovery on dense streams, once per mask, granularity and loss;
 the perplexity of the dense model. What is shared is on the account of the first trial that asks for it. A kept text
-enters the first pruned block without passing through those before.
+enters the first pruned block without passing through those before. Boundaries between blocks that are not kept, and
+statistics that are not, are made again for every use.
 
 FLOPs are of matrix products, of attention (all pairs of tokens, as `reconstruction.flops` counts it) and of what is
 done on Gram matrices; what goes by elements (scores, norms, optimizers) is left out. Which linears share their input
@@ -23,6 +24,7 @@ from functools import cached_property
 from raysweep.config.spellings import window_length
 from raysweep.config.trial import Trial
 from raysweep.model.shape import BlockShape, ModelShape
+from raysweep.reconstruction.placement import ANEW, Placement
 from raysweep.shards.memory import SIZES
 from raysweep.shards.trial import DENSE_KEY, pruned_key
 
@@ -153,14 +155,16 @@ def count_work(
     ranges: Sequence[tuple[int, int]],
     heads: int,
     phases: Sequence[PhaseWork],
+    placement: Placement | None = None,
 ) -> Work:
     """All that is done for the trials of all phases in one group of shards. heads: how many shards have it"""
+    placement = placement or Placement()
     samples: dict[str, Trial] = {}
     pieces: list[Piece] = []
     first = 0
     for phase in phases:
         if phase.trials:
-            counting = _Counting(model, SIZES[dtype], ranges, heads, phase, first, samples)
+            counting = _Counting(model, SIZES[dtype], ranges, heads, phase, first, samples, placement)
             pieces += counting.pieces()
             first += len(phase.trials)
     retrains = any(asked.data is not None for phase in phases for asked in phase.trials)
@@ -203,6 +207,7 @@ class _Counting:
     phase: PhaseWork
     first: int
     samples: dict[str, Trial]
+    placement: Placement
     made: set[object] = field(default_factory=set)
     found: list[Piece] = field(default_factory=list)
     kind: Kind = DENSE_PASS
@@ -210,10 +215,12 @@ class _Counting:
 
     def pieces(self) -> list[Piece]:
         kept, calibration = self.phase.kept, self.phase.calibration.tokens
-        gram = sum(2.0 * inputs**2 * share for shape in self.model.blocks for inputs, share in shape.grams)
-        flops = self._forward_flops(self._kept_texts()) + gram * kept
+        flops = self._forward_flops(self._kept_texts())
         for _ in range(1 + any(asked.data is not None for asked in self.phase.trials)):
-            self._add(STATISTICS, kept, flops, network=self._hop(kept))  # once more for what was retrained
+            if self._is_anew:
+                self._add(FORWARD, kept, flops, network=self._hop(kept))
+            else:  # once more for what was retrained
+                self._add(STATISTICS, kept, flops + self._gram_flops(kept), network=self._hop(kept))
         for number, asked in enumerate(self.phase.trials):
             trial, self.kind, self.trial = asked.trial, asked.kind, self.first + number
             if trial.is_dense:
@@ -224,8 +231,7 @@ class _Counting:
             elif trial.recovery == "retrain":
                 self._retrained(trial, asked.data or self.phase.calibration)
             else:
-                self._masks(trial)
-                self._recovery(trial)
+                self._recovery(trial, self._masks(trial))
                 self._evaluation(calibration)
                 if trial.statistics_stream == "recovered":
                     self._evaluation_before()
@@ -248,19 +254,22 @@ class _Counting:
         self._add(FORWARD, self.phase.evaluated, flops, network=self._hop(self.phase.evaluated))
         self._losses(self.phase.measured)
 
-    def _masks(self, trial: Trial) -> None:
-        """Of masks that depend on no recovery; with the rows of their linears."""
+    def _masks(self, trial: Trial) -> bool:
+        """Of masks that depend on no recovery; with the rows of their linears. Whether they are made now."""
         if trial.statistics_stream == "recovered" or not self._is_new("masks", pruned_key(trial)):
-            return
+            return False
         calibration = self.phase.calibration
         if trial.statistics_stream == "pruned":
             flops = self._forward_flops([calibration])
-            self._add(STATISTICS, calibration.tokens, flops + self._gram_flops(), in_turn=True)
+            gram = self._gram_flops(calibration.tokens)
+            self._add(STATISTICS, calibration.tokens, flops + gram, in_turn=True)
             self._add(FORWARD, calibration.tokens, flops, network=self._hop(calibration.tokens), in_turn=True)
         self._make_masks(trial, in_turn=trial.statistics_stream == "pruned")
+        self._statistics_again([calibration])
         if self._is_new("powers"):
             self._gram_errors()
         self._gram_errors()
+        return True
 
     def _make_masks(self, trial: Trial, in_turn: bool) -> None:
         rate = mask_rate(trial)
@@ -282,7 +291,8 @@ class _Counting:
 
     # What a trial does itself
 
-    def _recovery(self, trial: Trial) -> None:
+    def _recovery(self, trial: Trial, made_masks: bool) -> None:
+        """made_masks: just now, so that their statistics are there"""
         phase, in_turn = self.phase, trial.is_sequential
         if trial.is_sequential:
             self._add(
@@ -296,13 +306,15 @@ class _Counting:
         if trial.statistics_stream == "recovered":
             calibration = [phase.calibration]
             flops = self._forward_flops(calibration)
-            self._add(STATISTICS, phase.calibration.tokens, flops + self._gram_flops(), in_turn=True)
+            gram = self._gram_flops(phase.calibration.tokens)
+            self._add(STATISTICS, phase.calibration.tokens, flops + gram, in_turn=True)
             self._make_masks(trial, in_turn=True)
+            self._statistics_again([phase.calibration])
             self._gram_errors(in_turn=True)
             if self._span(trial) > 1:
                 self._add(FORWARD, phase.calibration.tokens, flops, in_turn=True)
         if trial.granularity == "matrix":
-            self._matrices(trial)
+            self._matrices(trial, made_masks)
         else:
             self._modules(trial, in_turn or self._crosses(trial))
 
@@ -315,6 +327,10 @@ class _Counting:
         between = passes * kept * self.model.hidden * self.size * crossed
         flops = passes * self._forward_flops(self._kept_texts())
         self._add(FORWARD, passes * kept, flops, network=between, in_turn=in_turn)
+        if trial.granularity == "subblock":
+            self._halves_again(in_turn)
+        else:
+            self._boundaries_again(self._kept_texts(), in_turn)
         self._steps(trial, in_turn)
         if self._is_new("profile", step_rate(trial)):
             self._add(step_rate(trial), 3, 0.0, in_turn=in_turn)  # takes about as long, once for all trials
@@ -333,7 +349,7 @@ class _Counting:
         self._add(rate, steps, flops, network=crossing, in_turn=in_turn)
         self._add(f"open {rate}", 1, in_turn=in_turn)
 
-    def _matrices(self, trial: Trial) -> None:
+    def _matrices(self, trial: Trial, made_masks: bool) -> None:
         phase, in_turn, on_gram = self.phase, trial.is_sequential, self._goes_by_gram(trial)
         streams = trial.input_stream == "pruned"
         if streams:
@@ -345,8 +361,11 @@ class _Counting:
         for text in self._kept_texts()[: None if streams or not on_gram else 1]:
             if needs_dense and reads_tokens and self._is_new("inputs", text):
                 self._add(FORWARD, text.tokens, self._forward_flops([text]), in_turn=in_turn)
+                if not self._is_anew:  # else they are made for statistics
+                    self._boundaries_again([text], in_turn)
         before = in_turn or self._is_new("error", pruned_key(trial), "matrix", trial.loss, trial.optimizer)
         if on_gram:
+            self._statistics_again(self._kept_texts()[made_masks:])
             for _ in range(phase.kept_texts * (1 + before)):
                 self._gram_errors(in_turn)
         else:
@@ -355,8 +374,7 @@ class _Counting:
             self._add(FORWARD, products, 2.0 * products * self._weights, in_turn=in_turn)
         if trial.optimizer == "exact":
             if streams:
-                flops = self._gram_flops() / phase.calibration.tokens * 3 * phase.kept
-                self._add(STATISTICS, 2 * phase.kept, flops, in_turn=in_turn)
+                self._add(STATISTICS, 2 * phase.kept, self._gram_flops(3 * phase.kept), in_turn=in_turn)
             self.samples.setdefault(SOLVING, trial)
             products = SOLVER_ITERATIONS + 1
             self._add(
@@ -373,6 +391,8 @@ class _Counting:
         texts = [*self._kept_texts(), *self.phase.evaluation]
         tokens = calibration + self.phase.measured
         self._add(FORWARD, tokens, self._forward_flops(texts), network=self._hop(tokens))
+        for _ in range(1 + self._is_new("block powers")):
+            self._boundaries_again(self._kept_texts())
         self._losses(self.phase.measured)
 
     def _evaluation_before(self) -> None:
@@ -389,8 +409,7 @@ class _Counting:
         self._masks(trial)
         start = trial.start
         if start is not None and self._is_new("start", start):
-            self._masks(start)
-            self._recovery(start)
+            self._recovery(start, self._masks(start))
         tokens = (trial.epochs or 1) * data.tokens
         flops = retraining_flops(self.model, tokens)
         if trial.loss == "distillation":
@@ -423,9 +442,38 @@ class _Counting:
     def _kept_texts(self) -> list[Text]:
         return [self.phase.calibration, *([] if self.phase.validation is None else [self.phase.validation])]
 
-    def _gram_flops(self) -> float:
-        """Of the Gram matrices of the calibration set."""
-        tokens = self.phase.calibration.tokens
+    @property
+    def _is_anew(self) -> bool:
+        return self.placement.statistics == ANEW
+
+    def _statistics_again(self, texts: Sequence[Text]) -> None:
+        """Of dense streams, where they are not kept."""
+        if self._is_anew:
+            tokens = sum(text.tokens for text in texts)
+            self._add(STATISTICS, tokens, self._forward_flops(texts) + self._gram_flops(tokens))
+            self._boundaries_again(texts)
+
+    def _boundaries_again(self, texts: Sequence[Text], in_turn: bool = False) -> None:
+        """Between blocks, those that are not kept."""
+        if self.placement.every > 1:
+            share = 1 - 1 / self.placement.every
+            tokens = share * sum(text.tokens for text in texts)
+            self._add(FORWARD, tokens, share * self._forward_flops(texts), in_turn=in_turn)
+
+    def _halves_again(self, in_turn: bool) -> None:
+        """Between blocks and within them, those that are not kept."""
+        if self.placement.every > 1:
+            self._add(FORWARD, self.phase.kept, self._forward_flops(self._kept_texts()), in_turn=in_turn)
+        elif not self.placement.halves:
+            attention = sum(_size(block, attention_of(block)) for block in self.model.blocks)
+            tokens = self.phase.kept * attention / self._weights
+            flops = self._forward_flops(self._kept_texts()) - 2.0 * self.phase.kept * (
+                self._weights - attention
+            )
+            self._add(FORWARD, tokens, flops, in_turn=in_turn)
+
+    def _gram_flops(self, tokens: float) -> float:
+        """Of the Gram matrices of so many tokens."""
         return tokens * sum(2.0 * i**2 * share for block in self.model.blocks for i, share in block.grams)
 
     def _forward_flops(self, texts: Iterable[Text]) -> float:
@@ -478,6 +526,11 @@ def step_flops(block: BlockShape, attention: int, length: int, trial: Trial) -> 
 def _size(block: BlockShape, names: Iterable[str]) -> float:
     """Weights of linears, those of experts by the share of tokens that they see."""
     return sum(block.linears[name][0] * block.linears[name][1] * block.share(name) for name in names)
+
+
+def attention_of(block: BlockShape) -> list[str]:
+    """The linears of its attention."""
+    return [name for name in block.linears if "attn" in name or "attention" in name]
 
 
 def leading(block: BlockShape) -> tuple[list[str], list[str]]:

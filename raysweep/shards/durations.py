@@ -28,12 +28,14 @@ from raysweep.shards.costs import (
 from raysweep.shards.memory import SIZES
 from raysweep.shards.plan import ShardPlan
 
-# Assumptions, from two CPU cores in November 2026, as multiples of the 1.6 s of a core that importing
-# torch takes there: starting is Python's work, and slow where that is.
-RAY_START = 7.0  # libraries, `ray.init`, actors and processes of trials, until the first trial begins
+# Assumptions, from two CPU cores and from the 16 beside an H200 in November 2026, as multiples of what
+# importing torch takes there (1.6 s of the two): starting is Python's work, and slow where that is.
+RAY_START = 3.5  # libraries, `ray.init`, actors and processes of trials: what comes one after another
+RAY_START_WORK = 6.0  # of cores that such processes share
 IN_PROCESS_START = 3.0  # libraries, looking at model and data, and the end
 TRIAL = 0.2  # of one that Tune starts in a process that is there; and of writing its row
 PHASE = 0.5  # that Tune takes for a calibration set
+ASSUMED_CORES = 2  # of a machine that does not say
 RESTART = 3.0  # of shards, after retraining
 BUSY_SHARE = 0.8  # of the busiest shard's time while trials run over Ray; measured there too (0.75 to 0.85)
 LOADING_BYTES_S = 1e9  # of weights from storage, a shard; assumption
@@ -132,19 +134,20 @@ def durations(
     own = sum(dense) + sum(totals)
     all_weights = model.parameters * size / LOADING_BYTES_S
     locking = _locking_seconds(plan)
+    ray_start = pace * (RAY_START + RAY_START_WORK / (cores or ASSUMED_CORES))
     forward = rates.seconds[FORWARD]  # of tiny models too little for the clock
     alone = min(1.0, rates.seconds[ALONE] / forward) if forward else 1.0
     in_process = IN_PROCESS_START * pace + all_weights + sum(locking) + own / slower * alone + compiling
     retrained = sum(seconds for _, seconds in retraining.values())
     return Durations(
-        start=loading + pace * (RAY_START + PHASE * work.phases + RESTART * work.retrains),
+        start=loading + ray_start + pace * (PHASE * work.phases + RESTART * work.retrains),
         dense_pass=max(dense, default=0.0) + max(locking),
         trials=trials,
         retraining=retrained,
         kinds=kinds | {DENSE_PASS: max(dense, default=0.0) + max(locking)},
         in_process=in_process + retrained,
         trials_busy=sum(totals) / slower * (plan.threads if plan.device == "cpu" else 1),
-        once=(pace * RAY_START, pace * IN_PROCESS_START),
+        once=(ray_start, pace * IN_PROCESS_START),
     )
 
 

@@ -193,6 +193,7 @@ def shard_memory(
     forward = _forward_bytes(model, size, work, on_gpu)
     given = 2 * BATCHES_GIVEN * _batch_tokens(on_gpu, work) * model.hidden * size * on_gpu
     waits_elsewhere = placement.statistics != DEVICE
+    made = work.summed_texts * max(map(gram_bytes, blocks)) if placement.statistics == ANEW else 0
     memory = ShardMemory(
         weights=sum(parameters) + vocabularies * model.vocabulary_parameters * size,
         trials=sum(trials),
@@ -201,7 +202,7 @@ def shard_memory(
         dense=forward + waits_elsewhere * max(map(gram_bytes, blocks)),
         pruning=_pruning_bytes(blocks, size, work)
         + waits_elsewhere * 4 * max(map(_widest_input, blocks)) ** 2,
-        recovery=_largest_recovery(blocks, model, size, work, on_gpu),
+        recovery=_largest_recovery(blocks, model, size, work, on_gpu, made),
         evaluation=max(forward + given, _logits_bytes(model, size, work, on_gpu) if has_head else 0)
         + _joined_bytes(placement, on_gpu, model, size, work),
         activations=_activation_bytes(model, len(blocks), size, work, placement),
@@ -214,7 +215,6 @@ def shard_memory(
     waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}
     if waits_elsewhere:
         waiting[placement.statistics] += sum(grams)
-        made = work.summed_texts * max(map(gram_bytes, blocks)) if placement.statistics == ANEW else 0
         memory = replace(memory, statistics=0, pruning=memory.pruning + made)
     if placement.waits:
         in_hand = min(len(blocks), work.span + IN_HAND - 1)
@@ -298,24 +298,28 @@ def _text_tokens(work: Workload) -> int:
 
 
 def _largest_recovery(
-    blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload, on_gpu: bool
+    blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload, on_gpu: bool, made: int
 ) -> int:
     """Of the unit that takes most when it is trained, and of the largest matrix that is solved for.
+
+    made: Gram matrices of a block, which are made again once for all its matrices
 
     One unit at a time; but where units reach over several shards, every trial in flight may have its part of one open.
     """
     if not work.granularities:
         return 0
-    each = [_recovery_bytes(block, model, size, work, on_gpu) for block in blocks]
+    each = [_recovery_bytes(block, model, size, work, on_gpu, made) for block in blocks]
     span = min(work.span, len(each))
     trained = max(sum(each[first : first + span]) for first in range(len(each) - span + 1))
     shapes = [shape for block in blocks for shape in block.linears.values()]
     solved = work.exact * max(solving_bytes(o, inputs) + SOLVED_BYTES * o * inputs for o, inputs in shapes)
     open_at_once = work.concurrent_trials if work.span > 1 else 1
-    return max(trained * open_at_once, solved)
+    return max(trained * open_at_once, solved + work.exact * made)
 
 
-def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:
+def _recovery_bytes(
+    block: BlockShape, model: ModelShape, size: int, work: Workload, on_gpu: bool, made: int
+) -> int:
     """Gradients, moments, masks and, below float32, masters of the largest unit of the block; activations of one step,
     and inputs and targets of it and of those that are read ahead."""
     tokens = work.batch_size * max((tokens for _, tokens in work.texts), default=0)
@@ -331,7 +335,8 @@ def _recovery_bytes(block: BlockShape, model: ModelShape, size: int, work: Workl
             widest = max(inputs for _, inputs in shapes) if granularity == "matrix" else model.hidden
             given = 2 * STEPS_GIVEN * widest if on_gpu else 2 * widest
             state = weights * _state_bytes(size, work, on_gpu)
-            largest = max(largest, int(state + tokens * size * (saved + given)))
+            beside = made if granularity == "matrix" else 0
+            largest = max(largest, int(state + tokens * size * (saved + given)) + beside)
     return largest
 
 

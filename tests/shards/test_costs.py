@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raysweep.cluster.nodes import Node
 from raysweep.config.trial import Trial
@@ -59,6 +61,32 @@ def test_flops_are_those_that_torch_counts(group, make_space, tmp_path):
     with flop_counter() as counter:
         launch(space, in_process=True, storage=tmp_path)
     # besides what is counted units are profiled once, by passes of one batch
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("group", "execution"),
+    [
+        (
+            {"recovery": "none", "criterion": ["magnitude", "wanda"], "sparsity": 0.5},
+            {"statistics_store": "anew"},
+        ),
+        (STEPS | {"granularity": "subblock", "epochs": 1}, {"boundaries": 2}),
+        (STEPS | {"granularity": "block", "epochs": 1}, {"boundaries": 4, "statistics_store": "anew"}),
+        (STEPS | {"granularity": "matrix", "epochs": 1}, {"boundaries": 2, "statistics_store": "anew"}),
+    ],
+    ids=str,
+)
+def test_flops_of_what_is_made_again(group, execution, make_space, tiny_llama, tmp_path):
+    """With more blocks than the few whose boundaries are held once they are made."""
+    config = AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=16)
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    execution |= {"shards": 1, "keep": "none"}
+    space = make_space(model={"path": str(tmp_path / "model")}, sweep=[group], execution=execution)
+    counted = work_of(space, tmp_path).flops
+    with flop_counter() as counter:
+        launch(space, in_process=True, storage=tmp_path)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
