@@ -24,7 +24,9 @@ from raysweep.reconstruction.solving import solving_bytes
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
 HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
-DEVICE_PROCESS_BYTES = 1920 << 20  # beside a GPU: with its libraries; 1.7 GiB measured in one process
+# Beside a GPU, with its libraries; and more where units of several matrices are trained. Measured on the host of an
+# H200: 1.15 to 1.22 GiB, and 1.39 to 1.65.
+DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 320 << 20
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
@@ -210,7 +212,7 @@ def shard_memory(
         streams=_stream_bytes(blocks, model, size, work),
         known_masks=sum(masks),
         store=placement.activations,
-        process=DEVICE_PROCESS_BYTES if on_gpu else PROCESS_BYTES,
+        process=_process_bytes(work, on_gpu),
     ).keeping(0, keepable_bytes(blocks, size, work))
     waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}
     if waits_elsewhere:
@@ -291,6 +293,12 @@ def _activation_bytes(model: ModelShape, blocks: int, size: int, work: Workload,
     is_all = placement.every == 1 and (placement.halves or not halves)
     boundaries = blocks + 1 + halves if is_all else min(kept + MADE + 1, blocks + 1 + halves)
     return _text_tokens(work) * boundaries * model.hidden * size
+
+
+def _process_bytes(work: Workload, on_gpu: bool) -> int:
+    if not on_gpu:
+        return PROCESS_BYTES
+    return DEVICE_PROCESS_BYTES + DEVICE_TRAINING_BYTES * any(name != "matrix" for name in work.granularities)
 
 
 def _text_tokens(work: Workload) -> int:
