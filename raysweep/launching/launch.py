@@ -6,8 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Progress, Silent
 from raysweep.launching.reality import Keeper
 from raysweep.launching.recorder import Recorder, recorded
-from raysweep.launching.runners import InProcess, OnRay, Runner, import_tune
+from raysweep.launching.runners import InProcess, OnRay, Runner, importing_tune
 from raysweep.launching.stopping import stoppable
 from raysweep.launching.tasks import kept_weights, measure_tasks, places, task_jobs
 from raysweep.launching.tracing import Tracing
@@ -53,7 +52,7 @@ from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
 from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.shards.plan import ShardPlan
 from raysweep.sweep.planning import make_plans
-from raysweep.sweep.prepare import Preparation, prepare
+from raysweep.sweep.prepare import prepare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,38 +94,27 @@ def launch(
     elif loaded.execution.trackers:
         _check_trackers(loaded)
     keeper = Keeper(in_process)
-    begin = partial(_Beginning, loaded, folder, retry_failed, progress)
+    prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     if in_process:
-        prepared = begin().read()
+        progress.stage("Checking model and data")
+        prepared = prepare_here(device_here())
         _check_fit(prepared, one_at_a_time=True)
         with _in_hand(folder) as held:
             _run(_with_rows(prepared), InProcess(), held, progress, fail_fast, keeper)
     else:
-        _launch_on_ray(begin, folder, address, progress, fail_fast, keeper)
+        _launch_on_ray(prepare_here, folder, address, progress, fail_fast, keeper)
     return load_results(folder)
 
 
 def prepare_launch(space: SearchSpace, folder: Path, device: str) -> Launch:
     """Reads and checks everything that can be before anything starts. Raises UsageError."""
+    return _with_rows(_without_rows(space, folder, device))
+
+
+def _without_rows(space: SearchSpace, folder: Path, device: str, retry_failed: bool = False) -> Launch:
     with without_collecting():
         models = prepare(space, device)
-    return _with_rows(Launch(space, folder, models, {}))
-
-
-class _Beginning:
-    """A launch of which all is checked that can be at once. Raises UsageError."""
-
-    def __init__(self, space: SearchSpace, folder: Path, retry_failed: bool, progress: Progress) -> None:
-        progress.stage("Checking model and data")
-        self._space, self._folder, self._retry_failed = space, folder, retry_failed
-        with without_collecting():
-            self._preparation = Preparation(space, device_here())
-
-    def read(self) -> Launch:
-        """With texts, and yet without rows. Raises UsageError."""
-        with without_collecting():
-            models = self._preparation.read()
-        return Launch(self._space, self._folder, models, {}, self._retry_failed)
+    return Launch(space, folder, models, {}, retry_failed)
 
 
 def _with_rows(prepared: Launch) -> Launch:
@@ -233,44 +221,35 @@ def _loaded(space: SearchSpace | str | Path, name: str | None) -> SearchSpace:
 
 
 def _launch_on_ray(
-    begin: Callable[[], _Beginning],
+    prepare_for: Callable[[str], Launch],
     folder: Path,
     address: str | None,
     progress: Progress,
     fail_fast: bool,
     keeper: Keeper,
 ) -> None:
-    """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked.
-
-    Ray's start is mostly waiting: the texts of a new sweep are read beside it.
-    """
+    """On a cluster that is joined the nodes decide on the device, so there it is joined before all can be checked."""
     with without_collecting():
         from raysweep.cluster.connect import connected, running_address
 
-    joined, is_new = running_address(address), not folder.exists()
-    beginning = begin()
-    with ThreadPoolExecutor(1, "beside") as beside, _in_hand(folder) as held, ExitStack() as ray:
-
-        def connect() -> OnRay:
-            other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
-            progress.stage(other if joined else "Starting Ray on this machine")
-            importing = beside.submit(import_tune)
-            return OnRay(ray.enter_context(connected(joined)), importing)
-
-        reading = beside.submit(beginning.read)
-        runner = connect() if joined is None and is_new else None
-        prepared = reading.result()
-        if joined is None:
-            _check_fit(prepared)
+    progress.stage("Checking model and data")
+    joined = running_address(address)
+    prepared = prepare_for(device_here())
+    if joined is None:
+        _check_fit(prepared)
+    with _in_hand(folder) as held:
         prepared = _with_rows(prepared)
         if not _is_anything_left(prepared):
             _say_done(prepared, progress)
             return
-        runner = runner or connect()
-        device = "cuda" if any(node.gpus for node in runner.nodes()) else "cpu"
-        if device != device_here():
-            prepared = replace(prepared, models=prepare(prepared.space, device))
-        _run(prepared, runner, held, progress, fail_fast, keeper)
+        other = f"Joining the Ray cluster at {joined} (--address local starts one of your own)"
+        progress.stage(other if joined else "Starting Ray on this machine")
+        importing = importing_tune()
+        with connected(joined) as cluster:
+            device = "cuda" if any(node.gpus for node in cluster.nodes) else "cpu"
+            if device != device_here():
+                prepared = replace(prepared, models=prepare(prepared.space, device))
+            _run(prepared, OnRay(cluster, importing), held, progress, fail_fast, keeper)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -151,8 +151,8 @@ class OnRay:
 
     one_at_a_time = False
 
-    def __init__(self, cluster: Cluster, importing: Future[None]) -> None:
-        """importing: of `import_tune`"""
+    def __init__(self, cluster: Cluster, importing: threading.Thread) -> None:
+        """importing: what `importing_tune` gave"""
         self.ray_version: str | None = cluster.ray_version
         self.dashboard = cluster.dashboard
         self._here = cluster.here
@@ -176,7 +176,7 @@ class OnRay:
         if not names:
             yield
             return
-        self._importing.result()
+        self._importing.join()
         from raysweep.sweep.trackers import tracking
 
         with tracking(names, prepared.folder, prepared.space.name, progress.stage) as self._trackers:
@@ -227,7 +227,7 @@ class OnRay:
     def retrain(self, jobs: Sequence[RetrainJob], plan: RetrainPlan, folder: Path) -> None:
         from raysweep.baseline.workers import retrain_on_ray
 
-        self._importing.result()  # Tune and Train cannot be imported side by side
+        self._importing.join()  # Tune and Train cannot be imported side by side
         name = f"retraining-{secrets.token_hex(4)}"  # Train would go on with an old one
         retrain_on_ray(jobs, plan, folder, name)
 
@@ -244,7 +244,13 @@ class OnRay:
         yield from run_each(run_job, jobs, needs, places.at_once, "tasks")
 
 
-def import_tune() -> None:
-    """Takes one to two seconds: to be done in a thread, while Ray starts."""
+def importing_tune() -> threading.Thread:
+    """Imports Ray Tune in a thread, which takes one to two seconds: while Ray starts, which is mostly waiting."""
+    thread = threading.Thread(target=_import_tune, daemon=True)
+    thread.start()
+    return thread
+
+
+def _import_tune() -> None:
     with without_collecting():
         import raysweep.sweep.tuning  # noqa: F401

@@ -63,7 +63,8 @@ class DenseStatistics:
         self._store = Store(DEVICE if self._kind == ANEW else self._kind, device, placement.scratch)
         self._known: dict[str, Statistics] = {}
         self._rows: dict[tuple[str, str], int] = {}  # of inputs, by text and linear
-        self._made: dict[str, tuple[int, Statistics]] = {}
+        self._made: dict[str, Statistics] = {}  # by text, of one block
+        self._made_of: int | None = None
         self._in_hand: tuple[str, str, InputStatistics] | None = None
 
     def watching(self, text: str, block: Block) -> AbstractContextManager[None]:
@@ -93,14 +94,14 @@ class DenseStatistics:
             self.of(text, linear, block)
         return self._rows[text, linear.name]
 
-    def put_down(self, but_made: bool = False) -> None:
-        """What is in hand takes no more room on the device.
+    def put_down(self) -> None:
+        """What is in hand takes no more room on the device."""
+        self.put_down_one()
+        self._made.clear()
 
-        but_made: except for what is made again, which goes on to serve other matrices of the block
-        """
+    def put_down_one(self) -> None:
+        """Except for what was made again, which goes on to serve other matrices of its block."""
         self._in_hand = None
-        if not but_made:
-            self._made.clear()
 
     def clear(self) -> None:
         self.put_down()
@@ -120,11 +121,12 @@ class DenseStatistics:
         return self._in_hand[2]
 
     def _anew(self, text: str, block: Block) -> Statistics:
-        index, known = self._made.get(text, (None, {}))
-        if index != block.index:
-            self._made.pop(text, None)  # before another takes its place
-            known = {}
+        if self._made_of != block.index:
+            self._made.clear()  # before another's take their place
+            self._made_of = block.index
+        if text not in self._made:
+            known: Statistics = {}
             with block.watch_inputs(partial(accumulate, known), block.leaders):
                 self._pass_again(text, block)
-            self._made[text] = (block.index, known)
-        return known
+            self._made[text] = known
+        return self._made[text]

@@ -124,7 +124,10 @@ def _recovered(blocks: BlockRange, name: str, trial: Trial, unit: Unit) -> UnitR
     else:
         measured = objective_of(blocks, name, trial, unit)
         before = _errors_before(blocks, trial, unit, measured)
-        blocks.statistics.put_down(but_made=unit.linear is not None)
+        if unit.linear is None:
+            blocks.statistics.put_down()
+        else:
+            blocks.statistics.put_down_one()
         with _memory_peak(blocks.device) as device_peak:
             kind = Stage if blocks.device.type == "cpu" else DeviceStage
             stage = kind(blocks, name, trial, unit, measured)

@@ -25,7 +25,7 @@ from raysweep.config.spellings import window_length
 from raysweep.config.trial import Trial
 from raysweep.model.shape import BlockShape, ModelShape
 from raysweep.reconstruction.placement import ANEW, Placement
-from raysweep.shards.memory import SIZES
+from raysweep.shards.memory import SIZES, units_in
 from raysweep.shards.trial import DENSE_KEY, pruned_key
 
 Kind = tuple[str, str | None]
@@ -214,13 +214,14 @@ class _Counting:
     trial: int = -1
 
     def pieces(self) -> list[Piece]:
-        kept, calibration = self.phase.kept, self.phase.calibration.tokens
-        flops = self._forward_flops(self._kept_texts())
+        calibration = self.phase.calibration.tokens
+        matrices = any(asked.trial.granularity == "matrix" for asked in self.phase.trials)
         for _ in range(1 + any(asked.data is not None for asked in self.phase.trials)):
-            if self._is_anew:
-                self._add(FORWARD, kept, flops, network=self._hop(kept))
-            else:  # once more for what was retrained
-                self._add(STATISTICS, kept, flops + self._gram_flops(kept), network=self._hop(kept))
+            for place, text in enumerate(self._kept_texts()):  # once more for what was retrained
+                sums_up = (place == 0 or matrices) and not self._is_anew
+                flops = self._forward_flops([text]) + sums_up * self._gram_flops(text.tokens)
+                rate = STATISTICS if sums_up else FORWARD
+                self._add(rate, text.tokens, flops, network=self._hop(text.tokens))
         for number, asked in enumerate(self.phase.trials):
             trial, self.kind, self.trial = asked.trial, asked.kind, self.first + number
             if trial.is_dense:
@@ -265,7 +266,7 @@ class _Counting:
             self._add(STATISTICS, calibration.tokens, flops + gram, in_turn=True)
             self._add(FORWARD, calibration.tokens, flops, network=self._hop(calibration.tokens), in_turn=True)
         self._make_masks(trial, in_turn=trial.statistics_stream == "pruned")
-        self._statistics_again([calibration])
+        self._statistics_again([calibration], in_turn=trial.statistics_stream == "pruned")
         if self._is_new("powers"):
             self._gram_errors()
         self._gram_errors()
@@ -292,7 +293,7 @@ class _Counting:
     # What a trial does itself
 
     def _recovery(self, trial: Trial, made_masks: bool) -> None:
-        """made_masks: just now, so that their statistics are there"""
+        """made_masks: whether masks are made just before, so that their statistics are there"""
         phase, in_turn = self.phase, trial.is_sequential
         if trial.is_sequential:
             self._add(
@@ -309,16 +310,16 @@ class _Counting:
             gram = self._gram_flops(phase.calibration.tokens)
             self._add(STATISTICS, phase.calibration.tokens, flops + gram, in_turn=True)
             self._make_masks(trial, in_turn=True)
-            self._statistics_again([phase.calibration])
+            self._statistics_again([phase.calibration], in_turn=True)
             self._gram_errors(in_turn=True)
             if self._span(trial) > 1:
                 self._add(FORWARD, phase.calibration.tokens, flops, in_turn=True)
         if trial.granularity == "matrix":
             self._matrices(trial, made_masks)
         else:
-            self._modules(trial, in_turn or self._crosses(trial))
+            self._modules(trial, in_turn or self._crosses(trial), made_masks and not trial.is_sequential)
 
-    def _modules(self, trial: Trial, in_turn: bool) -> None:
+    def _modules(self, trial: Trial, in_turn: bool, made_masks: bool) -> None:
         """Errors before and after, targets of their own, and steps."""
         kept, crossed = self.phase.kept, self._crossed(trial)
         shared = not trial.is_sequential and not crossed
@@ -327,10 +328,10 @@ class _Counting:
         between = passes * kept * self.model.hidden * self.size * crossed
         flops = passes * self._forward_flops(self._kept_texts())
         self._add(FORWARD, passes * kept, flops, network=between, in_turn=in_turn)
+        known = self._kept_texts()[: made_masks and self._is_anew]  # whose statistics took boundaries
+        self._boundaries_again(self._kept_texts()[len(known) :], in_turn)
         if trial.granularity == "subblock":
             self._halves_again(in_turn)
-        else:
-            self._boundaries_again(self._kept_texts(), in_turn)
         self._steps(trial, in_turn)
         if self._is_new("profile", step_rate(trial)):
             self._add(step_rate(trial), 3, 0.0, in_turn=in_turn)  # takes about as long, once for all trials
@@ -361,11 +362,12 @@ class _Counting:
         for text in self._kept_texts()[: None if streams or not on_gram else 1]:
             if needs_dense and reads_tokens and self._is_new("inputs", text):
                 self._add(FORWARD, text.tokens, self._forward_flops([text]), in_turn=in_turn)
-                if not self._is_anew:  # else they are made for statistics
+                if not (self._is_anew and on_gram):  # else they are made for statistics
                     self._boundaries_again([text], in_turn)
         before = in_turn or self._is_new("error", pruned_key(trial), "matrix", trial.loss, trial.optimizer)
         if on_gram:
-            self._statistics_again(self._kept_texts()[made_masks:])
+            known = 1 if made_masks and not trial.is_sequential else 0
+            self._statistics_again(self._kept_texts()[known:], in_turn)
             for _ in range(phase.kept_texts * (1 + before)):
                 self._gram_errors(in_turn)
         else:
@@ -391,8 +393,7 @@ class _Counting:
         texts = [*self._kept_texts(), *self.phase.evaluation]
         tokens = calibration + self.phase.measured
         self._add(FORWARD, tokens, self._forward_flops(texts), network=self._hop(tokens))
-        for _ in range(1 + self._is_new("block powers")):
-            self._boundaries_again(self._kept_texts())
+        self._boundaries_again(self._kept_texts())
         self._losses(self.phase.measured)
 
     def _evaluation_before(self) -> None:
@@ -446,31 +447,36 @@ class _Counting:
     def _is_anew(self) -> bool:
         return self.placement.statistics == ANEW
 
-    def _statistics_again(self, texts: Sequence[Text]) -> None:
+    def _statistics_again(self, texts: Sequence[Text], in_turn: bool) -> None:
         """Of dense streams, where they are not kept."""
         if self._is_anew:
             tokens = sum(text.tokens for text in texts)
-            self._add(STATISTICS, tokens, self._forward_flops(texts) + self._gram_flops(tokens))
-            self._boundaries_again(texts)
+            flops = self._forward_flops(texts) + self._gram_flops(tokens)
+            self._add(STATISTICS, tokens, flops, in_turn=in_turn)
+            self._boundaries_again(texts, in_turn)
 
     def _boundaries_again(self, texts: Sequence[Text], in_turn: bool = False) -> None:
         """Between blocks, those that are not kept."""
-        if self.placement.every > 1:
-            share = 1 - 1 / self.placement.every
+        self._pass_again(texts, self._made_share, in_turn)
+
+    def _halves_again(self, in_turn: bool) -> None:
+        """What attention gives, beside the boundaries between blocks: before those that are kept."""
+        if self.placement.every > 1 or not self.placement.halves:
+            halves = [units_in(block, "subblock")[0] for block in self.model.blocks]
+            attention = sum(map(_size, self.model.blocks, halves)) / self._weights
+            self._pass_again(self._kept_texts(), attention * (1 - self._made_share), in_turn)
+
+    def _pass_again(self, texts: Sequence[Text], share: float, in_turn: bool) -> None:
+        """Through that share of all blocks."""
+        if share:
             tokens = share * sum(text.tokens for text in texts)
             self._add(FORWARD, tokens, share * self._forward_flops(texts), in_turn=in_turn)
 
-    def _halves_again(self, in_turn: bool) -> None:
-        """Between blocks and within them, those that are not kept."""
-        if self.placement.every > 1:
-            self._add(FORWARD, self.phase.kept, self._forward_flops(self._kept_texts()), in_turn=in_turn)
-        elif not self.placement.halves:
-            attention = sum(_size(block, attention_of(block)) for block in self.model.blocks)
-            tokens = self.phase.kept * attention / self._weights
-            flops = self._forward_flops(self._kept_texts()) - 2.0 * self.phase.kept * (
-                self._weights - attention
-            )
-            self._add(FORWARD, tokens, flops, in_turn=in_turn)
+    @cached_property
+    def _made_share(self) -> float:
+        """Of the boundaries behind blocks, those that are not kept."""
+        places = [place for start, stop in self.ranges for place in range(1, stop - start + 1)]
+        return sum(place % self.placement.every > 0 for place in places) / len(places)
 
     def _gram_flops(self, tokens: float) -> float:
         """Of the Gram matrices of so many tokens."""
@@ -526,11 +532,6 @@ def step_flops(block: BlockShape, attention: int, length: int, trial: Trial) -> 
 def _size(block: BlockShape, names: Iterable[str]) -> float:
     """Weights of linears, those of experts by the share of tokens that they see."""
     return sum(block.linears[name][0] * block.linears[name][1] * block.share(name) for name in names)
-
-
-def attention_of(block: BlockShape) -> list[str]:
-    """The linears of its attention."""
-    return [name for name in block.linears if "attn" in name or "attention" in name]
 
 
 def leading(block: BlockShape) -> tuple[list[str], list[str]]:

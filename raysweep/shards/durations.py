@@ -29,9 +29,9 @@ from raysweep.shards.memory import SIZES
 from raysweep.shards.plan import ShardPlan
 
 # Assumptions, from two CPU cores and from the 16 beside an H200 in November 2026, as multiples of what
-# importing torch takes there (1.6 s of the two): starting is Python's work, and slow where that is.
-RAY_START = 3.5  # libraries, `ray.init`, actors and processes of trials: what comes one after another
-RAY_START_WORK = 6.0  # of cores that such processes share
+# importing torch takes there: starting is Python's work, and slow where that is.
+RAY_START = 3.6  # libraries, `ray.init`, actors and processes of trials: what comes one after another
+RAY_START_WORK = 8.8  # of cores that such processes share
 IN_PROCESS_START = 3.0  # libraries, looking at model and data, and the end
 TRIAL = 0.2  # of one that Tune starts in a process that is there; and of writing its row
 PHASE = 0.5  # that Tune takes for a calibration set
@@ -83,7 +83,7 @@ def durations(
 ) -> Durations | None:
     """Of all trials of a model; None where the probe has not measured all that they do.
 
-    workers: that retrain;  cores: of the machine, 0 = unknown
+    workers: that retrain;  cores: of all machines, 0 = unknown
     """
     if any(rate not in rates.seconds for rate in (ALONE, FORWARD, IMPORT, *(p.rate for p in work.pieces))):
         return None

@@ -26,7 +26,7 @@ PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
 HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
 # Beside a GPU, with its libraries; and more where units of several matrices are trained. Measured on the host of an
 # H200: 1.15 to 1.22 GiB, and 1.39 to 1.65.
-DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 320 << 20
+DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 384 << 20
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
@@ -201,7 +201,7 @@ def shard_memory(
         trials=sum(trials),
         masks=sum(masks),
         statistics=sum(grams),
-        dense=forward + waits_elsewhere * max(map(gram_bytes, blocks)),
+        dense=forward + max(waits_elsewhere * max(map(gram_bytes, blocks)), made),
         pruning=_pruning_bytes(blocks, size, work)
         + waits_elsewhere * 4 * max(map(_widest_input, blocks)) ** 2,
         recovery=_largest_recovery(blocks, model, size, work, on_gpu, made),
@@ -333,7 +333,7 @@ def _recovery_bytes(
     tokens = work.batch_size * max((tokens for _, tokens in work.texts), default=0)
     largest = 0
     for granularity in work.granularities:
-        for names in _units(block, granularity):
+        for names in units_in(block, granularity):
             shapes = [block.linears[name] for name in names]
             weights = sum(outputs * inputs for outputs, inputs in shapes)
             if granularity not in ("matrix", "subblock"):
@@ -356,7 +356,7 @@ def _state_bytes(size: int, work: Workload, on_gpu: bool) -> float:
     return size + 1 + 3 * 4 + (8 if size < 4 else 0)
 
 
-def _units(block: BlockShape, granularity: str) -> list[list[str]]:
+def units_in(block: BlockShape, granularity: str) -> list[list[str]]:
     """Names of the linears of every unit: those of a half are the ones below the same part of the block."""
     names = list(block.linears)
     if granularity == "matrix":

@@ -21,7 +21,7 @@ from raysweep.model.known_shapes import known_shape
 from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape, model_hash
 from raysweep.model.tasks import TaskSet, find_tasks
-from raysweep.model.text import TextSource, source_files
+from raysweep.model.text import TextSource
 from raysweep.model.tokenizer import load_tokenizer
 from raysweep.model.tokens import (
     TokenSet,
@@ -99,25 +99,15 @@ def prepare(space: SearchSpace, device: str) -> list[PreparedModel]:
 
     device: cpu or cuda, which settles `dtype: auto`
     """
-    return Preparation(space, device).read()
-
-
-class Preparation:
-    """All of a space that can be checked at once: models, trials, and whether texts are there. Raises UsageError."""
-
-    def __init__(self, space: SearchSpace, device: str) -> None:
-        planned, studies = space.expand(), space.studies()
-        self.space, self._models, number = space, list[_Preparation](), 0
-        for config in space.models:
-            mine = [trial for trial in planned if trial.model == config]
-            chosen = [study for study in studies if study.model == config]
-            self._models.append(_Preparation(space, config, device, mine, chosen, number))
-            number += len(mine) + sum(study.samples for study in chosen)
-
-    def read(self) -> list[PreparedModel]:
-        """The models with their texts, which takes seconds. Raises UsageError for all else that cannot work."""
-        tasks = _tasks(self.space)
-        return [model.read(tasks) for model in self._models]
+    planned, studies = space.expand(), space.studies()
+    tasks = _tasks(space)
+    prepared, number = [], 0
+    for config in space.models:
+        mine = [trial for trial in planned if trial.model == config]
+        chosen = [study for study in studies if study.model == config]
+        prepared.append(_Preparation(space, config, device, tasks).model(mine, chosen, number))
+        number += len(mine) + sum(study.samples for study in chosen)
+    return prepared
 
 
 def _tasks(space: SearchSpace) -> TaskSet | None:
@@ -131,33 +121,25 @@ def _tasks(space: SearchSpace) -> TaskSet | None:
 
 
 class _Preparation:
-    """One model's tokenizer, shape, trials and texts. first_number: of its trials among those of all models"""
+    """One model's tokenizer, shape and texts."""
 
     def __init__(
-        self,
-        space: SearchSpace,
-        config: ModelConfig,
-        device: str,
-        planned: list[PlannedTrial],
-        studies: list[Study],
-        first_number: int,
+        self, space: SearchSpace, config: ModelConfig, device: str, tasks: TaskSet | None = None
     ) -> None:
-        self.space, self.config = space, config
-        self.planned, self.studies, self.first_number = planned, studies, first_number
+        self.space, self.config, self.tasks = space, config, tasks
         self.source = ModelSource(config.path, config.revision, config.trust_remote_code)
         with self._placed("model"):
             self.shape = known_shape(self.source, config.dtype)
         self.dtype = self.shape.dtype_on_cpu if device == "cpu" else self.shape.dtype_on_device
         self.tokenizer = _Lazy(lambda: load_tokenizer(config.path, config.revision, config.trust_remote_code))
-        corners = [corner for study in studies for corner in study.corners()]
-        self.possible = {one.trial: one for one in (*planned, *corners) if not one.trial.is_dense}
-        self._check_all(self.possible)
-        self.criteria = own_criteria(self.possible)
-        for criterion in self.criteria.values():
-            criterion.check(self.shape)
-        self._look_for_texts()
 
-    def read(self, tasks: TaskSet | None) -> PreparedModel:
+    def model(self, planned: list[PlannedTrial], studies: list[Study], first_number: int) -> PreparedModel:
+        corners = [corner for study in studies for corner in study.corners()]
+        possible = {one.trial: one for one in (*planned, *corners) if not one.trial.is_dense}
+        self._check_all(possible)
+        criteria = own_criteria(possible)
+        for criterion in criteria.values():
+            criterion.check(self.shape)
         with self._placed("calibration"):
             calibrations = {config: self._calibration(config) for config in self.space.calibrations}
         _check_distinct(calibrations)
@@ -165,7 +147,7 @@ class _Preparation:
         for place, entry in enumerate(self.space.evaluation.perplexity):
             with self._placed("evaluation", "perplexity", place):
                 evaluation[entry.name] = entry_tokens(entry, self.tokenizer(), self.shape)
-        asked_by = {trial.data: one for trial, one in self.possible.items() if trial.data is not None}
+        asked_by = {trial.data: one for trial, one in possible.items() if trial.data is not None}
         data = {config: self._retraining_text(config, one) for config, one in asked_by.items()}
         with self._placed("validation"):
             validation = self._validation([*calibrations.values(), *data.values()])
@@ -173,17 +155,17 @@ class _Preparation:
         hashes = {f"{EVALUATION_PREFIX}{name}": tokens.content_hash for name, tokens in evaluation.items()}
         if validation is not None:
             hashes[VALIDATION] = validation.content_hash
-        if tasks is not None:
-            hashes |= {f"task/{name}": tasks.hashes[name] for name in self.space.tasks_of_all}
+        if self.tasks is not None:
+            hashes |= {f"task/{name}": self.tasks.hashes[name] for name in self.space.tasks_of_all}
 
         identities = _Identities(
             partial(recovery_id, model_hash=digest, dtype=self.dtype),
             cache(partial(trial_id, protocol=self.space.evaluation_protocol(), text_hashes=hashes)),
             calibrations,
             data,
-            {name: own.content_hash for name, own in self.criteria.items()},
+            {name: own.content_hash for name, own in criteria.items()},
         )
-        trials = [identities.of(trial, self.first_number + place) for place, trial in enumerate(self.planned)]
+        trials = [identities.of(trial, first_number + place) for place, trial in enumerate(planned)]
         return PreparedModel(
             self.config,
             self.source,
@@ -192,21 +174,12 @@ class _Preparation:
             self.dtype,
             validation,
             evaluation,
-            _phases(trials, self.studies, calibrations),
+            _phases(trials, studies, calibrations),
             identities.of,
-            {name: own.for_shards for name, own in self.criteria.items()},
+            {name: own.for_shards for name, own in criteria.items()},
             {tokens.content_hash: tokens for tokens in (*calibrations.values(), *data.values())},
-            tasks,
+            self.tasks,
         )
-
-    def _look_for_texts(self) -> None:
-        """Raises UsageError for files that are not there: texts are read later."""
-        for config in self.space.calibrations:
-            with self._placed("calibration"):
-                _look_for(_source(config))
-        for place, entry in enumerate(self.space.evaluation.perplexity):
-            with self._placed("evaluation", "perplexity", place):
-                _look_for(_source(entry))
 
     @contextmanager
     def _placed(self, *path: str | int) -> Iterator[None]:
@@ -235,7 +208,7 @@ class _Preparation:
         return self._checked(
             calibration_tokens(
                 self.tokenizer(),
-                _source(config),
+                TextSource(config.dataset, config.config, config.data_files, config.split),
                 sampling=config.sampling,
                 num_samples=config.num_samples,
                 sequence_length=config.sequence_length,
@@ -278,7 +251,7 @@ def entry_tokens(entry: PerplexityConfig, tokenizer: Any, shape: ModelShape) -> 
     """The windows of an evaluation entry, for a model of this shape. Raises UsageError."""
     tokens = evaluation_tokens(
         tokenizer,
-        _source(entry),
+        TextSource(entry.dataset, entry.config, entry.data_files, entry.split),
         sequence_length=entry.sequence_length,
         max_windows=entry.max_windows,
         bos_each_window=entry.bos_each_window,
@@ -342,16 +315,6 @@ class _Lazy:
         if self._value is None:
             self._value = self._make()
         return self._value
-
-
-def _source(config: CalibrationConfig | PerplexityConfig) -> TextSource:
-    return TextSource(config.dataset, config.config, config.data_files, config.split)
-
-
-def _look_for(source: TextSource) -> None:
-    """Raises UsageError where the source is files of this machine, and they are not there."""
-    if source.is_file:
-        source_files(source)
 
 
 def _validation_source(config: ValidationConfig, calibration: CalibrationConfig) -> TextSource:

@@ -333,33 +333,6 @@ def test_a_sweep_is_in_hand_before_ray_starts_and_leaves_nothing_where_it_does_n
     assert not folder.parent.exists()
 
 
-@pytest.mark.parametrize(
-    ("calibration", "starts"),
-    [({"dataset": "none.txt"}, []), ({"num_samples": 10**9}, ["begins", "ends"])],
-    ids=str,
-)
-def test_texts_are_read_beside_ray_which_ends_where_they_are_refused(
-    make_space, tmp_path, monkeypatch, calibration, starts
-):
-    """Files that are not there are refused before it starts."""
-    space, seen = make_space(calibration=calibration), list[str]()
-
-    @contextmanager
-    def connected(address: str | None) -> Iterator[None]:
-        seen.append("begins")
-        try:
-            yield
-        finally:
-            seen.append("ends")
-
-    monkeypatch.setattr("raysweep.cluster.connect.connected", connected)
-    monkeypatch.setattr("raysweep.launching.launch.OnRay", lambda cluster, importing: None)
-    with pytest.raises(UsageError, match="calibration"):
-        launch(space, storage=tmp_path / "storage", address="local")
-    assert seen == starts
-    assert not (tmp_path / "storage").exists()
-
-
 def test_the_state_of_a_process_that_is_gone_refuses_nothing(make_space, tmp_path):
     """Its number may be another's by now."""
     (tmp_path / "tiny").mkdir()
