@@ -270,8 +270,8 @@ class ExecutionConfig(BaseModel):
         default="auto",
     )
     statistics_store: Literal["auto", "device", "host", "disk", "anew"] = setting(
-        "where Gram matrices are kept; anew = nowhere: they are summed up again from the activations whenever a mask "
-        "or the error of a matrix needs them",
+        "where Gram matrices are kept; anew = nowhere: they are summed up again from the activations whenever masks "
+        "or matrices of a block need them",
         default="auto",
     )
     boundaries: Literal["auto", "all"] | Count = setting(
