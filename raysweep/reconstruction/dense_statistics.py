@@ -100,7 +100,7 @@ class DenseStatistics:
         self._made.clear()
 
     def put_down_one(self) -> None:
-        """Except for what was made again, which goes on to serve other matrices of its block."""
+        """Of what waits elsewhere; what was made again goes on to serve other matrices of its block."""
         self._in_hand = None
 
     def clear(self) -> None:

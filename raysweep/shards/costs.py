@@ -216,8 +216,9 @@ class _Counting:
     def pieces(self) -> list[Piece]:
         calibration = self.phase.calibration.tokens
         matrices = any(asked.trial.granularity == "matrix" for asked in self.phase.trials)
-        for _ in range(1 + any(asked.data is not None for asked in self.phase.trials)):
-            for place, text in enumerate(self._kept_texts()):  # once more for what was retrained
+        once_more = any(asked.data is not None for asked in self.phase.trials)  # for what was retrained
+        for _ in range(1 + once_more):
+            for place, text in enumerate(self._kept_texts()):
                 sums_up = (place == 0 or matrices) and not self._is_anew
                 flops = self._forward_flops([text]) + sums_up * self._gram_flops(text.tokens)
                 rate = STATISTICS if sums_up else FORWARD
