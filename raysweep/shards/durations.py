@@ -7,7 +7,7 @@ to shard in turn cannot take less than one trial after another, by as many as ar
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysweep.model.shape import BlockShape, ModelShape
@@ -87,68 +87,102 @@ def durations(
     """
     if any(rate not in rates.seconds for rate in (ALONE, FORWARD, IMPORT, *(p.rate for p in work.pieces))):
         return None
-    pace = rates.seconds[IMPORT]
     if not work.trials:
         return Durations(0.0, 0.0, 0.0, 0.0, {}, 0.0, 0.0)
-    scales = [_scale(model.blocks[start:stop], rates) for start, stop in plan.ranges]
-    heads = {shard: 1 / len(plan.heads) for shard in plan.heads}
-    slower = max(1.0, plan.all_shards * plan.threads / cores) if cores and plan.device == "cpu" else 1.0
+    return _Counted(work, model, plan, rates, workers, cores).durations()
 
-    def busy(piece: Piece) -> list[float]:
-        seconds = rates.seconds[piece.rate] * piece.amount * slower
-        if piece.place == HEAD:
-            return [seconds * heads.get(shard, 0.0) for shard in range(plan.shards)]
-        return [seconds * scale for scale in scales]
 
-    on_shards = [piece for piece in work.pieces if piece.place in (BLOCKS, HEAD)]
-    dense = [
-        sum(column) for column in zip(*(busy(p) for p in on_shards if p.kind == DENSE_PASS), strict=True)
-    ]
-    totals, latencies = [0.0] * plan.shards, defaultdict[int, float](float)
-    by_kind, in_turn = defaultdict[Kind, float](float), defaultdict[int, float](float)
-    apart = defaultdict[int, list[float]](lambda: [0.0] * plan.shards)
-    for piece in on_shards:
-        if piece.kind != DENSE_PASS:
-            mine = busy(piece)
-            by_kind[piece.kind] += sum(mine)
-            totals = [a + b for a, b in zip(totals, mine, strict=True)]
+class _Counted:
+    """Work in seconds. `busy` are of every shard, while as many others work beside it as the plan has.
+
+    slower: how many times, where shards share cores
+    """
+
+    def __init__(
+        self, work: Work, model: ModelShape, plan: ShardPlan, rates: Rates, workers: int, cores: float
+    ) -> None:
+        self.work, self.model, self.plan, self.rates, self.workers = work, model, plan, rates, workers
+        self.pace = rates.seconds[IMPORT]
+        self.ray_start = self.pace * (RAY_START + RAY_START_WORK / (cores or ASSUMED_CORES))
+        shared = bool(cores) and plan.device == "cpu"
+        self.slower = max(1.0, plan.all_shards * plan.threads / cores) if shared else 1.0
+        self.scales = [_scale(model.blocks[start:stop], rates) for start, stop in plan.ranges]
+        self.on_shards = [
+            (piece, self._busy(piece)) for piece in work.pieces if piece.place in (BLOCKS, HEAD)
+        ]
+        self.dense = self._sums(busy for piece, busy in self.on_shards if piece.kind == DENSE_PASS)
+        self.busy = self._sums(busy for piece, busy in self.on_shards if piece.kind != DENSE_PASS)
+        kinds_of_steps = sum(rate.startswith("step") for rate in work.samples)
+        self.compiling = COMPILING_S * kinds_of_steps if plan.compiles else 0.0
+
+    def durations(self) -> Durations:
+        work, plan, retraining = self.work, self.plan, self._retraining()
+        loading = max(memory.weights for memory in plan.memory) / LOADING_BYTES_S
+        dense_pass = max(self.dense) + max(_locking_seconds(plan))
+        trials, retrained = self._trials(), sum(retraining.values())
+        kinds = self._kinds(trials)
+        for kind, seconds in retraining.items():
+            kinds[kind] = kinds.get(kind, 0.0) + seconds
+        return Durations(
+            start=loading + self.ray_start + self.pace * (PHASE * work.phases + RESTART * work.retrains),
+            dense_pass=dense_pass,
+            trials=trials,
+            retraining=retrained,
+            kinds=kinds | {DENSE_PASS: dense_pass},
+            in_process=self._in_process() + retrained,
+            trials_busy=sum(self.busy) / self.slower * (plan.threads if plan.device == "cpu" else 1),
+            once=(self.ray_start, self.pace * IN_PROCESS_START),
+        )
+
+    def _trials(self) -> float:
+        """As long as the busiest shard takes, or as the trials one after another, as many as are in flight at once."""
+        in_turn = defaultdict[int, float](float)
+        apart = defaultdict[int, list[float]](lambda: [0.0] * self.plan.shards)
+        for piece, busy in self.on_shards:
             if piece.in_turn:
-                in_turn[piece.trial] += sum(mine)
+                in_turn[piece.trial] += sum(busy)
             else:
-                apart[piece.trial] = [a + b for a, b in zip(apart[piece.trial], mine, strict=True)]
-    for trial in range(work.trials):
-        latencies[trial] = TRIAL * pace + in_turn[trial] + max(apart[trial])
-    at_once = min(plan.all_concurrent_trials, work.trials)
-    compiling = COMPILING_S * sum(rate.startswith("step") for rate in work.samples) if plan.compiles else 0.0
-    trials = max(max(totals) / plan.replicas / BUSY_SHARE, sum(latencies.values()) / at_once) + compiling
-    retraining = {
-        piece.trial: (piece.kind, RETRAINING_START_S + _retraining(piece, model, rates) / workers)
-        for piece in work.pieces
-        if piece.place == WORKERS
-    }
-    size = SIZES[plan.dtype]
-    loading = max(memory.weights for memory in plan.memory) / LOADING_BYTES_S
-    kinds = {kind: trials * seconds / sum(by_kind.values()) for kind, seconds in by_kind.items()}
-    for kind, seconds in retraining.values():
-        kinds[kind] = kinds.get(kind, 0.0) + seconds
-    own = sum(dense) + sum(totals)
-    all_weights = model.parameters * size / LOADING_BYTES_S
-    locking = _locking_seconds(plan)
-    ray_start = pace * (RAY_START + RAY_START_WORK / (cores or ASSUMED_CORES))
-    forward = rates.seconds[FORWARD]  # of tiny models too little for the clock
-    alone = min(1.0, rates.seconds[ALONE] / forward) if forward else 1.0
-    in_process = IN_PROCESS_START * pace + all_weights + sum(locking) + own / slower * alone + compiling
-    retrained = sum(seconds for _, seconds in retraining.values())
-    return Durations(
-        start=loading + ray_start + pace * (PHASE * work.phases + RESTART * work.retrains),
-        dense_pass=max(dense, default=0.0) + max(locking),
-        trials=trials,
-        retraining=retrained,
-        kinds=kinds | {DENSE_PASS: max(dense, default=0.0) + max(locking)},
-        in_process=in_process + retrained,
-        trials_busy=sum(totals) / slower * (plan.threads if plan.device == "cpu" else 1),
-        once=(ray_start, pace * IN_PROCESS_START),
-    )
+                apart[piece.trial] = [a + b for a, b in zip(apart[piece.trial], busy, strict=True)]
+        each = [TRIAL * self.pace + in_turn[n] + max(apart[n]) for n in range(self.work.trials)]
+        at_once = min(self.plan.all_concurrent_trials, self.work.trials)
+        return max(max(self.busy) / self.plan.replicas / BUSY_SHARE, sum(each) / at_once) + self.compiling
+
+    def _kinds(self, trials: float) -> dict[Kind, float]:
+        """Seconds of trials on shards, by their shares of what shards do."""
+        found, total = defaultdict[Kind, float](float), sum(self.busy)
+        for piece, busy in self.on_shards:
+            if piece.kind != DENSE_PASS:
+                found[piece.kind] += trials * sum(busy) / total
+        return dict(found)
+
+    def _retraining(self) -> dict[Kind, float]:
+        """Seconds of workers, by kind. A trial has one such piece."""
+        found = defaultdict[Kind, float](float)
+        for piece in self.work.pieces:
+            if piece.place == WORKERS:
+                steps = piece.amount * self.rates.seconds[piece.rate] * _scale(self.model.blocks, self.rates)
+                found[piece.kind] += RETRAINING_START_S + steps / self.workers
+        return dict(found)
+
+    def _in_process(self) -> float:
+        """Of all but retraining: shards work one after another, none beside them."""
+        weights = self.model.parameters * SIZES[self.plan.dtype] / LOADING_BYTES_S
+        forward = self.rates.seconds[FORWARD]  # of tiny models too little for the clock
+        alone = min(1.0, self.rates.seconds[ALONE] / forward) if forward else 1.0
+        own = (sum(self.dense) + sum(self.busy)) / self.slower * alone
+        start = IN_PROCESS_START * self.pace
+        return start + weights + sum(_locking_seconds(self.plan)) + own + self.compiling
+
+    def _busy(self, piece: Piece) -> list[float]:
+        seconds = self.rates.seconds[piece.rate] * piece.amount * self.slower
+        if piece.place == HEAD:
+            heads = self.plan.heads
+            return [seconds / len(heads) * (shard in heads) for shard in range(self.plan.shards)]
+        return [seconds * scale for scale in self.scales]
+
+    def _sums(self, each: Iterable[list[float]]) -> list[float]:
+        """By shard."""
+        return [sum(column) for column in zip([0.0] * self.plan.shards, *each, strict=True)]
 
 
 def retraining_seconds(
@@ -170,10 +204,6 @@ def _locking_seconds(plan: ShardPlan) -> list[float]:
         return [0.0] * len(plan.memory)
     locked = [memory.waiting_on_host + memory.activations * (memory.store == HOST) for memory in plan.memory]
     return [nbytes / LOCKING_BYTES_S for nbytes in locked]
-
-
-def _retraining(piece: Piece, model: ModelShape, rates: Rates) -> float:
-    return piece.amount * rates.seconds[piece.rate] * _scale(model.blocks, rates)
 
 
 def _scale(blocks: Sequence[BlockShape], rates: Rates) -> float:
