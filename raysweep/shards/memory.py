@@ -25,7 +25,7 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
 # Of what is held at work, so much again stays in the heap of a process on CPUs, and where blocks come into hand, which
 # gives the heap back; measured
-HEAP_SHARE, HEAP_SHARE_IN_HAND = 0.9, 0.1
+HEAP_SHARE, HEAP_SHARE_IN_HAND = 1.0, 0.1
 # Beside a GPU, with its libraries; and more where units of several matrices are trained. Measured on the host of an
 # H200: 1.15 to 1.22 GiB, and 1.39 to 1.65.
 DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 384 << 20
