@@ -23,9 +23,7 @@ from raysweep.reconstruction.solving import solving_bytes
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
-# Of what is held at work, so much again stays in the heap of a process on CPUs, and where blocks come into hand, which
-# gives the heap back; measured
-HEAP_SHARE, HEAP_SHARE_IN_HAND = 1.0, 0.1
+HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
 # Beside a GPU, with its libraries; and more where units of several matrices are trained. Measured on the host of an
 # H200: 1.15 to 1.22 GiB, and 1.39 to 1.65.
 DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 384 << 20
@@ -233,7 +231,7 @@ def shard_memory(
             trials=sum(trials) if stay else in_hand * max(parameters) * open_at_once,
             masks=work.span * max(map(_prunable, blocks)) if on_gpu else 0,
         )
-    heap = 0 if on_gpu else int((HEAP_SHARE_IN_HAND if placement.waits else HEAP_SHARE) * memory.at_work)
+    heap = 0 if on_gpu else int(HEAP_SHARE * memory.at_work)
     return replace(memory, waiting_on_host=waiting[HOST], waiting_on_disk=waiting[DISK], heap=heap)
 
 
