@@ -95,8 +95,8 @@ def launch(
         _check_trackers(loaded)
     keeper = Keeper(in_process)
     prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
+    progress.stage("Checking model and data")
     if in_process:
-        progress.stage("Checking model and data")
         prepared = prepare_here(device_here())
         _check_fit(prepared, one_at_a_time=True)
         with _in_hand(folder) as held:
@@ -232,7 +232,6 @@ def _launch_on_ray(
     with without_collecting():
         from raysweep.cluster.connect import connected, running_address
 
-    progress.stage("Checking model and data")
     joined = running_address(address)
     prepared = prepare_for(device_here())
     if joined is None:

@@ -294,8 +294,10 @@ class _Counting:
     # What a trial does itself
 
     def _recovery(self, trial: Trial, made_masks: bool) -> None:
-        """made_masks: whether masks are made just before, so that their statistics are there"""
+        """made_masks: whether masks are made just before, block by block unless trials are in turn: then the statistics
+        of the calibration set are there"""
         phase, in_turn = self.phase, trial.is_sequential
+        unseen = self._kept_texts()[1:] if made_masks and not in_turn else self._kept_texts()
         if trial.is_sequential:
             self._add(
                 FORWARD,
@@ -316,12 +318,12 @@ class _Counting:
             if self._span(trial) > 1:
                 self._add(FORWARD, phase.calibration.tokens, flops, in_turn=True)
         if trial.granularity == "matrix":
-            self._matrices(trial, made_masks)
+            self._matrices(trial, unseen)
         else:
-            self._modules(trial, in_turn or self._crosses(trial), made_masks and not trial.is_sequential)
+            self._modules(trial, in_turn or self._crosses(trial), unseen)
 
-    def _modules(self, trial: Trial, in_turn: bool, made_masks: bool) -> None:
-        """Errors before and after, targets of their own, and steps."""
+    def _modules(self, trial: Trial, in_turn: bool, unseen: Sequence[Text]) -> None:
+        """Errors before and after, targets of their own, and steps. unseen: without statistics just made"""
         kept, crossed = self.phase.kept, self._crossed(trial)
         shared = not trial.is_sequential and not crossed
         passes = 1 + (not shared or self._is_new("error", pruned_key(trial), trial.granularity, trial.loss))
@@ -329,8 +331,7 @@ class _Counting:
         between = passes * kept * self.model.hidden * self.size * crossed
         flops = passes * self._forward_flops(self._kept_texts())
         self._add(FORWARD, passes * kept, flops, network=between, in_turn=in_turn)
-        known = self._kept_texts()[: made_masks and self._is_anew]  # whose statistics took boundaries
-        self._boundaries_again(self._kept_texts()[len(known) :], in_turn)
+        self._boundaries_again(unseen if self._is_anew else self._kept_texts(), in_turn)
         if trial.granularity == "subblock":
             self._halves_again(in_turn)
         self._steps(trial, in_turn)
@@ -351,7 +352,7 @@ class _Counting:
         self._add(rate, steps, flops, network=crossing, in_turn=in_turn)
         self._add(f"open {rate}", 1, in_turn=in_turn)
 
-    def _matrices(self, trial: Trial, made_masks: bool) -> None:
+    def _matrices(self, trial: Trial, unseen: Sequence[Text]) -> None:
         phase, in_turn, on_gram = self.phase, trial.is_sequential, self._goes_by_gram(trial)
         streams = trial.input_stream == "pruned"
         if streams:
@@ -367,8 +368,7 @@ class _Counting:
                     self._boundaries_again([text], in_turn)
         before = in_turn or self._is_new("error", pruned_key(trial), "matrix", trial.loss, trial.optimizer)
         if on_gram:
-            known = 1 if made_masks and not trial.is_sequential else 0
-            self._statistics_again(self._kept_texts()[known:], in_turn)
+            self._statistics_again(unseen, in_turn)
             for _ in range(phase.kept_texts * (1 + before)):
                 self._gram_errors(in_turn)
         else:
