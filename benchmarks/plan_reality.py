@@ -103,13 +103,10 @@ COMMON = {
 
 
 def on_gpus(storage: Path) -> dict[str, tuple[dict[str, Any], list[str]]]:
-    """The same on models with random weights, which are made there."""
-    random_tokens(COMMON["vocab_size"], samples=96, length=2048, storage=storage)
+    """The same on models with random weights, which `make_model` makes there."""
     data = storage / "tokens.parquet"
     chosen = {}
-    for shape, sizes in SHAPES.items():
-        (storage / shape).mkdir()
-        save_random_model(COMMON | sizes, storage / shape)
+    for shape in SHAPES:
         for kind, sweep in {
             "pruned": [PRUNED],
             "matrix": [RECOVERY | {"granularity": "matrix"}],
@@ -134,6 +131,14 @@ def on_gpus(storage: Path) -> dict[str, tuple[dict[str, Any], list[str]]]:
             }
             chosen[name] = (space, [])
     return chosen
+
+
+def make_model(shape: str, storage: Path) -> None:
+    """What the spaces of that shape name: the model, once, and its data."""
+    if not (storage / shape).exists():
+        random_tokens(COMMON["vocab_size"], samples=96, length=2048, storage=storage)
+        (storage / shape).mkdir()
+        save_random_model(COMMON | SHAPES[shape], storage / shape)
 
 
 def compared(space: dict[str, Any], options: list[str], storage: Path) -> dict[str, Any]:
@@ -196,6 +201,8 @@ def main() -> None:
             return
         found = []
         for name in chosen.only or spaces:
+            if chosen.gpu:
+                make_model(name.partition("-")[0], Path(folder))
             found.append(compared(*spaces[name], Path(folder)))
             print(json.dumps(found[-1]), flush=True)
         ratios = [key for key in found[0] if key.startswith("ratio")]

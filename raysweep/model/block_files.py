@@ -40,12 +40,32 @@ def write_tensors(
 
     survives_crashes: as of `write_atomically`; what a crash has damaged `read_tensors` refuses
     """
-    from safetensors.torch import save
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    own = _each_alone(tensors)
     said = json.dumps(dict(about or {}), allow_nan=False)
-    content = save(own, {ABOUT: said, CHECKSUM: _checksum(own, said)})
-    write_atomically(file, content, survives_crashes)
+    checksum = _checksum(own, said)
+
+    def write(temporary: Path) -> None:  # without a copy: a unit of a large model is a gigabyte
+        try:
+            save_file(own, temporary, {ABOUT: said, CHECKSUM: checksum})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(file, write, survives_crashes)
+
+
+def _each_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In host memory, copied where one is part of a larger storage or shares it: that cannot be written."""
+    own, taken = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        there = tensor.detach().cpu().contiguous()
+        if there.untyped_storage().nbytes() != there.nbytes or there.data_ptr() in taken:
+            there = there.clone()
+        taken.add(there.data_ptr())
+        own[name] = there
+    return own
 
 
 def _checksum(tensors: Mapping[str, Tensor], said: str) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,10 +89,13 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
     return json.dumps(plain, allow_nan=False).encode()
 
 
-def write_atomically(path: Path, content: bytes | memoryview, survives_crashes: bool = True) -> None:
+def write_atomically(
+    path: Path, content: bytes | memoryview | Callable[[Path], None], survives_crashes: bool = True
+) -> None:
     """Replaces a file: readers see the old contents or the new ones, also after a crash of the machine. Its folder is
     made. Raises StorageError.
 
+    content: or what writes it to a path, where an empty file is
     survives_crashes: of the machine. Else the disk is not waited for, and a file may be damaged after one; no end of a
     process damages it
     """
@@ -100,7 +103,10 @@ def write_atomically(path: Path, content: bytes | memoryview, survives_crashes: 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
-            stream.write(content)
+            if callable(content):
+                content(temporary)
+            else:
+                stream.write(content)
             if survives_crashes:
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -25,8 +25,8 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
 HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
 # Beside a GPU, with its libraries; and more where units of several matrices are trained. Measured on the host of an
-# H200: 1.15 to 1.22 GiB, and 1.39 to 1.65.
-DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 384 << 20
+# H200: 1.15 to 1.22 GiB, and 1.28, with a small unit that is being written 1.35 to 1.5.
+DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 128 << 20
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
@@ -101,13 +101,13 @@ class ShardMemory:
     dense, pruning, recovery, evaluation: what is held at work, of which only the most counts; errors of units are part
     of evaluation
     kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
-    and what is being made
+    and what is being made;  factors_share: of it, which is in host memory
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
     what their units should give
     known_masks: those that trials share, wherever they lie
     waiting_on_host, waiting_on_disk: of weights, masks and statistics what waits there
     heap: what calls before have left there
-    store: where activations are, with what is kept and streams: device, host or disk
+    store: where activations are, with kept inputs and streams: device, host or disk
     process: of a process that holds nothing yet
     """
 
@@ -126,6 +126,7 @@ class ShardMemory:
     waiting_on_host: int = 0
     waiting_on_disk: int = 0
     heap: int = 0
+    factors_share: float = 0.0
     store: str = HOST
     process: int = PROCESS_BYTES
 
@@ -145,7 +146,7 @@ class ShardMemory:
 
     @property
     def host(self) -> int:
-        return self.process + self.waiting_on_host + self.stored * (self.store == HOST)
+        return self.process + self.waiting_on_host + self.factors + self.stored * (self.store == HOST)
 
     @property
     def disk(self) -> int:
@@ -154,8 +155,13 @@ class ShardMemory:
 
     @property
     def stored(self) -> int:
-        """Activations and what is made of them, wherever they are."""
-        return self.activations + self.kept + self.streams
+        """Activations and inputs made of them, wherever they are."""
+        return self.activations + self.kept - self.factors + self.streams
+
+    @property
+    def factors(self) -> int:
+        """Of Gram matrices: `LayerPruner` keeps them in host memory."""
+        return int(self.kept * self.factors_share)
 
     @property
     def total(self) -> int:
@@ -211,6 +217,7 @@ def shard_memory(
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
         known_masks=sum(masks),
+        factors_share=_factors_share(blocks, size, work),
         store=placement.activations,
         process=_process_bytes(work, on_gpu),
     ).keeping(0, keepable_bytes(blocks, size, work))
@@ -253,6 +260,12 @@ def keepable_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> l
     samples, tokens = work.texts[0] if work.texts else (0, 0)
     inputs = samples * tokens * size * work.inputs
     return [inputs * _input_widths(block) + work.factors * gram_bytes(block) for block in blocks]
+
+
+def _factors_share(blocks: Sequence[BlockShape], size: int, work: Workload) -> float:
+    """Of what can be kept."""
+    everything = sum(keepable_bytes(blocks, size, work))
+    return work.factors * sum(map(gram_bytes, blocks)) / everything if everything else 0.0
 
 
 def _stream_bytes(blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload) -> int:

@@ -215,12 +215,14 @@ def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], w
         keepable_bytes(model.blocks[start:stop], SIZES[plan.dtype], work) for start, stop in plan.ranges
     ]
     everything, least = max(map(sum, keepable)), max(map(max, keepable))
-    if plan.stored_on_device:
+    kept = everything
+    if plan.stored_on_device and work.inputs:
         spare = _least_gpu(nodes) - max(memory.device for memory in plan.memory)
-    else:
-        there = sum(node.memory_bytes for node in nodes)
-        spare = max(0, there - host_bytes(plan)) // plan.all_shards if there else everything
-    kept = min(everything, least + int(SPARE_SHARE * spare))
+        kept = min(kept, least + int(SPARE_SHARE * spare))
+    there = sum(node.memory_bytes for node in nodes)
+    if there and (work.factors or not plan.stored_on_device):
+        spare = max(0, there - host_bytes(plan)) // plan.all_shards
+        kept = min(kept, least + int(SPARE_SHARE * spare))
     return replace(
         plan,
         memory=tuple(memory.keeping(kept, mine) for memory, mine in zip(plan.memory, keepable, strict=True)),

@@ -116,7 +116,7 @@ def _import_seconds() -> float:
 class _Probe:
     def __init__(self, probed: Probed, shard: ModelShard) -> None:
         self.probed, self.shard, self.device = probed, shard, shard.device
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(self.device).manual_seed(0)
 
     def all(self, wanted: Mapping[str, Trial]) -> dict[str, float]:
         length = self._length(batch=2)
@@ -149,7 +149,8 @@ class _Probe:
 
     def _hidden(self, samples: int, length: int) -> Tensor:
         size = (samples, length, self.probed.shape.hidden)
-        return torch.randn(size, generator=self.generator).to(self.device, self.shard.dtype)
+        numbers = torch.randn(size, device=self.device, generator=self.generator)
+        return numbers.to(self.shard.dtype)
 
     def _samples(self, length: int) -> int:
         """Of a batch that passes: as shards have it, or on CPUs as many as pass in about half a second."""
@@ -203,7 +204,9 @@ class _Probe:
             self._hidden(samples, length),
         )
         tokens = samples * length
-        ids_BT = torch.randint(self.probed.shape.vocabulary, (samples, length), generator=self.generator)
+        ids_BT = torch.randint(
+            self.probed.shape.vocabulary, (samples, length), device=self.device, generator=self.generator
+        )
         piece = max(1, min(samples, 2048 // length))
         blocks.begin("probe")
         self._masked(blocks, "probe", Trial(recovery="none", criterion="magnitude", sparsity=0.5))

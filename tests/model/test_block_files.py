@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
-from raysweep.errors import RaysweepError
+from raysweep.errors import RaysweepError, StorageError
 from raysweep.model.block_files import read_tensors, write_tensors
 
 TENSORS = {
@@ -29,6 +31,30 @@ def test_tensors_come_back_as_they_were(tmp_path, survives_crashes):
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_tensors_that_share_or_are_part_of_a_storage(tmp_path):
+    whole = torch.randn(6, 4)
+    tensors = {"whole": whole, "again": whole.view(4, 6), "rows": whole[2:4], "column": whole[:, 1]}
+    write_tensors(tmp_path / "unit.safetensors", tensors)
+    read, _ = read_tensors(tmp_path / "unit.safetensors")
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+
+
+def test_what_finds_no_room_leaves_what_was_there(tmp_path):
+    file = tmp_path / "unit.safetensors"
+    write_tensors(file, TENSORS, {"row": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(StorageError, match="unit.safetensors cannot be written"):
+            write_tensors(file, {"large": torch.zeros(1 << 18)}, {"row": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_tensors(file)[1] == {"row": 1}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize("place", ["length", "header", "name", "about", "tensors", "end"])

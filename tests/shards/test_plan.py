@@ -224,6 +224,18 @@ def test_factors_of_gram_matrices_are_kept_where_memory_is_left():
     assert shard_memory(model(), 0, 6, "float32", work).kept == 2 * 3 * grams
 
 
+@pytest.mark.parametrize("store", ["device", "host", "disk"])
+def test_factors_of_gram_matrices_lie_in_host_memory(store):
+    placement = Placement(activations=store)
+    few, more = (
+        shard_memory(model(), 0, 6, "bfloat16", replace(WORK, factors=factors), False, placement, "cuda")
+        for factors in (1, 2)
+    )
+    grams = 4 * sum(i * (i + 1) for _, i in model().blocks[0].linears.values())
+    assert more.host - few.host == 2 * grams
+    assert (more.device, more.disk) == (few.device, few.disk)
+
+
 def test_matrices_on_streams_need_room_for_their_inputs_and_outputs():
     streams = replace(WORK, streams=True, concurrent_trials=2)
     tokens = 80 * 256
