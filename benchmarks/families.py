@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from raysweep.errors import UsageError, first_line  # noqa: E402
-from raysweep.model.loading import ModelSource  # noqa: E402
-from raysweep.model.shape import read_shape  # noqa: E402
+from raysweep.model.checkpoint import ModelSource  # noqa: E402
+from raysweep.model.shape_reading import read_shape  # noqa: E402
 from raysweep.model.shard import ModelShard  # noqa: E402
 from raysweep.pruning.recipe import MaskRecipe  # noqa: E402
 from raysweep.reconstruction.range import BlockRange  # noqa: E402

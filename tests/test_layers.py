@@ -22,7 +22,7 @@ FLOORS = (
     ("reconstruction",),
     ("model",),
     ("pruning", "results"),
-    ("config", "fingerprint", "errors", "importing"),
+    ("config", "fingerprint", "errors", "importing", "at_once"),
 )
 SAME_FLOOR = {("config", "errors"), ("fingerprint", "config"), ("fingerprint", "errors")}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -150,6 +150,13 @@ def test_the_package_and_its_commands_start_light() -> None:
 
 def test_text_is_read_without_torch() -> None:
     assert loaded_by("import raysweep.model.tokens").isdisjoint(HEAVY)
+
+
+def test_what_a_launch_does_before_ray_starts_needs_no_torch() -> None:
+    """What it knows of a model and its text is kept (`known_shapes`, `known_tokens`), and torch takes seconds."""
+    code = "import raysweep.launching.launch, raysweep.launching.outlook, raysweep.shards.rates"
+    code += "\nfrom raysweep.cluster import nodes\nnodes.DRIVERS = ()\nassert nodes.this_node().gpus == 0"
+    assert loaded_by(code).isdisjoint({"torch", "transformers", "datasets"})
 
 
 def test_every_public_name_can_be_used() -> None:

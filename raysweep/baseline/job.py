@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysweep.config.trial import Trial
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 
 CHECKPOINT = "checkpoint"  # within the folder of a retraining, until it is done
 

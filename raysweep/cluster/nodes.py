@@ -8,6 +8,8 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+# Of the drivers that torch's GPUs need: NVIDIA's, also of its boards (Jetson), AMD's, and that of Windows below Linux.
+DRIVERS = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")))
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,22 @@ class Node:
 
 def this_node() -> Node:
     """What this process may use of the machine it runs on: a container's limits count, not what lies outside."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    sizes = [torch.cuda.get_device_properties(k).total_memory for k in range(gpus)]
+    sizes = _gpu_bytes() if any(driver.exists() for driver in DRIVERS) else []
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = float(len(os.sched_getaffinity(0)))
     return Node(
         cpus=min(cores, cpu_limit() or cores),
-        gpus=gpus,
+        gpus=len(sizes),
         memory_bytes=min(physical, memory_limit() or physical),
         gpu_bytes=min(sizes, default=0),
     )
+
+
+def _gpu_bytes() -> list[int]:
+    """Memory of each GPU here that torch can use. Apart, since importing torch takes seconds."""
+    import torch
+
+    return [torch.cuda.get_device_properties(k).total_memory for k in range(torch.cuda.device_count())]
 
 
 def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:

@@ -8,6 +8,7 @@ from raysweep.errors import UsageError, nearest_name
 
 UNSTRUCTURED = "unstructured"
 PATTERN_VALUES = "unstructured, or N:M with 1 <= N < M (N kept of M consecutive inputs), such as 2:4"
+MODEL = "model"  # the granularity of all blocks together
 GRANULARITY_VALUES = "matrix | subblock | block | window:K (K blocks at a time) | model"
 
 _PATTERN = re.compile(r"^([0-9]{1,4}):([0-9]{1,4})$")

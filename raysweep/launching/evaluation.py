@@ -12,8 +12,10 @@ from raysweep.cluster.nodes import this_node
 from raysweep.config.sections import ModelConfig, PerplexityConfig
 from raysweep.errors import CapacityError, UsageError
 from raysweep.launching.task_job import working_bytes
-from raysweep.model.loading import DTYPES, ModelSource
-from raysweep.model.shape import ModelShape, read_shape
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.loading import DTYPES
+from raysweep.model.shape import ModelShape
+from raysweep.model.shape_reading import read_shape
 from raysweep.model.shard import ModelShard
 from raysweep.model.tasks import TaskScore, TaskSet, score_tasks
 from raysweep.model.tokenizer import load_tokenizer
@@ -82,7 +84,7 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
 
         check_sparse_kernels(device, DTYPES[dtype])
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-    texts = {entry.name: entry_tokens(entry, tokenizer, shape) for entry in wanted.entries}
+    texts = {entry.name: entry_tokens(entry, lambda: tokenizer, shape) for entry in wanted.entries}
     measuring = _Measuring(source, shape, dtype, device, tokenizer, tell)
     spreads = wanted.tasks is not None and measuring.spreads(wanted.device)
     found = Measured(

@@ -132,7 +132,7 @@ def _version(package: str) -> str | None:
 def _model(path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """What tells two copies of a model apart, as far as that can be read fast; or why it cannot be read."""
     try:
-        from raysweep.model.loading import CONFIG, Checkpoint, ModelSource
+        from raysweep.model.checkpoint import CONFIG, Checkpoint, ModelSource
 
         source = ModelSource(path, revision, trust_remote_code)
         source.load_config()

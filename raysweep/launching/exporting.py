@@ -20,8 +20,8 @@ from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, StorageError, UsageError, first_line
 from raysweep.launching.recomputing import Alone, compared, measured, prepared_alone, recompute
 from raysweep.model.builtin import is_builtin
+from raysweep.model.checkpoint import Checkpoint, ModelSource
 from raysweep.model.export import BlockTensors, Written, write_folder
-from raysweep.model.loading import Checkpoint, ModelSource
 from raysweep.model.shape import model_hash
 from raysweep.results.artifacts import Kept, artifact_folder
 from raysweep.results.finding import find_trial

@@ -270,9 +270,6 @@ def _phase_columns(
     space: SearchSpace, model: PreparedModel, phase: Phase, plan: ShardPlan, info: GroupInfo, runner: Runner
 ) -> dict[str, Any]:
     """Columns that are equal in all rows of a phase."""
-    import torch
-    import transformers
-
     from raysweep import __version__
 
     return {
@@ -283,12 +280,9 @@ def _phase_columns(
         "validation_hash": None if model.validation is None else model.validation.content_hash,
         "evaluation_protocol": json.dumps(space.evaluation_protocol(), sort_keys=True),
         "raysweep_version": __version__,
-        "torch_version": str(
-            torch.__version__
-        ),  # of a class of torch's own, which trials would import to read it
-        "transformers_version": transformers.__version__,
         "ray_version": runner.ray_version,
         "device_name": info.device_name,
+        **info.versions,
         "shards": plan.shards,
         "threads": plan.threads,
         "fallbacks": 0,

@@ -20,8 +20,8 @@ from raysweep.launching.prepared import Launch
 from raysweep.launching.progress import Silent
 from raysweep.launching.recorder import recorded
 from raysweep.launching.runners import InProcess
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import read_shape
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.shape_reading import read_shape
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.results.artifacts import ALL, artifact_folder
 from raysweep.results.reader import trial_rows

@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.model.tasks import TaskScore, TaskSet, score_tasks
 from raysweep.model.tokenizer import load_tokenizer
-from raysweep.model.whole import load_whole, spread
 from raysweep.shards.memory import SIZES
 
 WORKING = 1.25  # of a model's weights while it runs: activations and logits of a batch; assumption
@@ -56,6 +53,10 @@ class TaskJob:
 
     def run(self) -> Scores:
         """Loads the model onto the devices of this process, and measures it."""
+        import torch
+
+        from raysweep.model.whole import load_whole, spread
+
         gpus = torch.cuda.device_count()
         if not gpus:
             torch.set_num_threads(self.threads)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import UsageError
+from raysweep.model.checkpoint import CONFIG, Checkpoint, ModelSource
 from raysweep.model.layout import Layout, Part, shape_of, unused
-from raysweep.model.loading import CONFIG, Checkpoint, ModelSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -7,13 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raysweep.at_once import pieces_of_logits
 from raysweep.model.shard import ModelShard
-
-# Numbers in one piece of logits. On a GPU half a GiB in float32, assumption. On a CPU 8 MiB, that stay in its cache and
-# make room for the next: with 32 MiB the head took 1.6 times as long, and the heap grew (builtin:pystdlib).
-DEVICE_LOGITS, CPU_LOGITS = 1 << 27, 1 << 21
-# That pass the head together on a CPU, however large the vocabulary: for each piece all its weights pass as well.
-FEWEST_TOKENS = 64
 
 
 @torch.no_grad()
@@ -45,14 +40,3 @@ def _losses(shard: ModelShard, hidden_BTH: Tensor, targets_BT: Tensor) -> Tensor
     targets_BT = targets_BT.to(logits_BTV.device)
     # On CPUs a tenth of what `cross_entropy` takes beyond the head, which writes every probability.
     return logits_BTV.logsumexp(2) - logits_BTV.gather(2, targets_BT[..., None])[..., 0]
-
-
-def tokens_at_once(vocabulary: int, on_gpu: bool) -> int:
-    """Whose logits are held at once, at most."""
-    return max(1, DEVICE_LOGITS // vocabulary) if on_gpu else max(FEWEST_TOKENS, CPU_LOGITS // vocabulary)
-
-
-def pieces_of_logits(tokens: int, vocabulary: int, on_gpu: bool) -> tuple[int, int]:
-    """Windows, and tokens of each, whose logits are held at once: a fixed function of the shapes."""
-    most = tokens_at_once(vocabulary, on_gpu)
-    return (most // tokens, tokens) if tokens <= most else (1, most)

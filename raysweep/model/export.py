@@ -15,17 +15,10 @@ from torch import Tensor
 
 from raysweep.errors import RaysweepError, StorageError, UsageError, first_line
 from raysweep.model.block_files import read_tensors
+from raysweep.model.checkpoint import CONFIG, INDEX, Checkpoint, ModelSource
 from raysweep.model.layout import Part, uses_of, write_back
 from raysweep.model.linears import block_linears, find_blocks
-from raysweep.model.loading import (
-    CONFIG,
-    DTYPES,
-    INDEX,
-    Checkpoint,
-    ModelSource,
-    build_skeleton,
-    layout_of,
-)
+from raysweep.model.loading import DTYPES, build_skeleton, layout_of
 from raysweep.model.tokenizer import load_tokenizer
 from raysweep.pruning.mask_file import WEIGHT_SUFFIX
 

@@ -4,24 +4,19 @@ built without weights, which takes seconds, and most of them are for importing i
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import RaysweepError, UsageError, first_line
+from raysweep.errors import UsageError
 from raysweep.fingerprint import fingerprint
-from raysweep.model.loading import CONFIG, INDEX, SINGLE, Checkpoint, ModelSource
-from raysweep.model.shape import BlockShape, ModelShape, read_shape, warn_of_unused
+from raysweep.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, ModelSource
+from raysweep.model.known import keep, made_by, marks_of
+from raysweep.model.shape import BlockShape, ModelShape, warn_of_unused
 from raysweep.results.uris import cache_folder
-from raysweep.results.writer import write_atomically
 
 FOLDER = "shapes"
 READ_WITH = ("torch", "transformers", "accelerate", "safetensors")
-MOST = 200  # shapes that are kept: the ones read last
-
-log = logging.getLogger(__name__)
 
 
 def known_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
@@ -34,9 +29,11 @@ def known_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
     if kept is not None and (shape := _read(kept)) is not None:
         warn_of_unused(shape, source)
         return shape
+    from raysweep.model.shape_reading import read_shape
+
     shape = read_shape(source, dtype)
     if kept is not None:
-        _write(kept, shape)
+        keep(kept, _content(shape))
     return shape
 
 
@@ -51,19 +48,11 @@ def _file(source: ModelSource, dtype: str) -> Path | None:
         found = {name: checkpoint.find(name) for name in (CONFIG, listed, *weights)}
         if found[CONFIG] is None:
             return None
-        files = {name: _marks(Path(path)) for name, path in found.items() if path is not None}
+        files = {name: marks_of(Path(path)) for name, path in found.items() if path is not None}
     except (UsageError, OSError):  # whoever reads the model says so at length
         return None
-    code = {path.name: _marks(path) for path in Path(__file__).parent.glob("*.py")}
-    versions = {name: version(name) for name in READ_WITH}
-    asked = {"dtype": dtype, "path": source.location, "files": files, "code": code, "versions": versions}
+    asked = {"dtype": dtype, "path": source.location, "files": files} | made_by(*READ_WITH)
     return cache_folder() / FOLDER / f"{fingerprint(asked)}.json"
-
-
-def _marks(path: Path) -> list[int]:
-    """Of a file's contents, without reading them: any change of them changes one of these."""
-    seen = path.stat()
-    return [seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino]
 
 
 def _read(path: Path) -> ModelShape | None:
@@ -82,14 +71,8 @@ def _block(linears: dict[str, tuple[int, int]], transposed: list[str], **fields:
     return BlockShape(sizes, transposed=frozenset(transposed), **fields)
 
 
-def _write(path: Path, shape: ModelShape) -> None:
-    """Keeps a shape, where that is possible: nothing fails for it."""
+def _content(shape: ModelShape) -> bytes:
     fields = asdict(shape)
     for block in fields["blocks"]:
         block["transposed"] = sorted(block["transposed"])
-    try:
-        write_atomically(path, json.dumps(fields).encode(), survives_crashes=False)
-        for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)[:-MOST]:
-            old.unlink(missing_ok=True)
-    except (OSError, RaysweepError) as error:
-        log.info("the shape of the model is not kept: %s", first_line(error))
+    return json.dumps(fields).encode()

@@ -12,19 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from raysweep.model.checkpoint import Checkpoint, ModelSource
 from raysweep.model.experts import separated
 from raysweep.model.frame import Frame, Surroundings, survey
 from raysweep.model.layout import Layout
 from raysweep.model.linears import block_linears, find_blocks
-from raysweep.model.loading import (
-    Checkpoint,
-    ModelSource,
-    build_skeleton,
-    layout_of,
-    materialize,
-    read_tensors,
-    resolve_dtype,
-)
+from raysweep.model.loading import build_skeleton, layout_of, materialize, read_tensors, resolve_dtype
 from raysweep.model.structure import Block, BlockArguments
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from raysweep.errors import RaysweepError
 from raysweep.model.block_files import read_block
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.linears import find_blocks
-from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.results.folders import OUTSIDE, block_file
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from raysweep.config.criterion import FILE_PREFIX
 from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHT_SUFFIX = ".weight"
 CONTENT = (
@@ -89,4 +90,4 @@ class MaskFile:
         with safe_open(str(self.path), framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         # Storage of its own: what is read may lie anywhere in the file, and arithmetic must not depend on where.
-        return torch.empty_like(tensor).copy_(tensor)
+        return tensor.clone()

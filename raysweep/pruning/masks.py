@@ -4,31 +4,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from raysweep.errors import NumericalError, UsageError
-
-ComparisonGroup = Literal["row", "matrix"]
-
-RANKED_AT_ONCE = 1 << 24  # scores; assumption: a GPU is full with far fewer
-
-
-@dataclass(frozen=True)
-class MaskRule:
-    """How many weights go, and among which they are ranked.
-
-    n_of_m:  (N, M): N kept of M consecutive inputs; then `sparsity` and `comparison_group` do not apply
-    sparsity: fraction removed of every comparison group, rounded down to a whole count
-    comparison_group: an output row, or the whole matrix
-    """
-
-    sparsity: float = 0.0
-    n_of_m: tuple[int, int] | None = None
-    comparison_group: ComparisonGroup = "row"
+from raysweep.at_once import RANKED_AT_ONCE
+from raysweep.errors import NumericalError
+from raysweep.pruning.rules import MaskRule, check_n_of_m
 
 
 def pruning_mask(score_OI: Tensor, rule: MaskRule) -> Tensor:
@@ -70,16 +51,6 @@ def keep_all_but_lowest(score_GS: Tensor, removed: int) -> Tensor:
     tied_removed_G1 = removed - below_GS.sum(1, keepdim=True, dtype=torch.int64)
     goes_GS = tied_GS & (tied_GS.cumsum(1, dtype=torch.int64) <= tied_removed_G1)
     return ~(below_GS | goes_GS)
-
-
-def check_n_of_m(inputs: int, kept: int, size: int) -> None:
-    """Raises UsageError when a row of `inputs` weights cannot be cut into groups of `size`."""
-    if inputs % size:
-        raise UsageError(
-            f"pattern {kept}:{size} needs a number of inputs that {size} divides, not {inputs}",
-            allowed=f"M among the divisors of {inputs}",
-            remedy="Choose another pattern, or pattern: unstructured.",
-        )
 
 
 def keep_n_of_m(score_OI: Tensor, kept: int, size: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raysweep.config.names import matches
 from raysweep.config.trial import Trial
-from raysweep.pruning.masks import ComparisonGroup, MaskRule
+from raysweep.pruning.rules import ComparisonGroup, MaskRule
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import NumericalError
-from raysweep.pruning.masks import MaskRule, check_n_of_m, keep_all_but_lowest, keep_n_of_m
+from raysweep.pruning.masks import keep_all_but_lowest, keep_n_of_m
+from raysweep.pruning.rules import MaskRule, check_n_of_m
 from raysweep.pruning.statistics import InputStatistics
 from raysweep.pruning.threads import one_thread
 

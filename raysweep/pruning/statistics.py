@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLUMNS_AT_ONCE = 4096  # of a Gram matrix in float64: all of one with 28,672 inputs take 6 GiB
+from raysweep.at_once import COLUMNS_AT_ONCE
 
 
 @dataclass

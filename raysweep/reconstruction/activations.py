@@ -10,10 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from raysweep.at_once import batch_tokens
 from raysweep.reconstruction.stores import Store
-
-CPU_BATCH_TOKENS = 2048  # measured on one core: larger batches are no faster
-DEVICE_BATCH_TOKENS = 16384  # fills one GPU with a block of an 8B model
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -23,7 +21,7 @@ def batches(samples: int, tokens: int, device: torch.device) -> list[slice]:
 
     A fixed function of the shape, never of free memory, so that it changes no number.
     """
-    limit = CPU_BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
+    limit = batch_tokens(device.type == "cuda")
     size = max(1, limit // tokens)
     return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 

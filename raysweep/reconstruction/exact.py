@@ -8,15 +8,13 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from raysweep.at_once import COLUMNS_AT_ONCE, column_parts
 from raysweep.errors import NumericalError
-from raysweep.pruning.statistics import COLUMNS_AT_ONCE
 
-WEIGHTS_AT_ONCE = 1 << 25  # that are solved for: 4096 x 4096 and a little more; a GPU is full with fewer
 NOTHING = 1e-15  # of the loss at zero change: below it a loss is rounding
 MAX_ITERATIONS = 2000  # assumption: far above what trained models need, below endless
 PATIENCE = 512  # iterations in float32: a Gram matrix that needs more is better seen in float64
@@ -69,19 +67,6 @@ def times_wide(x_OI: Tensor, wide_IJ: Tensor) -> Tensor:
     for part, columns in zip(product_OJ.tensor_split(parts, 1), wide_IJ.tensor_split(parts, 1), strict=True):
         part.copy_(x_OI @ columns.double())
     return product_OJ
-
-
-def column_parts(columns: int) -> int:
-    """Into how many parts, as even as can be, a matrix is cut that becomes float64."""
-    return max(1, -(-columns // COLUMNS_AT_ONCE))
-
-
-def row_pieces(outputs: int, inputs: int) -> list[slice]:
-    """The rows of a weight that are solved for at once: all, but of large ones even pieces, whose number is a function
-    of the shape alone. Rows are problems of their own, so that only memory depends on it, and when each piece ends."""
-    count = min(outputs, max(1, -(-outputs * inputs // WEIGHTS_AT_ONCE)))
-    cuts = [outputs * piece // count for piece in range(count + 1)] if count else []
-    return [slice(*ends) for ends in pairwise(cuts)]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from raysweep.config.names import matches
 from raysweep.config.spellings import window_length
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError, nearest_name
-from raysweep.pruning.masks import check_n_of_m
 from raysweep.pruning.recipe import MaskRecipe
+from raysweep.pruning.rules import check_n_of_m
 
 Shapes = Mapping[str, tuple[int, int]]
 """(O, I) of linears by full name."""

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raysweep.at_once import row_pieces, solving_bytes
 from raysweep.config.trial import Trial
 from raysweep.pruning.statistics import InputStatistics
 from raysweep.reconstruction.activations import batches, fetch
 from raysweep.reconstruction.exact import (
     Quadratic,
-    column_parts,
     masked_least_squares,
-    row_pieces,
     times_wide,
 )
 from raysweep.reconstruction.measures import CALIBRATION, TextError
@@ -193,14 +192,6 @@ class Solver:
         dense_O = self._dense_bias()
         bias_O = weights.get(f"{self.linear.name}.bias", dense_O)
         return torch.cat([change_OI, (bias_O[rows].double() - dense_O[rows].double())[:, None]], 1)
-
-
-def solving_bytes(outputs: int, inputs: int) -> int:
-    """While float64 iterates, which takes the most: the scaled Gram matrix, and of the rows that are solved for at once
-    five float64 and a bool; beside them either a sixth, or columns of the Gram matrix and a product with only these."""
-    columns, rows = -(-inputs // column_parts(inputs)), -(-outputs // len(row_pieces(outputs, inputs)))
-    corrected = columns * inputs + (columns * rows if columns < inputs else 0)
-    return 8 * inputs**2 + 8 * max(corrected, rows * inputs) + 41 * rows * inputs
 
 
 def _quadratic(x_OI: Tensor, gram_II: Tensor) -> float:

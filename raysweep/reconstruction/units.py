@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from raysweep.config.spellings import window_length
+from raysweep.config.spellings import MODEL, window_length
 from raysweep.model.linears import Linear
 from raysweep.model.structure import Block
-
-MODEL = "model"
 
 
 @dataclass(frozen=True)

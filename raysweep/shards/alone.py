@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import CapacityError
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.evaluation import window_losses
-from raysweep.model.loading import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.model.shard import ModelShard
 from raysweep.model.tokens import TokenSet

@@ -67,6 +67,7 @@ class GroupInfo:
     ranges: blocks (start, stop) of every shard;  heads: shards with the head, whose turn it is batch by batch
     units: by granularity, in the order of the model
     texts: by name; those that are kept (calibration, validation) and those that are evaluated on
+    versions: columns with those of the libraries that compute
     together: batches that an evaluation sends as one, as of `Placement`
     """
 
@@ -76,6 +77,7 @@ class GroupInfo:
     device_name: str
     prunable: Mapping[str, int]
     heads: tuple[int, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
     together: int = 1
 
     @property

@@ -13,13 +13,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from raysweep.model.evaluation import tokens_at_once
+from raysweep.at_once import (
+    COLUMNS_AT_ONCE,
+    RANKED_AT_ONCE,
+    batch_tokens,
+    solving_bytes,
+    tokens_at_once,
+)
 from raysweep.model.shape import BlockShape, ModelShape
-from raysweep.pruning.masks import RANKED_AT_ONCE
-from raysweep.pruning.statistics import COLUMNS_AT_ONCE
-from raysweep.reconstruction.activations import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, IN_HAND, MADE, Placement
-from raysweep.reconstruction.solving import solving_bytes
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
@@ -387,7 +389,7 @@ def units_in(block: BlockShape, granularity: str) -> list[list[str]]:
 def _batch_tokens(on_gpu: bool, work: Workload) -> int:
     """Of a forward pass: as many windows as make a batch, and no less than one."""
     longest = max((tokens for _, tokens in work.texts), default=0)
-    return max(DEVICE_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS, work.evaluation_tokens, longest)
+    return max(batch_tokens(on_gpu), work.evaluation_tokens, longest)
 
 
 def _forward_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:

@@ -8,21 +8,21 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from raysweep.cluster.nodes import this_node
 from raysweep.config.trial import Trial
 from raysweep.errors import RaysweepError, first_line
 from raysweep.fingerprint import fingerprint
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.results.uris import cache_folder
 from raysweep.results.writer import write_atomically
 from raysweep.shards.costs import ALONE, FORWARD, GRAM_ERRORS, IMPORT, LOSSES, STATISTICS
+from raysweep.shards.device_name import device_name
 from raysweep.shards.durations import Rates
-from raysweep.shards.worker import device_name
 
 CACHE_FILE = "probe.json"
 VERSION = 2  # of what is measured: raised with every change of it
@@ -62,10 +62,10 @@ class Probed:
     def key(self) -> str:
         """Equal for equal devices and shapes: two models of a shape share it, whatever their weights."""
         block = self.shape.blocks[self.index]
-        where = device_name(torch.device(self.device))
+        where = device_name(self.device)
         asked = {
             "version": VERSION,
-            "torch": str(torch.__version__),
+            "torch": version("torch"),
             "linears": sorted(block.linears.values()),
             "parameters": block.parameters,
             "vocabulary": [self.shape.vocabulary, self.shape.hidden],
@@ -84,7 +84,7 @@ def probed_rates(
     wanted: by rate, a trial that needs it, beside what all need
     again: measures all anew;  measures: else None where the file lacks something
     """
-    if probed.device == "cuda" and not torch.cuda.is_available():  # of the cluster, not of this machine
+    if probed.device == "cuda" and not this_node().gpus:  # of the cluster, not of this machine
         return None
     names = {*wanted, *(f"open {rate}" for rate in wanted if rate.startswith("step")), *ALWAYS}
     kept = {} if again else _read().get(probed.key, {})

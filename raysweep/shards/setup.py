@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shape import ModelShape
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.reconstruction.placement import Placement
@@ -209,6 +209,7 @@ def _describe(
         },
         texts=dict(texts),
         device_name=facts[0]["device_name"],
+        versions=facts[0]["versions"],
         prunable={
             name: outputs * inputs for b in model.blocks for name, (outputs, inputs) in b.linears.items()
         },

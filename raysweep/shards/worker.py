@@ -19,8 +19,8 @@ from torch import Tensor
 
 from raysweep.config.trial import Trial
 from raysweep.model.block_files import read_block, write_block
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.evaluation import window_losses
-from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.pruning.criteria import OwnFunction
 from raysweep.pruning.recipe import MaskRecipe
@@ -34,6 +34,7 @@ from raysweep.reconstruction.range import BlockRange
 from raysweep.reconstruction.recovery import find_unit, is_pruned, recover_unit, units_in, weights_of
 from raysweep.results.folders import OUTSIDE, block_file, unit_file
 from raysweep.shards.counts import Counts
+from raysweep.shards.device_name import device_name
 from raysweep.shards.group_info import ShardSpec, UnitSpan
 from raysweep.shards.peaks import HostPeak, Peaks
 from raysweep.shards.trial_peaks import TrialPeaks
@@ -81,11 +82,17 @@ class ShardWorker:
     # What the group asks once
 
     def describe(self, granularities: list[str]) -> dict[str, Any]:
-        """Facts about this worker: process, device, bytes read, and the units of its blocks."""
+        """Facts about this worker: process, device, libraries, bytes read, and the units of its blocks."""
+        import transformers
+
         return {
             "pid": os.getpid(),
             "host": platform.node(),
-            "device_name": device_name(self.shard.device),
+            "device_name": device_name(self.shard.device.type),
+            "versions": {
+                "torch_version": str(torch.__version__),  # a class of torch's own, which trials would import
+                "transformers_version": transformers.__version__,
+            },
             "bytes_read": self.shard.bytes_read,
             "has_head": self.shard.has_head,
             "units": {
@@ -542,18 +549,3 @@ class ShardWorker:
         pair = self._seconds[name][phase]
         pair[0] += own
         pair[1] += own + self.blocks.knowledge.saved_seconds - saved
-
-
-def device_name(device: torch.device) -> str:
-    """As rows and figures have it: the name of the GPU, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _cpu_name()
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raysweep.config.criterion import function_parts, is_mask_file
 from raysweep.config.trial import Trial
 from raysweep.model.shape import ModelShape
-from raysweep.pruning.criteria import OwnFunction
 from raysweep.pruning.mask_file import MaskFile
 from raysweep.pruning.own import function_hash, load_function
+
+if TYPE_CHECKING:
+    from raysweep.pruning.criteria import OwnFunction
 
 
 @dataclass(frozen=True)

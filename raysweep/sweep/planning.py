@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
-from raysweep.config.spellings import window_length
+from raysweep.config.spellings import MODEL, window_length
 from raysweep.config.trial import Trial
 from raysweep.pruning.recipe import MaskRecipe
-from raysweep.reconstruction.units import MODEL
 from raysweep.shards.memory import Workload
 from raysweep.shards.plan import ShardPlan, make_plan
 from raysweep.shards.stores import Stores

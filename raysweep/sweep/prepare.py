@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raysweep.config.calibration import CalibrationConfig
 from raysweep.config.expansion import PlannedTrial
@@ -17,8 +17,9 @@ from raysweep.config.studies import Study
 from raysweep.config.trial import Trial
 from raysweep.errors import UsageError
 from raysweep.fingerprint import recovery_id, trial_id
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.known_shapes import known_shape
-from raysweep.model.loading import ModelSource
+from raysweep.model.known_tokens import known_tokens
 from raysweep.model.shape import ModelShape, model_hash
 from raysweep.model.tasks import TaskSet, find_tasks
 from raysweep.model.text import TextSource
@@ -30,13 +31,15 @@ from raysweep.model.tokens import (
     evaluation_tokens,
     validation_tokens,
 )
-from raysweep.pruning.criteria import OwnFunction
 from raysweep.reconstruction.fitting import check_trial
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.shards.group_info import EVALUATION_PREFIX
 from raysweep.shards.trial import only_pruned
 from raysweep.sweep.identified import SweepTrial
 from raysweep.sweep.own_criteria import own_criteria
+
+if TYPE_CHECKING:
+    from raysweep.pruning.criteria import OwnFunction
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class _Preparation:
         evaluation = {}
         for place, entry in enumerate(self.space.evaluation.perplexity):
             with self._placed("evaluation", "perplexity", place):
-                evaluation[entry.name] = entry_tokens(entry, self.tokenizer(), self.shape)
+                evaluation[entry.name] = self._evaluation(entry)
         asked_by = {trial.data: one for trial, one in possible.items() if trial.data is not None}
         data = {config: self._retraining_text(config, one) for config, one in asked_by.items()}
         with self._placed("validation"):
@@ -205,17 +208,22 @@ class _Preparation:
                 raise error.inside("start_from.") from None
 
     def _calibration(self, config: CalibrationConfig) -> TokenSet:
-        return self._checked(
-            calibration_tokens(
-                self.tokenizer(),
-                TextSource(config.dataset, config.config, config.data_files, config.split),
-                sampling=config.sampling,
-                num_samples=config.num_samples,
-                sequence_length=config.sequence_length,
-                seed=config.seed,
-                max_positions=self.shape.max_positions,
-            )
+        asked: dict[str, Any] = {
+            "sampling": config.sampling,
+            "num_samples": config.num_samples,
+            "sequence_length": config.sequence_length,
+            "seed": config.seed,
+            "max_positions": self.shape.max_positions,
+        }
+        source = TextSource(config.dataset, config.config, config.data_files, config.split)
+        return self._known(
+            "calibration", source, asked, lambda: calibration_tokens(self.tokenizer(), source, **asked)
         )
+
+    def _evaluation(self, entry: PerplexityConfig) -> TokenSet:
+        asked = entry.model_dump(mode="json") | {"max_positions": self.shape.max_positions}
+        make = partial(entry_tokens, entry, self.tokenizer, self.shape)
+        return self._known(_title(entry), _entry_source(entry), asked, make)
 
     def _retraining_text(self, config: CalibrationConfig, asked_by: PlannedTrial) -> TokenSet:
         """As a calibration set; an error names the trial's group, not the section `calibration`."""
@@ -230,33 +238,45 @@ class _Preparation:
         config = self.space.validation
         if not config.samples:
             return None
-        return self._checked(
-            validation_tokens(
-                self.tokenizer(),
-                _validation_source(config, self.space.calibrations[0]),
-                samples=config.samples,
-                sequence_length=self.space.evaluation.perplexity[0].sequence_length,
-                seed=config.seed,
-                exclude=calibrations,
-                max_positions=self.shape.max_positions,
-            )
-        )
+        asked: dict[str, Any] = {
+            "samples": config.samples,
+            "sequence_length": self.space.evaluation.perplexity[0].sequence_length,
+            "seed": config.seed,
+            "max_positions": self.shape.max_positions,
+        }
+        source = _validation_source(config, self.space.calibrations[0])
 
-    def _checked(self, tokens: TokenSet) -> TokenSet:
+        def make() -> TokenSet:
+            return validation_tokens(self.tokenizer(), source, exclude=calibrations, **asked)
+
+        return self._known("validation", source, asked, make, calibrations)
+
+    def _known(
+        self,
+        name: str,
+        source: TextSource,
+        asked: dict[str, Any],
+        make: Callable[[], TokenSet],
+        beside: Sequence[TokenSet] = (),
+    ) -> TokenSet:
+        tokens = known_tokens(name, self.source, source, asked, make, beside)
         check_vocabulary(tokens, self.shape.vocabulary)
         return tokens
 
 
-def entry_tokens(entry: PerplexityConfig, tokenizer: Any, shape: ModelShape) -> TokenSet:
-    """The windows of an evaluation entry, for a model of this shape. Raises UsageError."""
+def entry_tokens(entry: PerplexityConfig, tokenizer: Callable[[], Any], shape: ModelShape) -> TokenSet:
+    """The windows of an evaluation entry, for a model of this shape. Raises UsageError.
+
+    tokenizer: gives it
+    """
     tokens = evaluation_tokens(
-        tokenizer,
-        TextSource(entry.dataset, entry.config, entry.data_files, entry.split),
+        tokenizer(),
+        _entry_source(entry),
         sequence_length=entry.sequence_length,
         max_windows=entry.max_windows,
         bos_each_window=entry.bos_each_window,
         max_positions=shape.max_positions,
-        name=f"evaluation.perplexity {entry.name}",
+        name=_title(entry),
     )
     check_vocabulary(tokens, shape.vocabulary)
     return tokens
@@ -315,6 +335,14 @@ class _Lazy:
         if self._value is None:
             self._value = self._make()
         return self._value
+
+
+def _entry_source(entry: PerplexityConfig) -> TextSource:
+    return TextSource(entry.dataset, entry.config, entry.data_files, entry.split)
+
+
+def _title(entry: PerplexityConfig) -> str:
+    return f"evaluation.perplexity {entry.name}"
 
 
 def _validation_source(config: ValidationConfig, calibration: CalibrationConfig) -> TextSource:

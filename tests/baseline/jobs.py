@@ -17,8 +17,8 @@ from raysweep.baseline.job import RetrainJob
 from raysweep.baseline.workers import retrain_here
 from raysweep.config.trial import Trial
 from raysweep.model.block_files import read_block, write_block
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.linears import block_linears, find_blocks
-from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.shards.retrained import Retrained, failure_in
 

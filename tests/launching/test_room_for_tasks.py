@@ -11,8 +11,8 @@ from raysweep.launching import evaluation
 from raysweep.launching.prepared import Launch
 from raysweep.launching.task_job import Places, working_bytes
 from raysweep.launching.tasks import places
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import read_shape
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.shape_reading import read_shape
 from raysweep.shards.memory import PROCESS_BYTES
 from raysweep.sweep.prepare import prepare
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raysweep.model import evaluation
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.evaluation import window_losses
-from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from tests.families import token_ids
 

@@ -11,10 +11,11 @@ from torch import nn
 
 import raysweep
 from raysweep.errors import UsageError
+from raysweep.model.checkpoint import Checkpoint, ModelSource
 from raysweep.model.experts import Experts, is_fused, separated, tensor_of
 from raysweep.model.layout import uses_of, write_back
-from raysweep.model.loading import Checkpoint, ModelSource, build_skeleton, layout_of
-from raysweep.model.shape import read_shape
+from raysweep.model.loading import build_skeleton, layout_of
+from raysweep.model.shape_reading import read_shape
 from raysweep.model.shard import ModelShard
 from tests.families import make_model, token_ids
 from tests.zoo import HIDDEN, make_zoo_model, randomize

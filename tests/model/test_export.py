@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raysweep.errors import RaysweepError
 from raysweep.model.block_files import write_block
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.experts import tensor_of
 from raysweep.model.export import MASKS, BlockTensors, Written, write_folder
 from raysweep.model.linears import block_linears, find_blocks
-from raysweep.model.loading import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.results.folders import OUTSIDE
 from tests.exported import check_zeros, stored_tensors

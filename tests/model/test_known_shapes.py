@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raysweep.errors import UsageError
-from raysweep.model import known_shapes
-from raysweep.model.known_shapes import MOST, known_shape
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import ModelShape, read_shape
+from raysweep.model import known, shape_reading
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.known import MOST
+from raysweep.model.known_shapes import known_shape
+from raysweep.model.shape import ModelShape
+from raysweep.model.shape_reading import read_shape
 from tests.zoo import make_zoo_model
 
 
@@ -30,7 +32,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         read.append(source.path)
         return read_shape(source, dtype)
 
-    monkeypatch.setattr(known_shapes, "read_shape", reading)
+    monkeypatch.setattr(shape_reading, "read_shape", reading)
     return read
 
 
@@ -74,9 +76,9 @@ def test_a_change_of_any_file_is_seen(reads, model):
 def test_other_code_reads_again(reads, model, monkeypatch):
     source = ModelSource(str(model))
     known_shape(source)
-    monkeypatch.setattr(known_shapes, "version", lambda name: "another")
+    monkeypatch.setattr(known, "version", lambda name: "another")
     known_shape(source)
-    monkeypatch.setattr(known_shapes, "__file__", str(model / "other.py"))
+    monkeypatch.setattr(known, "__file__", str(model / "other.py"))
     known_shape(source)
     assert len(reads) == 3
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raysweep.errors import UsageError
-from raysweep.model.loading import Checkpoint, ModelSource
-from raysweep.model.shape import model_hash, read_shape
+from raysweep.model.checkpoint import Checkpoint, ModelSource
+from raysweep.model.shape import model_hash
+from raysweep.model.shape_reading import read_shape
 from raysweep.model.shard import ModelShard
 from tests.families import make_model, token_ids
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raysweep.errors import UsageError
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import model_hash, read_shape
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.shape import model_hash
+from raysweep.model.shape_reading import read_shape
 from tests.families import FAMILIES, HIDDEN, VOCABULARY, make_model
 
 

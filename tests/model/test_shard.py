@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shard import ModelShard
 from tests.families import BLOCKS, FAMILIES, Family, make_model, token_ids
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from raysweep.errors import UsageError
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.linears import block_linears, find_blocks
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import read_shape
+from raysweep.model.shape_reading import read_shape
 from raysweep.model.shard import ModelShard
 from raysweep.model.structure import Block
 from tests.families import BLOCKS, FAMILIES, HIDDEN, in_family, make_model

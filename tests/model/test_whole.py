@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from raysweep.errors import RaysweepError
 from raysweep.model.block_files import write_block
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.whole import load_whole
 from raysweep.results.folders import OUTSIDE
 from tests.families import token_ids

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysweep.errors import NumericalError, UsageError
-from raysweep.pruning.masks import MaskRule, pruning_mask
+from raysweep.pruning.masks import pruning_mask
+from raysweep.pruning.rules import MaskRule
 
 
 def naive_mask(score: np.ndarray, rule: MaskRule) -> np.ndarray:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysweep.errors import NumericalError
-from raysweep.pruning.masks import MaskRule
+from raysweep.pruning.rules import MaskRule
 from raysweep.pruning.sparsegpt import InverseFactor, inverse_factor, sparsegpt
 from raysweep.pruning.statistics import InputStatistics
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raysweep.config.trial import Trial
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction.activations import batches

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from raysweep import at_once
+from raysweep.at_once import column_parts, row_pieces, solving_bytes
 from raysweep.errors import NumericalError
 from raysweep.pruning.recipe import MaskRecipe
 from raysweep.reconstruction import exact, solving
@@ -23,13 +25,10 @@ from raysweep.reconstruction.exact import (
     MAX_ITERATIONS,
     MIXED,
     Quadratic,
-    column_parts,
     masked_least_squares,
-    row_pieces,
     times_wide,
 )
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION, UnitResult
-from raysweep.reconstruction.solving import solving_bytes
 from tests.families import make_model
 from tests.reconstruction.ranges import (
     IDS,
@@ -187,8 +186,9 @@ class Counted(TorchDispatchMode):
 
 
 def in_small_pieces(monkeypatch: pytest.MonkeyPatch, columns: int, weights: int) -> None:
-    monkeypatch.setattr(exact, "COLUMNS_AT_ONCE", columns)
-    monkeypatch.setattr(exact, "WEIGHTS_AT_ONCE", weights)
+    for module in (at_once, exact):
+        monkeypatch.setattr(module, "COLUMNS_AT_ONCE", columns)
+    monkeypatch.setattr(at_once, "WEIGHTS_AT_ONCE", weights)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(300, 80), (128, 448), (448, 128)])

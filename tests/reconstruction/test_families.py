@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import read_shape
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.shape_reading import read_shape
 from raysweep.model.shard import ModelShard
 from raysweep.pruning.mask_file import MaskFile
 from raysweep.pruning.recipe import MaskRecipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.reconstruction import hand, heap
 from raysweep.reconstruction import range as range_module

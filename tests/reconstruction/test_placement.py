@@ -13,7 +13,7 @@ import torch
 
 from raysweep.config.trial import Trial
 from raysweep.errors import StorageError
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.reconstruction import activations
 from raysweep.reconstruction.activations import batches

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raysweep.errors import CapacityError
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import read_shape
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.shape_reading import read_shape
 from raysweep.model.tokens import TokenSet
 from raysweep.shards.alone import perplexities, ranges_that_fit, shards_one_by_one
 from tests.families import token_ids

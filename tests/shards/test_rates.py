@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from raysweep.config.trial import Trial
-from raysweep.model.loading import ModelSource
-from raysweep.model.shape import read_shape
+from raysweep.model.checkpoint import ModelSource
+from raysweep.model.shape_reading import read_shape
 from raysweep.shards import probe
 from raysweep.shards.costs import SOLVING, mask_rate, step_rate
 from raysweep.shards.rates import ALWAYS, CACHE_FILE, Probed, probed_rates

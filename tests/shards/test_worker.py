@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from raysweep.model.block_files import write_block
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.reconstruction.placement import Placement
 from raysweep.results.folders import OUTSIDE, block_file

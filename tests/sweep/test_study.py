@@ -16,7 +16,7 @@ from raysweep.config.dialect import dump_yaml
 from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
 from raysweep.launching.launch import launch
-from raysweep.model.loading import ModelSource
+from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shard import ModelShard
 from raysweep.results.reader import load_results, load_units
 from tests.frames import assert_same_numbers
