@@ -25,7 +25,9 @@ from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, I
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
-HEAP_SHARE = 1.0  # of what is held at work: as much again stays in the heap of a process on CPUs; measured
+# Of what is held at work, so much again stays in the heap of a process on CPUs, and where blocks come into hand, which
+# gives it back; measured
+HEAP_SHARE, WAITING_HEAP_SHARE = 1.0, 0.1
 # Beside a GPU, with its libraries; and more where units of several matrices are trained. Measured on the host of an
 # H200: 1.15 to 1.22 GiB, and 1.28, with a small unit that is being written 1.35 to 1.5.
 DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 128 << 20
@@ -47,7 +49,7 @@ class Workload:
     """What a sweep asks of its shards.
 
     texts: (samples, tokens) of every kept text (calibration, validation)
-    evaluation_tokens: tokens of one window
+    evaluation_tokens: tokens of one window;  most_tokens: of the largest text, kept or not; None = unknown
     masks, updated: distinct masks kept at once, and those of them that come with updated weights (sparsegpt)
     factors: distinct factors of every Gram matrix, one for each dampening (sparsegpt)
     granularities: of the units that are trained;  span: most blocks that are trained together
@@ -76,6 +78,7 @@ class Workload:
     outputs: bool = False
     kept_share: float = 1.0
     ranks_matrices: bool = False
+    most_tokens: int | None = None
 
     @property
     def halves(self) -> bool:
@@ -107,6 +110,7 @@ class ShardMemory:
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
     what their units should give
     known_masks: those that trials share, wherever they lie
+    left: of a recovered unit, which waits in host memory to be written while the next one is recovered
     waiting_on_host, waiting_on_disk: of weights, masks and statistics what waits there
     heap: what calls before have left there
     store: where activations are, with kept inputs and streams: device, host or disk
@@ -125,6 +129,7 @@ class ShardMemory:
     kept: int
     streams: int
     known_masks: int = 0
+    left: int = 0
     waiting_on_host: int = 0
     waiting_on_disk: int = 0
     heap: int = 0
@@ -148,7 +153,8 @@ class ShardMemory:
 
     @property
     def host(self) -> int:
-        return self.process + self.waiting_on_host + self.factors + self.stored * (self.store == HOST)
+        waiting = self.waiting_on_host + self.left + self.factors
+        return self.process + waiting + self.stored * (self.store == HOST)
 
     @property
     def disk(self) -> int:
@@ -219,6 +225,7 @@ def shard_memory(
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
         known_masks=sum(masks),
+        left=0 if on_gpu and not placement.waits else _left_bytes(blocks, size, work),
         factors_share=_factors_share(blocks, size, work),
         store=placement.activations,
         process=_process_bytes(work, on_gpu),
@@ -240,7 +247,7 @@ def shard_memory(
             trials=sum(trials) if stay else in_hand * max(parameters) * open_at_once,
             masks=work.span * max(map(_prunable, blocks)) if on_gpu else 0,
         )
-    heap = 0 if on_gpu else int(HEAP_SHARE * memory.at_work)
+    heap = 0 if on_gpu else int((WAITING_HEAP_SHARE if placement.waits else HEAP_SHARE) * memory.at_work)
     return replace(memory, waiting_on_host=waiting[HOST], waiting_on_disk=waiting[DISK], heap=heap)
 
 
@@ -363,6 +370,22 @@ def _recovery_bytes(
     return largest
 
 
+def _left_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
+    """Of the largest unit's weights. `shard_memory` leaves them out where a GPU holds everything: few units take longer
+    there than writing them would, and a unit is written only if it does."""
+    largest = [
+        max(
+            sum(outputs * inputs for outputs, inputs in map(block.linears.__getitem__, names))
+            if granularity in ("matrix", "subblock")
+            else block.parameters * work.span
+            for names in units_in(block, granularity)
+        )
+        for granularity in work.granularities
+        for block in blocks
+    ]
+    return size * max(largest, default=0)
+
+
 def _state_bytes(size: int, work: Workload, on_gpu: bool) -> float:
     """Of a trained weight, beside itself: on GPUs in 16 bits gradient, mask, and master and moments if it is kept; else
     gradient, moments, mask, the same as a factor and, below float32, master and its gradient."""
@@ -400,8 +423,11 @@ def _forward_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -
 def _joined_bytes(placement: Placement, on_gpu: bool, model: ModelShape, size: int, work: Workload) -> int:
     """Of batches that pass the blocks together: as they came, as they are, and, where boundaries are made anew, in the
     dense model."""
-    copies = (2 + (placement.every > 1)) * placement.together if placement.together > 1 else 0
-    return copies * _batch_tokens(on_gpu, work) * model.hidden * size
+    if placement.together == 1:
+        return 0
+    tokens = placement.together * _batch_tokens(on_gpu, work)
+    tokens = tokens if work.most_tokens is None else min(tokens, work.most_tokens)
+    return (2 + (placement.every > 1)) * tokens * model.hidden * size
 
 
 def _logits_bytes(model: ModelShape, size: int, work: Workload, on_gpu: bool) -> int:

@@ -57,6 +57,7 @@ def workload(model: PreparedModel) -> Workload:
     calibrations = [phase.tokens for phase in model.phases]
     largest = max(calibrations, key=lambda tokens: len(tokens) * tokens.sequence_length)
     texts = [largest, *([model.validation] if model.validation is not None else [])]
+    every_text = [*texts, *model.evaluation.values()]
     return Workload(
         texts=tuple((len(tokens), tokens.sequence_length) for tokens in texts),
         evaluation_tokens=max(tokens.sequence_length for tokens in model.evaluation.values()),
@@ -79,6 +80,7 @@ def workload(model: PreparedModel) -> Workload:
         kept_share=max((_kept_share(trial) for trial in trials if not trial.is_dense), default=1.0),
         outputs=any(map(_trains_towards_outputs, trials)),
         ranks_matrices=any(trial.comparison_group == "matrix" for trial in trials),
+        most_tokens=max(len(tokens) * tokens.sequence_length for tokens in every_text),
     )
 
 

@@ -288,6 +288,29 @@ def test_batches_that_pass_together_take_room():
         for weights in ("device", "disk")
     )
     assert files.evaluation == resident.evaluation + 2 * 8 * 2048 * 256 * 4
+    few = replace(WORK, most_tokens=5000)
+    of_few = make_plan(model(), node, few, "float32", stores=Stores("disk", "host", "device", "all")).memory[
+        0
+    ]
+    assert of_few.evaluation == resident.evaluation + 2 * 5000 * 256 * 4
+
+
+@pytest.mark.parametrize(
+    ("granularity", "span", "weights"),
+    [
+        ("matrix", 1, 640 * 256),
+        ("block", 1, model().blocks[0].parameters),
+        ("window:2", 2, 2 * model().blocks[0].parameters),
+    ],
+)
+def test_a_unit_waits_in_host_memory_to_be_written(granularity, span, weights):
+    work = replace(WORK, granularities=frozenset({granularity}), span=span)
+    on_cpu = shard_memory(model(), 0, 6, "float32", work)
+    assert on_cpu.left == 4 * weights
+    streamed = shard_memory(model(), 0, 6, "bfloat16", work, placement=Placement("host"), device="cuda")
+    assert streamed.left == 2 * weights
+    assert streamed.host == streamed.process + streamed.waiting_on_host + streamed.left + streamed.stored
+    assert shard_memory(model(), 0, 6, "bfloat16", work, device="cuda").left == 0
 
 
 def test_of_two_blocks_none_is_ever_put_away():
