@@ -40,10 +40,14 @@ IN_HAND_PARTS = {
 }
 STORED_PARTS = {
     "activations": "activations at block boundaries",
-    "kept": "inputs and factors that are kept",
+    "kept_inputs": "inputs of linears that are kept",
     "streams": "activations of trials in flight",
 }
-WAITING_PARTS = {"waiting_on_host": "what waits to come into hand"}
+WAITING_PARTS = {
+    "waiting_on_host": "what waits to come into hand",
+    "factors": "factors of Gram matrices",
+    "left": "a recovered unit while it is written",
+}
 ON_DISK_PARTS = {"waiting_on_disk": "what waits to come into hand"}
 
 

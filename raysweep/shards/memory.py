@@ -164,7 +164,12 @@ class ShardMemory:
     @property
     def stored(self) -> int:
         """Activations and inputs made of them, wherever they are."""
-        return self.activations + self.kept - self.factors + self.streams
+        return self.activations + self.kept_inputs + self.streams
+
+    @property
+    def kept_inputs(self) -> int:
+        """Of linears, which `matrix` trains on."""
+        return self.kept - self.factors
 
     @property
     def factors(self) -> int:

@@ -9,12 +9,20 @@ import pytest
 from rich.console import Console
 
 from raysweep.baseline.plan import RetrainPlan
-from raysweep.cli.plan import _memory_table, _print_facts
+from raysweep.cli.plan import (
+    IN_HAND_PARTS,
+    ON_DISK_PARTS,
+    STORED_PARTS,
+    WAITING_PARTS,
+    _memory_table,
+    _print_facts,
+)
 from raysweep.cluster.nodes import Node
 from raysweep.config.space import SearchSpace
 from raysweep.launching.launch import launch
 from raysweep.model.shape import BlockShape, ModelShape
-from raysweep.shards.memory import Workload
+from raysweep.reconstruction.placement import Placement
+from raysweep.shards.memory import Workload, shard_memory
 from raysweep.shards.plan import make_plan
 
 
@@ -194,3 +202,29 @@ def test_on_gpus_device_and_host_are_summed_apart():
     assert "of 80.0 GiB" in text
     assert "2 of 2 GPUs" in text
     assert "2 workers after the shards, up to 40.0 GiB on each GPU" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("store", ["device", "host", "disk"])
+def test_the_rows_of_memory_add_up(store, device):
+    linears = {"b.q": (64, 64), "b.up": (256, 64)}
+    blocks = tuple(BlockShape({f"{k}.{n}": s for n, s in linears.items()}, 20480) for k in range(4))
+    model = ModelShape(blocks, 64, 500, 32000, 512, "float32", "bfloat16")
+    work = Workload(
+        texts=((8, 32),),
+        evaluation_tokens=32,
+        batch_size=1,
+        masks=2,
+        granularities=frozenset({"matrix", "block"}),
+        concurrent_trials=2,
+        updated=1,
+        factors=2,
+        inputs=True,
+        streams=True,
+    )
+    placement = Placement(weights="host", activations=store, statistics="host", trials="host")
+    memory = shard_memory(model, 0, 4, "float32", work, placement=placement, device=device)
+    parts = [*IN_HAND_PARTS, *WAITING_PARTS, "process", *(STORED_PARTS if store != "disk" else [])]
+    assert sum(getattr(memory, part) for part in parts) == memory.total
+    on_disk = [*ON_DISK_PARTS, *(STORED_PARTS if store == "disk" else [])]
+    assert sum(getattr(memory, part) for part in on_disk) == memory.disk
