@@ -13,7 +13,7 @@ DEVICE_BATCH_TOKENS = 16384  # fills one GPU with a block of an 8B model
 # make room for the next: with 32 MiB the head took 1.6 times as long, and the heap grew (builtin:pystdlib).
 DEVICE_LOGITS, CPU_LOGITS = 1 << 27, 1 << 21
 # That pass the head together on a CPU, however large the vocabulary: for each piece all its weights pass as well.
-FEWEST_TOKENS = 64
+HEAD_TOKENS = 64
 RANKED_AT_ONCE = 1 << 24  # scores; assumption: a GPU is full with far fewer
 COLUMNS_AT_ONCE = 4096  # of a Gram matrix in float64: all of one with 28,672 inputs take 6 GiB
 WEIGHTS_AT_ONCE = 1 << 25  # that are solved for: 4096 x 4096 and a little more; a GPU is full with fewer
@@ -26,7 +26,7 @@ def batch_tokens(on_gpu: bool) -> int:
 
 def tokens_at_once(vocabulary: int, on_gpu: bool) -> int:
     """Whose logits are held at once, at most."""
-    return max(1, DEVICE_LOGITS // vocabulary) if on_gpu else max(FEWEST_TOKENS, CPU_LOGITS // vocabulary)
+    return max(1, DEVICE_LOGITS // vocabulary) if on_gpu else max(HEAD_TOKENS, CPU_LOGITS // vocabulary)
 
 
 def pieces_of_logits(tokens: int, vocabulary: int, on_gpu: bool) -> tuple[int, int]:

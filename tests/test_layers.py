@@ -155,7 +155,8 @@ def test_text_is_read_without_torch() -> None:
 def test_what_a_launch_does_before_ray_starts_needs_no_torch() -> None:
     """What it knows of a model and its text is kept (`known_shapes`, `known_tokens`), and torch takes seconds."""
     code = "import raysweep.launching.launch, raysweep.launching.outlook, raysweep.shards.rates"
-    code += "\nfrom raysweep.cluster import nodes\nnodes.DRIVERS = ()\nassert nodes.this_node().gpus == 0"
+    code += "\nfrom raysweep.cluster import nodes\nnodes.DRIVERS, nodes.LIBRARY = (), 'none'"
+    code += "\nassert nodes.this_node().gpus == 0"
     assert loaded_by(code).isdisjoint({"torch", "transformers", "datasets"})
 
 

@@ -40,7 +40,7 @@ IN_HAND_PARTS = {
 }
 STORED_PARTS = {
     "activations": "activations at block boundaries",
-    "kept_inputs": "inputs of linears that are kept",
+    "kept": "inputs of linears that are kept",
     "streams": "activations of trials in flight",
 }
 WAITING_PARTS = {

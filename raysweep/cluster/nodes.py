@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
-# Of the drivers that torch's GPUs need: NVIDIA's, also of its boards (Jetson), AMD's, and that of Windows below Linux.
-DRIVERS = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")))
+# Of the drivers that torch's GPUs need: NVIDIA's (which may make its device only when it is first used, so that its
+# library counts as well), also on boards, AMD's, and that of Windows below Linux.
+DRIVERS = tuple(
+    map(Path, ("/dev/nvidiactl", "/sys/module/nvidia", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg"))
+)
+LIBRARY = "libcuda.so.1"
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Node:
 
 def this_node() -> Node:
     """What this process may use of the machine it runs on: a container's limits count, not what lies outside."""
-    sizes = _gpu_bytes() if any(driver.exists() for driver in DRIVERS) else []
+    sizes = _gpu_bytes() if _has_driver() else []
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = float(len(os.sched_getaffinity(0)))
     return Node(
@@ -35,8 +40,19 @@ def this_node() -> Node:
     )
 
 
+def _has_driver() -> bool:
+    """Whether torch may find a GPU: importing it to be told that there is none takes seconds."""
+    if any(driver.exists() for driver in DRIVERS):
+        return True
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
 def _gpu_bytes() -> list[int]:
-    """Memory of each GPU here that torch can use. Apart, since importing torch takes seconds."""
+    """Memory of each GPU here that torch can use."""
     import torch
 
     return [torch.cuda.get_device_properties(k).total_memory for k in range(torch.cuda.device_count())]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ from raysweep.results.folders import block_file
 from raysweep.results.writer import write_atomically
 
 ABOUT, CHECKSUM = "about", "crc32"  # keys of a file's metadata
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_block(
@@ -40,32 +51,37 @@ def write_tensors(
 
     survives_crashes: as of `write_atomically`; what a crash has damaged `read_tensors` refuses
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    own = _each_alone(tensors)
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(dict(about or {}), allow_nan=False)
-    checksum = _checksum(own, said)
-
-    def write(temporary: Path) -> None:  # without a copy: a unit of a large model is a gigabyte
-        try:
-            save_file(own, temporary, {ABOUT: said, CHECKSUM: checksum})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-
-    write_atomically(file, write, survives_crashes)
+    metadata = {ABOUT: said, CHECKSUM: _checksum(own, said)}
+    write_atomically(file, partial(_write, own, metadata), survives_crashes)
 
 
-def _each_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In host memory, copied where one is part of a larger storage or shares it: that cannot be written."""
-    own, taken = dict[str, Tensor](), set[int]()
+def _write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], stream: BinaryIO) -> None:
+    """The format of safetensors (its README): the header's length in eight bytes, the header, the tensors' bytes.
+
+    Its own functions copy all tensors, a gigabyte for a unit of a large model, or write a file of another name, which
+    nothing cleans up after a crash.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
     for name, tensor in tensors.items():
-        there = tensor.detach().cpu().contiguous()
-        if there.untyped_storage().nbytes() != there.nbytes or there.data_ptr() in taken:
-            there = there.clone()
-        taken.add(there.data_ptr())
-        own[name] = there
-    return own
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little"))
+    stream.write(text)
+    for tensor in tensors.values():
+        stream.write(_bytes_of(tensor))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 def _checksum(tensors: Mapping[str, Tensor], said: str) -> str:
@@ -73,8 +89,7 @@ def _checksum(tensors: Mapping[str, Tensor], said: str) -> str:
     checksum = zlib.crc32(said.encode())
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
-        stored = tensor.flatten().view(torch.uint8).numpy()
-        checksum = zlib.crc32(stored, checksum)  # type: ignore[arg-type]  # an array is a buffer
+        checksum = zlib.crc32(_bytes_of(tensor), checksum)
     return f"{checksum:08x}"
 
 

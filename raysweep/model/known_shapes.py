@@ -11,7 +11,7 @@ from typing import Any
 from raysweep.errors import UsageError
 from raysweep.fingerprint import fingerprint
 from raysweep.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, ModelSource
-from raysweep.model.known import keep, made_by, marks_of
+from raysweep.model.known import keep, made_by, marks_of, read
 from raysweep.model.shape import BlockShape, ModelShape, warn_of_unused
 from raysweep.results.uris import cache_folder
 
@@ -48,17 +48,18 @@ def _file(source: ModelSource, dtype: str) -> Path | None:
         found = {name: checkpoint.find(name) for name in (CONFIG, listed, *weights)}
         if found[CONFIG] is None:
             return None
-        files = {name: marks_of(Path(path)) for name, path in found.items() if path is not None}
+        files = marks_of(Path(path) for path in found.values() if path is not None)
+        there = [name for name, path in found.items() if path is not None]
+        asked = {"dtype": dtype, "path": source.location, "names": there, "files": files}
+        return cache_folder() / FOLDER / f"{fingerprint(asked | made_by(*READ_WITH))}.json"
     except (UsageError, OSError):  # whoever reads the model says so at length
         return None
-    asked = {"dtype": dtype, "path": source.location, "files": files} | made_by(*READ_WITH)
-    return cache_folder() / FOLDER / f"{fingerprint(asked)}.json"
 
 
 def _read(path: Path) -> ModelShape | None:
     """None where nothing is kept, or what is kept is damaged."""
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads(read(path) or b"")
         fields["blocks"] = tuple(_block(**block) for block in fields["blocks"])
         fields["unused"] = tuple(fields["unused"])
         return ModelShape(**fields)

@@ -113,7 +113,7 @@ def validation_tokens(
     """
     request = Request(tokenizer, source, name, "samples", samples, sequence_length, seed)
     request.check(max_positions)
-    shared = [tokens for tokens in exclude if tokens.source is not None and _same_text(tokens.source, source)]
+    shared = [tokens for tokens in exclude if tokens.source is not None and same_text(tokens.source, source)]
     if has_rows(source):
         total = count_rows(source)
         request.check_enough(total - max(map(len, shared), default=0), left_over=bool(shared))
@@ -193,7 +193,8 @@ def _all_spans(text: str) -> list[Span]:
     return [(0, len(text))]
 
 
-def _same_text(left: TextSource, right: TextSource) -> bool:
+def same_text(left: TextSource, right: TextSource) -> bool:
+    """Whether both are read from the same files or data set and split. Raises UsageError as reading them would."""
     if left.is_file and right.is_file:
         files = {path.resolve() for path in source_files(left)}
         return any(path.resolve() in files for path in source_files(right))

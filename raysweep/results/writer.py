@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,12 +90,12 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
 
 
 def write_atomically(
-    path: Path, content: bytes | memoryview | Callable[[Path], None], survives_crashes: bool = True
+    path: Path, content: bytes | memoryview | Callable[[BinaryIO], None], survives_crashes: bool = True
 ) -> None:
     """Replaces a file: readers see the old contents or the new ones, also after a crash of the machine. Its folder is
     made. Raises StorageError.
 
-    content: or what writes it to a path, where an empty file is
+    content: or what writes it
     survives_crashes: of the machine. Else the disk is not waited for, and a file may be damaged after one; no end of a
     process damages it
     """
@@ -104,7 +104,7 @@ def write_atomically(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             if callable(content):
-                content(temporary)
+                content(stream)
             else:
                 stream.write(content)
             if survives_crashes:

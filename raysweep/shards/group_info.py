@@ -77,7 +77,7 @@ class GroupInfo:
     device_name: str
     prunable: Mapping[str, int]
     heads: tuple[int, ...]
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str]
     together: int = 1
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from raysweep.at_once import (
     COLUMNS_AT_ONCE,
@@ -31,6 +32,10 @@ HEAP_SHARE, WAITING_HEAP_SHARE = 1.0, 0.1
 # Beside a GPU, with its libraries; and more where units of several matrices are trained. Measured on the host of an
 # H200: 1.15 to 1.22 GiB, and 1.28, with a small unit that is being written 1.35 to 1.5.
 DEVICE_PROCESS_BYTES, DEVICE_TRAINING_BYTES = 1280 << 20, 128 << 20
+# A recovered unit is written where that takes less time than it took (`UnfinishedUnits`): so much a second; assumption,
+# a network file system. And FLOPs a second that plans take training for, to know whether it will be; assumptions.
+WRITING_BYTES_S = 200e6
+TRAINING_FLOPS_S = {"cpu": 1e11, "cuda": 4e14}
 # per number of a Gram matrix: four float64 copies while it is factorized, and the float32 factor
 FACTORING_BYTES = 36
 # numbers kept for backward, per output of every linear and token; measured, Llama block
@@ -58,6 +63,7 @@ class Workload:
     streams: whether trials carry activations of their own
     exact: whether matrices are solved for;  inputs: whether some are trained on their inputs, which are kept
     outputs: whether matrices are trained towards outputs, on other inputs than dense ones or with another loss than mse
+    trained_tokens: that a unit sees in all epochs, at most
     kept_share: the most of the weights that a mask keeps;  ranks_matrices: whether some rank whole matrices
     """
 
@@ -79,6 +85,7 @@ class Workload:
     kept_share: float = 1.0
     ranks_matrices: bool = False
     most_tokens: int | None = None
+    trained_tokens: int = 0
 
     @property
     def halves(self) -> bool:
@@ -96,6 +103,18 @@ class Workload:
         return len(self.texts) if self.matrices else min(1, len(self.texts))
 
 
+class Keepable(NamedTuple):
+    """Bytes of a block that later trials can find: the calibration inputs of its linears where matrices are trained
+    alone, and the factors of their Gram matrices."""
+
+    inputs: int
+    factors: int
+
+    @property
+    def total(self) -> int:
+        return self.inputs + self.factors
+
+
 @dataclass(frozen=True)
 class ShardMemory:
     """Bytes by what they are for. `device`: on the accelerator, or on a CPU part of the host's.
@@ -105,8 +124,8 @@ class ShardMemory:
     work, a byte a weight
     dense, pruning, recovery, evaluation: what is held at work, of which only the most counts; errors of units are part
     of evaluation
-    kept: inputs of linears, which `matrix` trains on, and factors of Gram matrices (sparsegpt): what later trials find
-    and what is being made;  factors_share: of it, which is in host memory
+    kept, factors: inputs of linears, which `matrix` trains on, and of Gram matrices (sparsegpt), in host memory: what
+    later trials find and what is being made
     streams: activations of trials in flight whose units wait for one another, inputs of the matrix in hand on them, and
     what their units should give
     known_masks: those that trials share, wherever they lie
@@ -128,12 +147,12 @@ class ShardMemory:
     activations: int
     kept: int
     streams: int
+    factors: int = 0
     known_masks: int = 0
     left: int = 0
     waiting_on_host: int = 0
     waiting_on_disk: int = 0
     heap: int = 0
-    factors_share: float = 0.0
     store: str = HOST
     process: int = PROCESS_BYTES
 
@@ -164,29 +183,22 @@ class ShardMemory:
     @property
     def stored(self) -> int:
         """Activations and inputs made of them, wherever they are."""
-        return self.activations + self.kept_inputs + self.streams
-
-    @property
-    def kept_inputs(self) -> int:
-        """Of linears, which `matrix` trains on."""
-        return self.kept - self.factors
-
-    @property
-    def factors(self) -> int:
-        """Of Gram matrices: `LayerPruner` keeps them in host memory."""
-        return int(self.kept * self.factors_share)
+        return self.activations + self.kept + self.streams
 
     @property
     def total(self) -> int:
         return self.device + self.host
 
-    def keeping(self, limit: int, by_block: Sequence[int]) -> ShardMemory:
+    def keeping(self, limit: int, by_block: Sequence[Keepable]) -> ShardMemory:
         """The same when of what can be kept, `by_block`, `limit` bytes are, at least one block's.
 
         A block's are made before the oldest ones go: for a moment they come on top.
         """
-        largest = max(by_block, default=0)
-        return replace(self, kept=min(sum(by_block), max(limit, largest) + largest))
+        everything = sum(block.total for block in by_block)
+        largest = max((block.total for block in by_block), default=0)
+        kept = min(everything, max(limit, largest) + largest)
+        factors = sum(block.factors for block in by_block) * kept // everything if everything else 0
+        return replace(self, kept=kept - factors, factors=factors)
 
 
 def shard_memory(
@@ -230,8 +242,7 @@ def shard_memory(
         kept=0,
         streams=_stream_bytes(blocks, model, size, work),
         known_masks=sum(masks),
-        left=0 if on_gpu and not placement.waits else _left_bytes(blocks, size, work),
-        factors_share=_factors_share(blocks, size, work),
+        left=_left_bytes(blocks, size, work, device),
         store=placement.activations,
         process=_process_bytes(work, on_gpu),
     ).keeping(0, keepable_bytes(blocks, size, work))
@@ -260,26 +271,19 @@ def _pruning_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> i
     """Of the linear that takes most: its scores and their ranking, then the error of its output in float64; updated
     weights, and the factor that they come from; on streams also a block's own Gram matrices and factors."""
     shapes = [shape for block in blocks for shape in block.linears.values()]
-    at_once = max(o * i for o, i in shapes) if work.ranks_matrices else RANKED_AT_ONCE
-    ranking = max(5 * o * i + RANKING_BYTES * min(o * i, at_once) for o, i in shapes)
+    together = max(o * i for o, i in shapes) if work.ranks_matrices else RANKED_AT_ONCE
+    ranking = max(5 * o * i + RANKING_BYTES * min(o * i, together) for o, i in shapes)
     error = max((12 + size) * o * i + 8 * (o + i) * min(i, COLUMNS_AT_ONCE) for o, i in shapes)
     updating = max(12 * o * i + FACTORING_BYTES * i**2 for o, i in shapes) if work.updated else 0
     on_streams = max(map(gram_bytes, blocks)) * (1 + bool(work.updated)) * work.streams
     return max(ranking, error, updating) + on_streams
 
 
-def keepable_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[int]:
-    """Block by block what later trials can find: the calibration inputs of its linears where matrices are trained
-    alone, and the factors of their Gram matrices."""
+def keepable_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> list[Keepable]:
+    """Block by block."""
     samples, tokens = work.texts[0] if work.texts else (0, 0)
     inputs = samples * tokens * size * work.inputs
-    return [inputs * _input_widths(block) + work.factors * gram_bytes(block) for block in blocks]
-
-
-def _factors_share(blocks: Sequence[BlockShape], size: int, work: Workload) -> float:
-    """Of what can be kept."""
-    everything = sum(keepable_bytes(blocks, size, work))
-    return work.factors * sum(map(gram_bytes, blocks)) / everything if everything else 0.0
+    return [Keepable(inputs * _input_widths(block), work.factors * gram_bytes(block)) for block in blocks]
 
 
 def _stream_bytes(blocks: Sequence[BlockShape], model: ModelShape, size: int, work: Workload) -> int:
@@ -375,14 +379,17 @@ def _recovery_bytes(
     return largest
 
 
-def _left_bytes(blocks: Sequence[BlockShape], size: int, work: Workload) -> int:
-    """Of the largest unit's weights. `shard_memory` leaves them out where a GPU holds everything: few units take longer
-    there than writing them would, and a unit is written only if it does."""
+def _left_bytes(blocks: Sequence[BlockShape], size: int, work: Workload, device: str) -> int:
+    """Of the largest unit's weights, where it will be written; one that reaches over several shards is written block by
+    block."""
+    if 6 * work.trained_tokens / TRAINING_FLOPS_S[device] < size / WRITING_BYTES_S:
+        return 0
+    span = work.span if work.span <= len(blocks) else 1
     largest = [
         max(
             sum(outputs * inputs for outputs, inputs in map(block.linears.__getitem__, names))
             if granularity in ("matrix", "subblock")
-            else block.parameters * work.span
+            else block.parameters * span
             for names in units_in(block, granularity)
         )
         for granularity in work.granularities

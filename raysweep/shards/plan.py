@@ -17,10 +17,9 @@ from raysweep.shards.stores import AUTO, Stores
 TRIALS_IN_FLIGHT = 3  # one trains, another is evaluated, a third begins; each is a process of its own
 CPUS_FOR_TRIALS = 0.1  # of every node, that no shard reserves: room for the processes of trials
 LEAST_CPUS = 0.01  # that a shard reserves where no node has a core to speak of
-KNOWLEDGE_MARGIN = 16 << 20  # for the small things that are kept beside masks and inputs; assumption
-SPARE_SHARE = (
-    0.5  # of the memory that nobody needs, for inputs of linears; assumption: other programs want some
-)
+KNOWLEDGE_MARGIN = 16 << 20  # for the small things that are kept beside masks, inputs and factors; assumption
+# Of the memory that nobody needs, for inputs of linears and factors; assumption: other programs want some.
+SPARE_SHARE = 0.5
 USED_SHARE = 0.92  # of a GPU's memory: libraries, and gaps between tensors, take the rest; assumption
 STORE_SHARE = 0.7  # of a GPU's memory, within which all must fit for activations to be kept there; assumption
 
@@ -30,7 +29,7 @@ class ShardPlan:
     """ranges: blocks (start, stop) by shard;  device: cpu or cuda;  cpus, gpus: that one shard reserves
     replicas: groups of such shards;  concurrent_trials: in flight in each of them
     memory: by shard, with what it may keep;  shares_cores: more shards than cores
-    knowledge_bytes: limit of the masks and inputs of linears that one shard keeps
+    knowledge_bytes: limit of the masks, inputs of linears and factors that one shard keeps
     placement: where a shard's things lie while they are not in hand;  compiles: whether training on a device is
     shares_head: whether both ends of the chain have the head and take turns: on CPUs, where it is worth several blocks,
     and fits twice; a GPU is done with it before hidden states would have left for another one
@@ -214,10 +213,11 @@ def _with_knowledge(plan: ShardPlan, model: ModelShape, nodes: Sequence[Node], w
     keepable = [
         keepable_bytes(model.blocks[start:stop], SIZES[plan.dtype], work) for start, stop in plan.ranges
     ]
-    everything, least = max(map(sum, keepable)), max(map(max, keepable))
+    totals = [[block.total for block in mine] for mine in keepable]
+    everything, least = max(map(sum, totals)), max(map(max, totals))
     kept = everything
-    if plan.stored_on_device and work.inputs:
-        spare = _least_gpu(nodes) - max(memory.device for memory in plan.memory)
+    if plan.stored_on_device and work.inputs and (largest := _least_gpu(nodes)):
+        spare = max(0, largest - max(memory.device for memory in plan.memory))
         kept = min(kept, least + int(SPARE_SHARE * spare))
     there = sum(node.memory_bytes for node in nodes)
     if there and (work.factors or not plan.stored_on_device):

@@ -16,8 +16,8 @@ from torch import Tensor
 from raysweep.errors import RaysweepError, first_line
 from raysweep.model.block_files import read_tensors, write_tensors
 from raysweep.results.folders import across_file, part_file, unit_file
+from raysweep.shards.memory import WRITING_BYTES_S
 
-BYTES_PER_S = 200e6  # that a file takes beside its opening; assumption: a network file system
 FREE_SHARE = 0.05  # of the room on the storage, that one file may take
 # A shard waits for a unit to be written for this share of the time that the unit took, or so long if that is less.
 PATIENCE, PATIENCE_S = 0.1, 0.05
@@ -50,10 +50,10 @@ class UnfinishedUnits:
         owner: the trial;  about: what JSON can hold, which `take` gives back
         """
         nbytes = sum(tensor.nbytes for tensor in weights.values())
-        if seconds < self._cost_s + nbytes / BYTES_PER_S:
+        if seconds < self._cost_s + nbytes / WRITING_BYTES_S:
             self._cost_s *= FORGETTING  # the file that it was learned from may have been an odd one
             return None
-        if self._is_writing and seconds < self._wait_s + nbytes / BYTES_PER_S:
+        if self._is_writing and seconds < self._wait_s + nbytes / WRITING_BYTES_S:
             return None
         self.settle()
         # Copied here, because what comes next for the trial may change these tensors in place.
@@ -113,8 +113,8 @@ class UnfinishedUnits:
         except Exception as error:  # whatever it is, it only costs what recovering the unit again does
             log.warning("%s is not kept for a later launch: %s", file.name, first_line(error))
             return False
-        self._cost_s = _learned(self._cost_s, thread_time() - begin - nbytes / BYTES_PER_S)
-        self._wait_s = _learned(self._wait_s, perf_counter() - start - nbytes / BYTES_PER_S)
+        self._cost_s = _learned(self._cost_s, thread_time() - begin - nbytes / WRITING_BYTES_S)
+        self._wait_s = _learned(self._wait_s, perf_counter() - start - nbytes / WRITING_BYTES_S)
         return True
 
 

@@ -80,6 +80,9 @@ def workload(model: PreparedModel) -> Workload:
         kept_share=max((_kept_share(trial) for trial in trials if not trial.is_dense), default=1.0),
         outputs=any(map(_trains_towards_outputs, trials)),
         ranks_matrices=any(trial.comparison_group == "matrix" for trial in trials),
+        trained_tokens=max((trial.epochs or 0 for trial in trials), default=0)
+        * len(largest)
+        * largest.sequence_length,
         most_tokens=max(len(tokens) * tokens.sequence_length for tokens in every_text),
     )
 

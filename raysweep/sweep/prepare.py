@@ -221,9 +221,10 @@ class _Preparation:
         )
 
     def _evaluation(self, entry: PerplexityConfig) -> TokenSet:
-        asked = entry.model_dump(mode="json") | {"max_positions": self.shape.max_positions}
-        make = partial(entry_tokens, entry, self.tokenizer, self.shape)
-        return self._known(_title(entry), _entry_source(entry), asked, make)
+        name, source, asked = _windows_of(entry, self.shape)
+        return self._known(
+            name, source, asked, lambda: evaluation_tokens(self.tokenizer(), source, name=name, **asked)
+        )
 
     def _retraining_text(self, config: CalibrationConfig, asked_by: PlannedTrial) -> TokenSet:
         """As a calibration set; an error names the trial's group, not the section `calibration`."""
@@ -264,20 +265,10 @@ class _Preparation:
         return tokens
 
 
-def entry_tokens(entry: PerplexityConfig, tokenizer: Callable[[], Any], shape: ModelShape) -> TokenSet:
-    """The windows of an evaluation entry, for a model of this shape. Raises UsageError.
-
-    tokenizer: gives it
-    """
-    tokens = evaluation_tokens(
-        tokenizer(),
-        _entry_source(entry),
-        sequence_length=entry.sequence_length,
-        max_windows=entry.max_windows,
-        bos_each_window=entry.bos_each_window,
-        max_positions=shape.max_positions,
-        name=_title(entry),
-    )
+def entry_tokens(entry: PerplexityConfig, tokenizer: Any, shape: ModelShape) -> TokenSet:
+    """The windows of an evaluation entry, for a model of this shape. Raises UsageError."""
+    name, source, asked = _windows_of(entry, shape)
+    tokens = evaluation_tokens(tokenizer, source, name=name, **asked)
     check_vocabulary(tokens, shape.vocabulary)
     return tokens
 
@@ -337,12 +328,16 @@ class _Lazy:
         return self._value
 
 
-def _entry_source(entry: PerplexityConfig) -> TextSource:
-    return TextSource(entry.dataset, entry.config, entry.data_files, entry.split)
-
-
-def _title(entry: PerplexityConfig) -> str:
-    return f"evaluation.perplexity {entry.name}"
+def _windows_of(entry: PerplexityConfig, shape: ModelShape) -> tuple[str, TextSource, dict[str, Any]]:
+    """What `evaluation_tokens` is asked for: name, text, and all else."""
+    asked = {
+        "sequence_length": entry.sequence_length,
+        "max_windows": entry.max_windows,
+        "bos_each_window": entry.bos_each_window,
+        "max_positions": shape.max_positions,
+    }
+    source = TextSource(entry.dataset, entry.config, entry.data_files, entry.split)
+    return f"evaluation.perplexity {entry.name}", source, asked
 
 
 def _validation_source(config: ValidationConfig, calibration: CalibrationConfig) -> TextSource:

@@ -221,6 +221,7 @@ def test_the_rows_of_memory_add_up(store, device):
         factors=2,
         inputs=True,
         streams=True,
+        trained_tokens=1 << 20,
     )
     placement = Placement(weights="host", activations=store, statistics="host", trials="host")
     memory = shard_memory(model, 0, 4, "float32", work, placement=placement, device=device)

@@ -31,7 +31,7 @@ def space_of(make_space, shards: int = 2, **fields: Any):
 @pytest.fixture
 def trained(monkeypatch) -> list[tuple[str, str]]:
     """Granularity and name of every unit that was really trained. Every unit is worth a file."""
-    monkeypatch.setattr(unfinished, "BYTES_PER_S", float("inf"))
+    monkeypatch.setattr(unfinished, "WRITING_BYTES_S", float("inf"))
     for clock in ("perf_counter", "thread_time"):  # nothing is learned of what files cost
         monkeypatch.setattr(unfinished, clock, lambda: 0.0)
     units: list[tuple[str, str]] = []

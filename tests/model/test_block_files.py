@@ -16,6 +16,8 @@ TENSORS = {
     "uint8": torch.ones(7, dtype=torch.uint8),
     "one number": torch.tensor(2.5),
     "none": torch.empty(0, 4),
+    "bool": torch.tensor([True, False]),
+    "int64": torch.arange(3),
     "not contiguous": torch.randn(4, 6).T,
 }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raysweep.model import evaluation
+from raysweep import at_once
 from raysweep.model.checkpoint import ModelSource
 from raysweep.model.evaluation import window_losses
 from raysweep.model.shard import ModelShard
@@ -52,7 +52,7 @@ def test_losses_equal_a_naive_sum_over_targets(tiny_llama):
 def test_the_head_takes_few_windows_at_once_and_gives_the_same(tiny_llama, monkeypatch):
     ids_BT = token_ids(5, 12)
     shard = ModelShard.load(ModelSource(str(tiny_llama)))
-    at_once = losses_through([shard], ids_BT, batch=5)
+    together = losses_through([shard], ids_BT, batch=5)
     sizes: list[int] = []
     logits = ModelShard.logits
 
@@ -61,12 +61,12 @@ def test_the_head_takes_few_windows_at_once_and_gives_the_same(tiny_llama, monke
         return logits(self, hidden_BTH)
 
     monkeypatch.setattr(ModelShard, "logits", counted)
-    monkeypatch.setattr(evaluation, "FEWEST_TOKENS", 1)
-    monkeypatch.setattr(evaluation, "CPU_LOGITS", 2 * 12 * 128 + 1)
-    assert losses_through([shard], ids_BT, batch=5) == pytest.approx(at_once, rel=1e-6)
+    monkeypatch.setattr(at_once, "HEAD_TOKENS", 1)
+    monkeypatch.setattr(at_once, "CPU_LOGITS", 2 * 12 * 128 + 1)
+    assert losses_through([shard], ids_BT, batch=5) == pytest.approx(together, rel=1e-6)
     assert sizes == [2, 2, 1]
-    monkeypatch.setattr(evaluation, "CPU_LOGITS", 5 * 128)  # less than a window: in pieces of five tokens
-    assert losses_through([shard], ids_BT, batch=5) == pytest.approx(at_once, rel=1e-6)
+    monkeypatch.setattr(at_once, "CPU_LOGITS", 5 * 128)  # less than a window: in pieces of five tokens
+    assert losses_through([shard], ids_BT, batch=5) == pytest.approx(together, rel=1e-6)
     assert sizes[3:] == [1] * 5 * 3
 
 

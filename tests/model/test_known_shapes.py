@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from raysweep.errors import UsageError
 from raysweep.model import known, shape_reading
 from raysweep.model.checkpoint import ModelSource
-from raysweep.model.known import MOST
 from raysweep.model.known_shapes import known_shape
 from raysweep.model.shape import ModelShape
 from raysweep.model.shape_reading import read_shape
@@ -26,6 +25,7 @@ from tests.zoo import make_zoo_model
 def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The models that were read, with a cache of this test's own in `cache`."""
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known, "UNSETTLED_S", 0.0)
     read: list[str] = []
 
     def reading(source: ModelSource, dtype: str = "auto") -> ModelShape:
@@ -118,16 +118,3 @@ def test_the_warning_of_unused_tensors_comes_every_time(reads, model, caplog):
     said = [record.message for record in caplog.records if "does not use: 'stray'" in record.message]
     assert len(said) == 2
     assert len(reads) == 1
-
-
-def test_few_shapes_are_kept(reads, model, tmp_path):
-    folder = tmp_path / "cache" / "shapes"
-    folder.mkdir(parents=True)
-    for number in range(MOST + 5):
-        (folder / f"{number}.json").write_text("{}")
-        os.utime(folder / f"{number}.json", (number, number))
-    known_shape(ModelSource(str(model)))
-    left = {path.name for path in folder.glob("*.json")}
-    assert len(left) == MOST
-    assert "5.json" not in left
-    assert f"{MOST + 4}.json" in left

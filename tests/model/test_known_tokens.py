@@ -36,7 +36,8 @@ def text(tiny_documents: list[str], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """What was cut, with a cache of this test's own in `cache`."""
+    """What was cut, with a cache of this test's own in `cache`; what was changed just now is taken as settled."""
+    monkeypatch.setattr(known, "UNSETTLED_S", 0.0)
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "cache"))
     return []
 
@@ -83,9 +84,53 @@ def test_a_change_of_text_or_tokenizer_is_seen(ask, made, model, text):
     assert len(made) == 3
 
 
-def test_other_code_cuts_again(ask, made, monkeypatch):
+def test_what_was_changed_just_now_is_not_trusted(ask, made, monkeypatch):
+    monkeypatch.setattr(known, "UNSETTLED_S", 3600.0)
+    for _ in range(2):
+        ask()
+    assert len(made) == 2
+
+
+def test_links_that_change_places_are_seen(ask, made, tmp_path, tiny_documents):
+    """Files of a folder are read in the order of their names, wherever they lie."""
+    for name, half in {"one": tiny_documents[:150], "two": tiny_documents[150:300]}.items():
+        (tmp_path / name).write_text("\n\n".join(half))
+    found = []
+    for first, second in (("one", "two"), ("two", "one")):
+        shutil.rmtree(tmp_path / "linked", ignore_errors=True)
+        (tmp_path / "linked").mkdir()
+        (tmp_path / "linked" / "a.txt").symlink_to(tmp_path / first)
+        (tmp_path / "linked" / "b.txt").symlink_to(tmp_path / second)
+        found.append(ask(tmp_path / "linked").content_hash)
+    assert found[0] != found[1]
+    assert len(made) == 2
+
+
+def test_the_kind_of_a_file_counts(ask, made, tmp_path):
+    lines = "\n".join(json.dumps({"text": f"{number} words that go on and on, " * 9}) for number in range(60))
+    (tmp_path / "blob").write_text(lines)
+    hashes = set()
+    for name in ("text.jsonl", "again.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "blob")
+        hashes.add(ask(tmp_path / name).content_hash)
+    assert len(hashes) == 2
+
+
+def test_any_file_beside_the_model_may_be_of_its_tokenizer(ask, made, model):
     ask()
-    monkeypatch.setattr(known, "version", lambda name: "another")
+    (model / "tokenizer.model.v3").write_text("a vocabulary of another kind")
+    ask()
+    (model / "model-00002-of-00002.safetensors").write_text("weights are none")
+    ask()
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("what", ["version", "__file__"])
+def test_other_code_cuts_again(ask, made, model, monkeypatch, what):
+    ask()
+    monkeypatch.setattr(
+        known, what, {"version": lambda name: "another", "__file__": str(model / "x.py")}[what]
+    )
     ask()
     assert len(made) == 2
 
@@ -96,14 +141,31 @@ def test_a_tokenizer_with_code_of_its_own_always_works(ask, made):
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"no array", None])
+@pytest.mark.parametrize("damage", [b"", b"no array", b"PK", 0, 12, 40, -1])
 def test_a_damaged_file_is_cut_anew(ask, made, tmp_path, damage):
+    """damage: what is there instead, or the place of a wrong byte"""
     tokens = ask()
     (kept,) = (tmp_path / "cache" / "tokens").glob("*.npy")
-    content = kept.read_bytes()
-    kept.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage is None else damage)
+    content = bytearray(kept.read_bytes())
+    if isinstance(damage, int):
+        content[damage] ^= 1
+    kept.write_bytes(content if isinstance(damage, int) else damage)
     assert ask().content_hash == ask().content_hash == tokens.content_hash
     assert len(made) == 2
+
+
+def test_what_was_used_last_stays(ask, made, tmp_path, monkeypatch):
+    ask()
+    folder = tmp_path / "cache" / "tokens"
+    (first,) = folder.glob("*.npy")
+    monkeypatch.setattr(known, "ROOM", 2 * first.stat().st_size)
+    ask(seed=1)
+    os.utime(first, (1, 1))
+    ask()  # used again
+    ask(seed=2)
+    assert first.exists()
+    assert len(list(folder.iterdir())) == 2
+    assert len(made) == 3
 
 
 def test_large_sets_are_not_kept(ask, made, monkeypatch):

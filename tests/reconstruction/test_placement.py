@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from raysweep import at_once
 from raysweep.config.trial import Trial
 from raysweep.errors import StorageError
 from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shard import ModelShard
-from raysweep.reconstruction import activations
 from raysweep.reconstruction.activations import batches
 from raysweep.reconstruction.measures import CALIBRATION, VALIDATION
 from raysweep.reconstruction.placement import Placement
@@ -129,7 +129,7 @@ def test_where_things_wait_changes_no_number(family: str, kind: str, tmp_path: P
 def test_batches_that_pass_together_give_what_they_give_alone(
     place: str, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(activations, "CPU_BATCH_TOKENS", 2 * IDS.shape[1])
+    monkeypatch.setattr(at_once, "CPU_BATCH_TOKENS", 2 * IDS.shape[1])
     make_model("llama").save_pretrained(tmp_path)
     placement = PLACEMENTS[place]
     shard = ModelShard.load(ModelSource(str(tmp_path)), dtype="float32", waits=placement.waits)
@@ -150,7 +150,7 @@ def test_batches_that_pass_together_give_what_they_give_alone(
 
 
 def test_batches_go_on_in_the_dense_model_where_they_were(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(activations, "CPU_BATCH_TOKENS", 2 * IDS.shape[1])
+    monkeypatch.setattr(at_once, "CPU_BATCH_TOKENS", 2 * IDS.shape[1])
     make_model("llama").save_pretrained(tmp_path)
     placement = Placement(weights="files", trials="disk", every=100, halves=False)
     shard = ModelShard.load(ModelSource(str(tmp_path)), dtype="float32", waits=True)

@@ -116,7 +116,7 @@ def test_an_idle_queue_is_drained_at_once():
 
 def test_the_unit_in_hand_is_kept(make_space, tmp_path, monkeypatch):
     """In process; over Ray tests/sweep/test_ray.py has it."""
-    monkeypatch.setattr(unfinished, "BYTES_PER_S", float("inf"))
+    monkeypatch.setattr(unfinished, "WRITING_BYTES_S", float("inf"))
     for clock in ("perf_counter", "thread_time"):  # nothing is learned of what files cost
         monkeypatch.setattr(unfinished, clock, lambda: 0.0)
     recover, begun = worker.recover_unit, []

@@ -220,8 +220,22 @@ def test_factors_of_gram_matrices_are_kept_where_memory_is_left():
     work = replace(WORK, updated=2, factors=3)
     grams = 4 * sum(i * (i + 1) for _, i in model().blocks[0].linears.values())
     rich = make_plan(model(), [Node(1, 0, 64 * GIB)], work, "float32", shards=1, concurrent_trials=1)
-    assert rich.memory[0].kept == 6 * 3 * grams
-    assert shard_memory(model(), 0, 6, "float32", work).kept == 2 * 3 * grams
+    assert (rich.memory[0].factors, rich.memory[0].kept) == (6 * 3 * grams, 0)
+    assert shard_memory(model(), 0, 6, "float32", work).factors == 2 * 3 * grams
+
+
+def test_where_nobody_knows_what_a_gpu_holds_inputs_are_kept():
+    placement = Stores("device", "device", "device", "all")
+    plan = make_plan(model(), [Node(8, 1, 64 * GIB, 0)], MATRICES, "bfloat16", shards=1, stores=placement)
+    assert (
+        plan.memory[0].kept
+        == make_plan(
+            model(), [Node(8, 1, 64 * GIB, 80 * GIB)], MATRICES, "bfloat16", shards=1, stores=placement
+        )
+        .memory[0]
+        .kept
+    )
+    assert plan.knowledge_bytes > plan.memory[0].kept > 0
 
 
 @pytest.mark.parametrize("store", ["device", "host", "disk"])
@@ -304,13 +318,17 @@ def test_batches_that_pass_together_take_room():
     ],
 )
 def test_a_unit_waits_in_host_memory_to_be_written(granularity, span, weights):
-    work = replace(WORK, granularities=frozenset({granularity}), span=span)
+    work = replace(WORK, granularities=frozenset({granularity}), span=span, trained_tokens=1 << 20)
     on_cpu = shard_memory(model(), 0, 6, "float32", work)
     assert on_cpu.left == 4 * weights
-    streamed = shard_memory(model(), 0, 6, "bfloat16", work, placement=Placement("host"), device="cuda")
-    assert streamed.left == 2 * weights
-    assert streamed.host == streamed.process + streamed.waiting_on_host + streamed.left + streamed.stored
-    assert shard_memory(model(), 0, 6, "bfloat16", work, device="cuda").left == 0
+    on_gpu = shard_memory(model(), 0, 6, "bfloat16", work, device="cuda")
+    assert on_gpu.left == 2 * weights
+    assert on_gpu.host == on_gpu.process + on_gpu.left + on_gpu.stored
+    soon = replace(work, trained_tokens=1 << 17)  # done on a GPU before it could be written
+    assert shard_memory(model(), 0, 6, "bfloat16", soon, device="cuda").left == 0
+    assert shard_memory(model(), 0, 6, "float32", soon).left == 4 * weights
+    across = shard_memory(model(), 0, 1, "float32", work)  # each of its shards writes block by block
+    assert across.left == min(4 * weights, 4 * model().blocks[0].parameters)
 
 
 def test_of_two_blocks_none_is_ever_put_away():

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from raysweep import at_once
 from raysweep.cluster.nodes import Node
-from raysweep.reconstruction import activations
 from raysweep.reconstruction.measures import CALIBRATION
 from raysweep.reconstruction.placement import Placement
 from raysweep.shards import trial as trials
@@ -55,7 +55,7 @@ def test_rungs_change_no_number_and_count_as_costs(prepared, monkeypatch):
 
 
 def test_batches_that_shards_measure_together_are_those_of_one_alone(prepared, monkeypatch):
-    monkeypatch.setattr(activations, "CPU_BATCH_TOKENS", 32)
+    monkeypatch.setattr(at_once, "CPU_BATCH_TOKENS", 32)
     model, (phase,) = prepared, prepared.phases
     texts = {name: tokens.input_ids for name, tokens in model.texts(phase).items()}
     trial = next(one for one in phase.trials if one.trial.recovery == "reconstruct").trial
