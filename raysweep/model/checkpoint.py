@@ -52,10 +52,9 @@ class ModelSource:
 
     def load_config(self) -> PretrainedConfig:
         """The model's configuration. Raises UsageError when there is none to be had."""
+        self.check_folder()
         from transformers import AutoConfig
 
-        if self._names_a_folder() and not (Path(self.location) / CONFIG).is_file():
-            raise UsageError(f"model {self.path!r} is no folder with a {CONFIG}", allowed=ALLOWED_PATHS)
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -81,8 +80,11 @@ class ModelSource:
             "needs HF_TOKEN, no network HF_HUB_OFFLINE=1."
         )
 
-    def _names_a_folder(self) -> bool:
-        return self.path.startswith((".", "/", "~")) or Path(self.location).exists()
+    def check_folder(self) -> None:
+        """Raises UsageError where the path can only be a folder's, and is none of a model."""
+        names_a_folder = self.path.startswith((".", "/", "~")) or Path(self.location).exists()
+        if names_a_folder and not (Path(self.location) / CONFIG).is_file():
+            raise UsageError(f"model {self.path!r} is no folder with a {CONFIG}", allowed=ALLOWED_PATHS)
 
 
 @dataclass

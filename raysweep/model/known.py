@@ -20,16 +20,19 @@ UNSETTLED_S = 2.0  # within which a file system may give two changes the same ti
 
 log = logging.getLogger(__name__)
 
+Mark = list[str | int]
+"""Of a file: where it is, its place on the device, its size and its times."""
 
-def marks_of(paths: Iterable[Path]) -> list[list[str | int]]:
-    """Of the contents of files in this order, without reading them: any change of them changes one of these.
+
+def marks_of(paths: Iterable[Path]) -> list[Mark]:
+    """Of the contents of files in this order, without reading them: what rewrites or replaces one changes its mark.
 
     Raises OSError, also for a file that was changed just now, since another change might leave its marks as they are.
     """
-    return [_marks_of(path) for path in paths]
+    return [_mark_of(path) for path in paths]
 
 
-def _marks_of(path: Path) -> list[str | int]:
+def _mark_of(path: Path) -> Mark:
     seen = path.stat()
     if time.time() - max(seen.st_mtime, seen.st_ctime) < UNSETTLED_S:
         raise OSError(f"{path} was changed just now")

@@ -25,6 +25,7 @@ def known_shape(source: ModelSource, dtype: str = "auto") -> ModelShape:
     Files are told apart by size, time and number, without reading them; a shape is no part of an identity. A model with
     code of its own is always read. Raises UsageError.
     """
+    source.check_folder()  # else it would be asked for on the Hub
     kept = _file(source, dtype)
     if kept is not None and (shape := _read(kept)) is not None:
         warn_of_unused(shape, source)

@@ -95,6 +95,12 @@ def source_files(source: TextSource) -> list[Path]:
     return [path]
 
 
+def check_there(source: TextSource) -> None:
+    """Raises UsageError, as reading would, where a source of this machine has no files."""
+    if source.is_file:
+        source_files(source)
+
+
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Raises UsageError for a file that is no Parquet."""
     try:

@@ -26,6 +26,9 @@ from raysweep.reconstruction.placement import ANEW, DEVICE, DISK, FILES, HOST, I
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 416 << 20  # measured over Ray on CPUs
+BLOCK_PROCESS_BYTES = (
+    600 << 10
+)  # of a block beside its tensors: modules and results; measured on 342 small ones
 # Of what is held at work, so much again stays in the heap of a process on CPUs, and where blocks come into hand, which
 # gives it back; measured
 HEAP_SHARE, WAITING_HEAP_SHARE = 1.0, 0.1
@@ -133,7 +136,7 @@ class ShardMemory:
     waiting_on_host, waiting_on_disk: of weights, masks and statistics what waits there
     heap: what calls before have left there
     store: where activations are, with kept inputs and streams: device, host or disk
-    process: of a process that holds nothing yet
+    process: of a process that holds no tensors yet
     """
 
     weights: int
@@ -244,7 +247,7 @@ def shard_memory(
         known_masks=sum(masks),
         left=_left_bytes(blocks, size, work, device),
         store=placement.activations,
-        process=_process_bytes(work, on_gpu),
+        process=_process_bytes(work, on_gpu) + len(blocks) * BLOCK_PROCESS_BYTES,
     ).keeping(0, keepable_bytes(blocks, size, work))
     waiting = {HOST: 0, DISK: 0, FILES: 0, ANEW: 0, DEVICE: 0}
     if waits_elsewhere:

@@ -19,10 +19,10 @@ from raysweep.errors import UsageError
 from raysweep.fingerprint import recovery_id, trial_id
 from raysweep.model.checkpoint import ModelSource
 from raysweep.model.known_shapes import known_shape
-from raysweep.model.known_tokens import known_tokens
+from raysweep.model.known_tokens import KnownTokens
 from raysweep.model.shape import ModelShape, model_hash
 from raysweep.model.tasks import TaskSet, find_tasks
-from raysweep.model.text import TextSource
+from raysweep.model.text import TextSource, check_there
 from raysweep.model.tokenizer import load_tokenizer
 from raysweep.model.tokens import (
     TokenSet,
@@ -131,10 +131,21 @@ class _Preparation:
     ) -> None:
         self.space, self.config, self.tasks = space, config, tasks
         self.source = ModelSource(config.path, config.revision, config.trust_remote_code)
+        self.known = KnownTokens(self.source)
+        self._check_files()
         with self._placed("model"):
             self.shape = known_shape(self.source, config.dtype)
         self.dtype = self.shape.dtype_on_cpu if device == "cpu" else self.shape.dtype_on_device
         self.tokenizer = _Lazy(lambda: load_tokenizer(config.path, config.revision, config.trust_remote_code))
+
+    def _check_files(self) -> None:
+        """Refuses at once what is not there: reading a model takes seconds."""
+        with self._placed("calibration"):
+            for source in dict.fromkeys(map(_source_of, self.space.calibrations)):
+                check_there(source)
+        for place, entry in enumerate(self.space.evaluation.perplexity):
+            with self._placed("evaluation", "perplexity", place):
+                check_there(_source_of(entry))
 
     def model(self, planned: list[PlannedTrial], studies: list[Study], first_number: int) -> PreparedModel:
         corners = [corner for study in studies for corner in study.corners()]
@@ -215,7 +226,7 @@ class _Preparation:
             "seed": config.seed,
             "max_positions": self.shape.max_positions,
         }
-        source = TextSource(config.dataset, config.config, config.data_files, config.split)
+        source = _source_of(config)
         return self._known(
             "calibration", source, asked, lambda: calibration_tokens(self.tokenizer(), source, **asked)
         )
@@ -260,7 +271,7 @@ class _Preparation:
         make: Callable[[], TokenSet],
         beside: Sequence[TokenSet] = (),
     ) -> TokenSet:
-        tokens = known_tokens(name, self.source, source, asked, make, beside)
+        tokens = self.known.get(name, source, asked, make, beside)
         check_vocabulary(tokens, self.shape.vocabulary)
         return tokens
 
@@ -336,8 +347,11 @@ def _windows_of(entry: PerplexityConfig, shape: ModelShape) -> tuple[str, TextSo
         "bos_each_window": entry.bos_each_window,
         "max_positions": shape.max_positions,
     }
-    source = TextSource(entry.dataset, entry.config, entry.data_files, entry.split)
-    return f"evaluation.perplexity {entry.name}", source, asked
+    return f"evaluation.perplexity {entry.name}", _source_of(entry), asked
+
+
+def _source_of(config: CalibrationConfig | PerplexityConfig) -> TextSource:
+    return TextSource(config.dataset, config.config, config.data_files, config.split)
 
 
 def _validation_source(config: ValidationConfig, calibration: CalibrationConfig) -> TextSource:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raysweep.errors import UsageError
-from raysweep.model import known, shape_reading
+from raysweep.model import checkpoint, known, shape_reading
 from raysweep.model.checkpoint import ModelSource
 from raysweep.model.known_shapes import known_shape
 from raysweep.model.shape import ModelShape
@@ -118,3 +118,12 @@ def test_the_warning_of_unused_tensors_comes_every_time(reads, model, caplog):
     said = [record.message for record in caplog.records if "does not use: 'stray'" in record.message]
     assert len(said) == 2
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "~/nowhere/at/all", "/nowhere"])
+def test_a_folder_that_is_not_there_is_not_asked_for_on_the_hub(path, reads, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(checkpoint, "_download", lambda source, name: asked.append(name))
+    with pytest.raises(UsageError, match="is no folder with a config.json"):
+        known_shape(ModelSource(path))
+    assert (asked, reads) == ([], [])

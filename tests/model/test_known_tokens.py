@@ -14,6 +14,7 @@ import pytest
 from raysweep.errors import UsageError
 from raysweep.model import known, known_tokens
 from raysweep.model.checkpoint import ModelSource
+from raysweep.model.known_tokens import KnownTokens
 from raysweep.model.text import TextSource
 from raysweep.model.tokenizer import load_tokenizer
 from raysweep.model.tokens import TokenSet, calibration_tokens, validation_tokens
@@ -51,9 +52,7 @@ def ask(made: list[str], model: Path, text: Path) -> Ask:
             made.append("calibration")
             return calibration_tokens(load_tokenizer(model), source, **asked)
 
-        return known_tokens.known_tokens(
-            "calibration", ModelSource(str(model), None, trust), source, asked, make
-        )
+        return KnownTokens(ModelSource(str(model), None, trust)).get("calibration", source, asked, make)
 
     return asking
 
@@ -123,6 +122,26 @@ def test_any_file_beside_the_model_may_be_of_its_tokenizer(ask, made, model):
     (model / "model-00002-of-00002.safetensors").write_text("weights are none")
     ask()
     assert len(made) == 2
+
+
+def test_a_tokenizer_that_changes_after_it_was_loaded_is_the_old_one(made, model, text):
+    """A launch loads it once, for several sets."""
+    source, loaded, before = (
+        TextSource(str(text)),
+        load_tokenizer(model),
+        KnownTokens(ModelSource(str(model))),
+    )
+    fields = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = fields["model"]["vocab"]
+    first, second = list(vocabulary)[40:42]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (model / "tokenizer.json").write_text(json.dumps(fields))
+    old = before.get("calibration", source, ASKED, lambda: calibration_tokens(loaded, source, **ASKED))
+    again = KnownTokens(ModelSource(str(model)))
+    new = again.get(
+        "calibration", source, ASKED, lambda: calibration_tokens(load_tokenizer(model), source, **ASKED)
+    )
+    assert new.content_hash != old.content_hash
 
 
 @pytest.mark.parametrize("what", ["version", "__file__"])
@@ -198,7 +217,7 @@ def test_sets_that_must_be_kept_clear_of_count(ask, made, model, text, tmp_path)
             made.append("validation")
             return validation_tokens(load_tokenizer(model), source, exclude=[beside], **asked)
 
-        return known_tokens.known_tokens("validation", ModelSource(str(model)), source, asked, make, [beside])
+        return KnownTokens(ModelSource(str(model))).get("validation", source, asked, make, [beside])
 
     shared, apart = ask(), ask(other)
     assert validation(shared).content_hash != validation(apart).content_hash
