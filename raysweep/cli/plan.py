@@ -36,7 +36,7 @@ IN_HAND_PARTS = {
     "trials": "weights of trials in flight",
     "masks": "masks",
     "at_work": "one unit or batch at work",
-    "heap": "what that leaves in the heap",
+    "heap": "what earlier ones left in the heap",
 }
 STORED_PARTS = {
     "activations": "activations at block boundaries",
@@ -269,7 +269,7 @@ def _trials_table(prepared: Launch, seen: Seen) -> Table:
     table = new_table()
     table.add_column("recovery")
     table.add_column("granularity")
-    for title in ("trials", "to run", "work", *(["time"] if timed else []), "peak MiB"):
+    for title in ("trials", "to run", "work", *(["time"] if timed else []), "peak MiB alone"):
         table.add_column(title, justify="right")
 
     def costs(kind: tuple[str, str | None]) -> list[str]:
