@@ -222,7 +222,8 @@ def test_damaged_weights_are_computed_again(make_space, tmp_path, exporting, tol
     rows = launched(make_space(sweep=[BLOCK]), tmp_path)
     (trial,) = rows[rows.recovery == "reconstruct"].trial_id
     file = tmp_path / "tiny" / ARTIFACTS / trial / "block-2.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     _, done = exporting(trial, tmp_path)
     assert any("damaged" in text for text in told)
     assert done.recomputed is not None
