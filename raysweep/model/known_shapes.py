@@ -50,8 +50,7 @@ def _file(source: ModelSource, dtype: str) -> Path | None:
         if found[CONFIG] is None:
             return None
         files = marks_of(Path(path) for path in found.values() if path is not None)
-        there = [name for name, path in found.items() if path is not None]
-        asked = {"dtype": dtype, "path": source.location, "names": there, "files": files}
+        asked = {"dtype": dtype, "path": source.location, "files": files}
         return cache_folder() / FOLDER / f"{fingerprint(asked | made_by(*READ_WITH))}.json"
     except (UsageError, OSError):  # whoever reads the model says so at length
         return None

@@ -15,7 +15,7 @@ import numpy as np
 from raysweep.errors import UsageError
 from raysweep.fingerprint import fingerprint
 from raysweep.model.checkpoint import ModelSource
-from raysweep.model.known import Mark, keep, made_by, marks_of, read
+from raysweep.model.known import keep, made_by, marks_of, read
 from raysweep.model.text import TextSource, source_files
 from raysweep.model.tokens import TokenSet, same_text
 from raysweep.results.uris import cache_folder
@@ -45,13 +45,12 @@ class KnownTokens:
 
     def __init__(self, model: ModelSource) -> None:
         """To be made before the tokenizer is loaded: its files may be others later."""
-        self._tokenizer: list[Mark] | None = None
+        self._given: dict[str, Any] | None = None  # what all sets of the model depend on
         if not model.trust_remote_code and model.is_local:
             with suppress(OSError):
                 around = sorted(Path(model.location).iterdir())
-                self._tokenizer = marks_of(
-                    path for path in around if path.suffix not in WEIGHT_SUFFIXES and path.is_file()
-                )
+                tokenizer = [path for path in around if path.suffix not in WEIGHT_SUFFIXES and path.is_file()]
+                self._given = made_by(*MADE_WITH) | {"tokenizer": marks_of(tokenizer)}
 
     def get(
         self,
@@ -79,7 +78,7 @@ class KnownTokens:
 
     def _key(self, source: TextSource, asked: Mapping[str, Any], beside: Sequence[TokenSet]) -> str | None:
         """None where files that lie here do not determine the windows, or cannot be read."""
-        if self._tokenizer is None or not source.is_file:
+        if self._given is None or not source.is_file:
             return None
         try:
             shared = [
@@ -90,11 +89,10 @@ class KnownTokens:
             parts = {
                 "asked": dict(asked),
                 "split": source.split,
-                "tokenizer": self._tokenizer,
                 "text": marks_of(source_files(source)),
                 "clear of": max(shared, default=None),
             }
-            return fingerprint(parts | made_by(*MADE_WITH))
+            return fingerprint(parts | self._given)
         except (UsageError, OSError):  # whoever reads them says so at length
             return None
 
