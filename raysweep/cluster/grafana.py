@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from raysweep.results.writer import write_atomically
+from raysweep.results.atomic import write_atomically
 
 WIDTH, HEIGHT = 12, 8  # of a panel; Grafana has 24 columns
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}

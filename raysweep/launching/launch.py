@@ -35,6 +35,7 @@ from raysweep.results.artifacts import (
     remove_artifact,
     remove_unfinished,
 )
+from raysweep.results.atomic import remove_stale_temporaries, write_atomically
 from raysweep.results.cleaning import put_many_together
 from raysweep.results.folders import (
     SPACE_FILE,
@@ -49,7 +50,6 @@ from raysweep.results.mirror import lags, pull_in_hand, push, pushing
 from raysweep.results.reader import load_results, trial_rows
 from raysweep.results.remote import remote_of
 from raysweep.results.uris import CACHE_VARIABLE, is_shared, place_of
-from raysweep.results.writer import remove_stale_temporaries, write_atomically
 from raysweep.shards.plan import ShardPlan
 from raysweep.sweep.planning import make_plans
 from raysweep.sweep.prepare import prepare

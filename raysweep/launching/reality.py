@@ -13,8 +13,8 @@ from raysweep.cluster.nodes import Node
 from raysweep.errors import RaysweepError, first_line
 from raysweep.launching.outlook import look_ahead, total_seconds
 from raysweep.launching.prepared import Launch
+from raysweep.results.atomic import write_atomically
 from raysweep.results.folders import PLAN_FILE
-from raysweep.results.writer import write_atomically
 from raysweep.shards.peaks import Peaks
 from raysweep.shards.plan import ShardPlan, host_bytes_in_one_process
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import RaysweepError, first_line
+from raysweep.results.atomic import write_atomically
 from raysweep.results.folders import block_file
-from raysweep.results.writer import write_atomically
 
 ABOUT, CHECKSUM = "about", "crc32"  # keys of a file's metadata
 DTYPES = {

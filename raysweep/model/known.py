@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import RaysweepError, first_line
-from raysweep.results.writer import write_atomically
+from raysweep.results.atomic import write_atomically
 
 ROOM = 512 << 20  # bytes of a folder of the cache: what was used last stays
 UNSETTLED_S = 2.0  # within which a file system may give two changes the same time

@@ -19,8 +19,8 @@ from typing import Any
 
 from raysweep.config.sections import CELL_COLUMNS, METRICS, SearchConfig
 from raysweep.fingerprint import fingerprint, is_identity
+from raysweep.results.atomic import write_atomically
 from raysweep.results.folders import ARTIFACTS, TRIALS, block_file
-from raysweep.results.writer import write_atomically
 
 MARKER = "kept.json"
 NONE, BEST, ALL = "none", "best", "all"

@@ -6,11 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from raysweep.results.atomic import remove_stale_temporaries
 from raysweep.results.compaction import compact
 from raysweep.results.folders import ARTIFACTS, RETRAINING, TRIALS, TUNE, UNFINISHED, row_files
 from raysweep.results.lock import launch_lock
 from raysweep.results.mirror import push, push_removal
-from raysweep.results.writer import remove_stale_temporaries
 
 MANY = (
     1000  # files of single trials, of which the next launch would read each: about half a millisecond a file

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from raysweep.errors import StorageError, UsageError
+from raysweep.results.atomic import process_lives
 from raysweep.results.folders import LOCK_FILE
 from raysweep.results.remote import Remote, remote_of
-from raysweep.results.writer import process_lives
 
 LAUNCH = "launch"
 BEAT_S, STALE_S = (

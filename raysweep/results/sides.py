@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysweep.results.atomic import write_atomically
 from raysweep.results.folders import COMPACTED, TRIALS, UNITS, is_sweep_file
 from raysweep.results.remote import Remote, Stamp
-from raysweep.results.writer import write_atomically
 
 RECORD_FILE = ".alike"
 SPARE_LINES = 1000  # of the record, before it is shortened

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import RaysweepError
+from raysweep.results.atomic import process_lives, write_atomically
 from raysweep.results.folders import STATE_FILE
-from raysweep.results.writer import process_lives, write_atomically
 
 STATES = ("running", "finished", "failed", "interrupted")
 

@@ -11,8 +11,8 @@ from typing import Any
 from raysweep.config.trial import Trial
 from raysweep.errors import StorageError
 from raysweep.reconstruction.measures import Cost, Errors, TextError, UnitResult
+from raysweep.results.atomic import write_atomically
 from raysweep.results.folders import across_file
-from raysweep.results.writer import write_atomically
 from raysweep.shards.calls import Calls
 from raysweep.shards.group_info import Ref, TextInfo, UnitSpan
 from raysweep.shards.streams import kept_texts

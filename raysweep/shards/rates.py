@@ -18,8 +18,8 @@ from raysweep.errors import RaysweepError, first_line
 from raysweep.fingerprint import fingerprint
 from raysweep.model.checkpoint import ModelSource
 from raysweep.model.shape import ModelShape
+from raysweep.results.atomic import write_atomically
 from raysweep.results.uris import cache_folder
-from raysweep.results.writer import write_atomically
 from raysweep.shards.costs import ALONE, FORWARD, GRAM_ERRORS, IMPORT, LOSSES, STATISTICS
 from raysweep.shards.device_name import device_name
 from raysweep.shards.durations import Rates

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import NumericalError, RaysweepError, first_line
+from raysweep.results.atomic import write_atomically
 from raysweep.results.folders import RETRAINING
-from raysweep.results.writer import write_atomically
 
 DONE, FAILED, START, TRAINING = "done.json", "failed.json", "start.json", "training.json"
 

@@ -117,11 +117,12 @@ def set_up(
     infos: dict[str, TextInfo] = {}
     for name, ids_ST in texts.items():
         infos[name], *_ = [_set_text(one, name, ids_ST) for one in groups]
-    for name in (CALIBRATION, VALIDATION):
-        if name in infos:
-            _pass_blocks(groups, ranges, infos[name]) if placement.by_block else _dense_pass(
-                groups, infos[name]
-            )
+    kept = [infos[name] for name in (CALIBRATION, VALIDATION) if name in infos]
+    if placement.by_block:
+        for text in kept:
+            _pass_blocks(groups, ranges, text)
+    else:
+        _dense_pass(groups, kept)
     group.info = replace(_describe(group, ranges, infos, granularities, model), together=placement.together)
     return group.info
 
@@ -143,21 +144,22 @@ def _set_text(group: OwnedGroup, name: str, ids_ST: Ids) -> TextInfo:
     return TextInfo(name, tuple(batches), tokens)
 
 
-def _dense_pass(groups: Sequence[OwnedGroup], text: TextInfo) -> None:
-    """Batches follow one another through the chain of every group; hidden states go from shard to shard, not through
-    here."""
+def _dense_pass(groups: Sequence[OwnedGroup], texts: Sequence[TextInfo]) -> None:
+    """Batches of one text and then of the next follow one another through the chain of every group; hidden states go
+    from shard to shard, not through here."""
     ahead: deque[tuple[OwnedGroup, Any]] = deque()
-    before: list[list[Any]] = [[None] * group.shards for group in groups]
-    for start, stop in text.batches:
-        for group, last in zip(groups, before, strict=True):
-            ref = None
-            for shard in range(group.shards):
-                label = f"dense {text.name}[{start}:{stop}]"
-                arguments = (text.name, text.samples, start, stop, ref, last[shard])
-                ref = last[shard] = group.submit(shard, 0, "dense_pass", *arguments, label=label)
-            ahead.append((group, ref))
-        while len(ahead) > BATCHES_AHEAD * len(groups):
-            _take(ahead)
+    for text in texts:
+        before: list[list[Any]] = [[None] * group.shards for group in groups]
+        for start, stop in text.batches:
+            for group, last in zip(groups, before, strict=True):
+                ref = None
+                for shard in range(group.shards):
+                    label = f"dense {text.name}[{start}:{stop}]"
+                    arguments = (text.name, text.samples, start, stop, ref, last[shard])
+                    ref = last[shard] = group.submit(shard, 0, "dense_pass", *arguments, label=label)
+                ahead.append((group, ref))
+            while len(ahead) > BATCHES_AHEAD * len(groups):
+                _take(ahead)
     while ahead:
         _take(ahead)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raysweep.results.writer import write_atomically
+from raysweep.results.atomic import write_atomically
 
 LAUNCH = "launch"  # the line of the launching process
 MICROSECONDS = 1e6

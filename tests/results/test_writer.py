@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysweep.errors import NumericalError, RaysweepError, StorageError
-from raysweep.results import writer
+from raysweep.results import atomic
+from raysweep.results.atomic import remove_stale_temporaries
 from raysweep.results.reader import load_results, load_units, trial_states
 from raysweep.results.schema import SCHEMA_VERSION, trial_schema, unit_schema
-from raysweep.results.writer import remove_stale_temporaries, write_rows
+from raysweep.results.writer import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +166,7 @@ def test_killed_writers_leave_no_half_file(tmp_path):
 def test_temporaries_of_living_writers_and_other_hosts_stay(tmp_path, monkeypatch):
     place = tmp_path / "trials"
     place.mkdir()
-    living = place / writer._temporary_name("a.parquet")
+    living = place / atomic._temporary_name("a.parquet")
     dead = place / living.name.replace(f".{os.getpid()}.", ".4194305.")
     foreign = place / ".a.parquet.elsewhere.1.00ff00ff.tmp"
     for path in (living, dead, foreign):
