@@ -44,8 +44,9 @@ class UsageError(RaysweepError):
         super().__init__(self._render())
 
     def inside(self, prefix: str) -> Self:
-        """The same error, of something that lies inside of `prefix`."""
-        return type(self)(self.what, **(self._fields() | {"where": f"{prefix}{self.where or ''}"}))
+        """The same error, of something that lies inside of `prefix`, which ends in what parts them (`: ` or `.`)."""
+        where = f"{prefix}{self.where}" if self.where else prefix.rstrip(":. ")
+        return type(self)(self.what, **(self._fields() | {"where": where}))
 
     def _render(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what

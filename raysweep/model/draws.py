@@ -21,6 +21,7 @@ PASSAGE_WINDOWS = 4  # a passage holds about so many windows, so that few window
 LOCAL_CHARACTERS = 1 << 26  # of a file or folder, no more than the first 64 Mi characters are drawn from
 GIVE_UP_CHARACTERS = 1 << 28  # a data set that has not given enough by then would be streamed for hours
 DOCUMENT_BATCH = 64
+LENGTH = "sequence_length"  # the setting
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Request:
 
     tokenizer: Any
     source: TextSource
-    name: str
     key: str
     count: int
     length: int
@@ -43,12 +43,13 @@ class Request:
     def check(self, max_positions: int | None) -> None:
         """Raises UsageError for a number or a length that no data could give, or no model take."""
         if self.count < 1:
-            raise UsageError(f"{self.name}.{self.key}: {self.count}", allowed="1 or more")
+            raise UsageError(f"{self.count} windows", where=self.key, allowed="1 or more")
         if self.length < 2:
-            raise UsageError(f"{self.name}.sequence_length: {self.length}", allowed="2 or more tokens")
+            raise UsageError(f"{self.length} tokens", where=LENGTH, allowed="2 or more tokens")
         if max_positions is not None and self.length > max_positions:
             raise UsageError(
-                f"{self.name}.sequence_length: {self.length} tokens, the model takes at most {max_positions}",
+                f"{self.length} tokens, the model takes at most {max_positions}",
+                where=LENGTH,
                 remedy=f"set sequence_length to {max_positions} or less",
             )
 
@@ -58,9 +59,9 @@ class Request:
             return
         leave = " beside those of calibration" if left_over else ""
         raise UsageError(
-            f"{self.name}.{self.key}: {self.count} windows of {self.length} tokens were asked for, "
-            f"{self.source} gives {max(found, 0)}{leave}",
-            remedy=f"lower {self.name}.{self.key} or sequence_length, or name more text",
+            f"{self.count} windows of {self.length} tokens were asked for, {self.source} gives {max(found, 0)}{leave}",
+            where=self.key,
+            remedy=f"lower {self.key} or sequence_length, or name more text",
         )
 
 

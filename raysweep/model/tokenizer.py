@@ -60,7 +60,12 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> Ids:
         encoded = tokenizer(
             text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
         )
-        return np.asarray(encoded["input_ids"], dtype=np.int64)
+        ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    if not len(ids) and text.strip():
+        raise UsageError(
+            f"the tokenizer of {_name_of(tokenizer)} gives no token for {len(text):,} characters of text"
+        )
+    return ids
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[Ids]:
@@ -77,8 +82,11 @@ def _working(tokenizer: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of its libraries, a bare Exception among them
-        name = getattr(tokenizer, "name_or_path", "the model")
         raise UsageError(
-            f"the tokenizer of {name} cannot encode text: {first_line(error)}",
+            f"the tokenizer of {_name_of(tokenizer)} cannot encode text: {first_line(error)}",
             remedy="Save it again with save_pretrained of an up-to-date transformers.",
         ) from error
+
+
+def _name_of(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "the model"))

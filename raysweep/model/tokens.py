@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from raysweep.errors import UsageError, nearest_name
-from raysweep.model.draws import CHARACTERS_PER_TOKEN, Request, cut_windows, draw, from_documents, packed
+from raysweep.model.draws import (
+    CHARACTERS_PER_TOKEN,
+    LENGTH,
+    Request,
+    cut_windows,
+    draw,
+    from_documents,
+    packed,
+)
 from raysweep.model.passages import SEPARATOR, Span, free_spans, reserved_spans
 from raysweep.model.rows import count_rows, has_rows, read_rows
 from raysweep.model.text import TextSource, load_documents, source_files
@@ -79,11 +87,11 @@ def calibration_tokens(
     max_positions: the longest sequence that the model takes, or None. Raises UsageError when the data give
     fewer windows, or the model takes no sequence of that length.
     """
-    request = Request(tokenizer, source, name, "num_samples", num_samples, sequence_length, seed)
+    request = Request(tokenizer, source, "num_samples", num_samples, sequence_length, seed)
     request.check(max_positions)
     if sampling not in SAMPLINGS:
         nearest = nearest_name(sampling, list(SAMPLINGS))
-        raise UsageError(f"{name}.sampling: {sampling!r}", allowed=", ".join(SAMPLINGS), nearest=nearest)
+        raise UsageError(f"{sampling!r}", where="sampling", allowed=", ".join(SAMPLINGS), nearest=nearest)
     if has_rows(source):
         request.check_enough(count_rows(source))
         return TokenSet(name, read_rows(source, 0, num_samples, sequence_length), source)
@@ -111,7 +119,7 @@ def validation_tokens(
 
     Raises UsageError like `calibration_tokens`, and when the rows left over by calibration are too few.
     """
-    request = Request(tokenizer, source, name, "samples", samples, sequence_length, seed)
+    request = Request(tokenizer, source, "samples", samples, sequence_length, seed)
     request.check(max_positions)
     shared = [tokens for tokens in exclude if tokens.source is not None and same_text(tokens.source, source)]
     if has_rows(source):
@@ -141,7 +149,7 @@ def evaluation_tokens(
 
     Raises UsageError when the text does not fill one window, or the model takes no sequence of that length.
     """
-    Request(tokenizer, source, name, "max_windows", max_windows or 1, sequence_length, 0).check(max_positions)
+    Request(tokenizer, source, "max_windows", max_windows or 1, sequence_length, 0).check(max_positions)
     if has_rows(source):
         total = count_rows(source)
         ids_NL = read_rows(source, 0, min(total, max_windows or total), sequence_length)
@@ -149,7 +157,7 @@ def evaluation_tokens(
         ids_NL = _leading_windows(tokenizer, source, sequence_length, max_windows, bos_each_window)
     if not len(ids_NL):
         remedy = "lower sequence_length, or name more text"
-        raise UsageError(f"{name}: {source} gives no window of {sequence_length} tokens", remedy=remedy)
+        raise UsageError(f"{source} gives no window of {sequence_length} tokens", where=LENGTH, remedy=remedy)
     return TokenSet(name, ids_NL, source)
 
 
@@ -159,7 +167,7 @@ def check_vocabulary(tokens: TokenSet, size: int) -> None:
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise UsageError(
-            f"{tokens.name}: token {wrong} in {tokens.source}, but the model has {size} embeddings",
+            f"token {wrong} in {tokens.source}, but the model has {size} embeddings",
             remedy="use the tokenizer of the model, or rows of input_ids that were made with it",
         )
 
@@ -169,7 +177,7 @@ def _leading_windows(
 ) -> Ids:
     bos = tokenizer.bos_token_id
     if bos_each_window and bos is None:
-        raise UsageError("bos_each_window: the tokenizer has no BOS token", remedy="set it to false")
+        raise UsageError("the tokenizer has no BOS token", where="bos_each_window", remedy="set it to false")
     step = length - 1 if bos_each_window else length
     needed = None if max_windows is None else (max_windows + 1) * step  # one more, as the end may change
     ids_NL = cut_windows(_leading_ids(tokenizer, source, needed, not bos_each_window), step)[:max_windows]

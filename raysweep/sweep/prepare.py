@@ -140,11 +140,11 @@ class _Preparation:
 
     def _check_files(self) -> None:
         """Refuses at once what is not there: reading a model takes seconds."""
-        with self._placed("calibration"):
+        with self._placed("calibration", "dataset"):
             for source in dict.fromkeys(map(_source_of, self.space.calibrations)):
                 check_there(source)
         for place, entry in enumerate(self.space.evaluation.perplexity):
-            with self._placed("evaluation", "perplexity", place):
+            with self._placed("evaluation", "perplexity", place, "dataset"):
                 check_there(_source_of(entry))
 
     def model(self, planned: list[PlannedTrial], studies: list[Study], first_number: int) -> PreparedModel:
@@ -197,11 +197,11 @@ class _Preparation:
 
     @contextmanager
     def _placed(self, *path: str | int) -> Iterator[None]:
-        """Within the context, errors that do not say where get file and line of that part of the space."""
+        """Within the context, errors, which name a setting at most, get file and line of that part of the space."""
         try:
             yield
         except UsageError as error:
-            raise error if error.where else self.space.placed(error, path) from None
+            raise self.space.placed(error, path) from None
 
     def _check_all(self, possible: Mapping[Trial, PlannedTrial]) -> None:
         for trial, one in possible.items():
@@ -242,7 +242,7 @@ class _Preparation:
         try:
             return self._calibration(config)
         except UsageError as error:
-            place = "data" + (error.where or "").removeprefix("calibration")
+            place = f"data.{error.where}" if error.where else "data"
             fields = {"allowed": error.allowed, "nearest": error.nearest, "remedy": error.remedy}
             raise self.space.refusal(asked_by, UsageError(error.what, where=place, **fields)) from None
 
@@ -279,8 +279,11 @@ class _Preparation:
 def entry_tokens(entry: PerplexityConfig, tokenizer: Any, shape: ModelShape) -> TokenSet:
     """The windows of an evaluation entry, for a model of this shape. Raises UsageError."""
     name, source, asked = _windows_of(entry, shape)
-    tokens = evaluation_tokens(tokenizer, source, name=name, **asked)
-    check_vocabulary(tokens, shape.vocabulary)
+    try:
+        tokens = evaluation_tokens(tokenizer, source, name=name, **asked)
+        check_vocabulary(tokens, shape.vocabulary)
+    except UsageError as error:
+        raise error.inside(f"{name}: ") from None
     return tokens
 
 

@@ -50,15 +50,27 @@ IN_MODEL_OR_DATA = {
     ),
     "missing model": (["model.path=no/such/folder"], ["no/such/folder"]),
     "model without safetensors": (["model.path={bare}"], ["{bare}", "safetensors"]),
-    "missing data": (["calibration.dataset=missing.parquet"], ["missing.parquet"]),
+    "missing data": (
+        ["calibration.dataset=missing.parquet"],
+        ["--set calibration.dataset: no such", "missing.parquet"],
+    ),
     "empty data": (["calibration.dataset={empty}"], ["{empty}"]),
-    "more samples than the data gives": (["calibration.num_samples=1000000"], ["1000000", "num_samples"]),
-    "more validation than the data gives": (["validation.samples=1000000"], ["1000000", "validation"]),
+    "more samples than the data gives": (
+        ["calibration.num_samples=1000000"],
+        ["1000000", "--set calibration.num_samples: "],
+    ),
+    "more validation than the data gives": (
+        ["validation.samples=1000000"],
+        ["1000000", "--set validation.samples: "],
+    ),
     "a sequence longer than the model takes": (
         ["calibration.sequence_length=65"],
-        ["65", "64", "sequence_length"],
+        ["65", "64", "--set calibration.sequence_length: "],
     ),
-    "a window longer than the model takes": (["evaluation.perplexity.0.sequence_length=65"], ["65", "64"]),
+    "a window longer than the model takes": (
+        ["evaluation.perplexity.0.sequence_length=65"],
+        ["65", "64", "--set evaluation.perplexity.0.sequence_length: "],
+    ),
     "more shards than blocks": (["execution.shards=5"], ["execution.shards", "5", "1 to 4"]),
 }
 
