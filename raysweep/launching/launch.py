@@ -91,8 +91,6 @@ def launch(
     refuse_where_held(folder)
     if in_process:
         _check_in_process(loaded, address)
-    elif loaded.execution.trackers:
-        _check_trackers(loaded)
     keeper = Keeper(in_process)
     prepare_here = partial(_without_rows, loaded, folder, retry_failed=retry_failed)
     progress.stage("Checking model and data")
@@ -112,6 +110,8 @@ def prepare_launch(space: SearchSpace, folder: Path, device: str) -> Launch:
 
 
 def _without_rows(space: SearchSpace, folder: Path, device: str, retry_failed: bool = False) -> Launch:
+    if space.execution.trackers:
+        _check_trackers(space)
     with without_collecting():
         models = prepare(space, device)
     return Launch(space, folder, models, {}, retry_failed)

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from raysweep.config.sections import TRACKERS
 from raysweep.errors import UsageError
-from raysweep.launching.launch import launch
+from raysweep.launching.launch import launch, prepare_launch
 from raysweep.results.cleaning import clean
 from raysweep.sweep.halving import TIME, TRIAL
 from raysweep.sweep.identified import SweepTrial
@@ -261,6 +261,8 @@ def test_a_missing_package_is_refused_before_anything_is_written(make_space, tmp
     monkeypatch.setitem(sys.modules, KINDS[name].module, None)
     with pytest.raises(UsageError, match=f"tracker '{name}' needs.*\n  pip install {KINDS[name].package}"):
         launch(with_trackers(make_space, name), storage=tmp_path / "storage")
+    with pytest.raises(UsageError, match=f"tracker '{name}' needs"):  # by a plan as well
+        prepare_launch(with_trackers(make_space, name), tmp_path / "storage" / "tiny", "cpu")
     assert not (tmp_path / "storage").exists()
 
 
