@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 CORES = len(os.sched_getaffinity(0))
@@ -239,11 +240,59 @@ def overhead_of_small_trials() -> float:
     return (clock.rows[-1] - clock.rows[begin]) / (len(clock.rows) - 1 - begin) - per_trial
 
 
-def starts(number: int) -> tuple[float, list[float]]:
-    """`seconds_to_first_trial` of a model that this machine has not read before, and then of one that it knows."""
+def starts(number: int) -> tuple[float, list[float], list[float]]:
+    """`seconds_to_first_trial` of a model that this machine has not read before, and then of one that it knows; and by
+    turns with those the seconds of a bare start."""
+    known, bare = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as cache:
-        first, *others = (seconds_to_first_trial(cache) for _ in range(1 + number))
-    return first, sorted(others)
+        first = seconds_to_first_trial(cache)
+        for _ in range(number):
+            bare.append(time_bare_start())
+            known.append(seconds_to_first_trial(cache))
+    return first, known, bare
+
+
+def bare_start(began: Any) -> None:
+    """Ray and Tune as any script would start them, with an actor a core that imports what models need, and as many
+    trials at once as a launch has. Puts the time at which the first one begins, in seconds since 1970."""
+    import ray
+    from ray import tune
+
+    class Bare:
+        def ready(self) -> None:
+            import torch  # noqa: F401
+            from transformers import LlamaForCausalLM  # noqa: F401
+
+    def trial(config: dict[str, Any]) -> None:
+        tune.report({"began": time.time()})
+
+    ray.init(address="local", log_to_driver=False, logging_level="WARNING")
+    actor_class: Any = ray.remote(num_cpus=0.9)(Bare)
+    actors = [actor_class.remote() for _ in range(CORES)]
+    ray.get([actor.ready.remote() for actor in actors])
+    at_once = CORES + 1
+    with tempfile.TemporaryDirectory() as storage:
+        tuner = tune.Tuner(
+            tune.with_resources(trial, {"CPU": 0.01}),
+            tune_config=tune.TuneConfig(num_samples=at_once, max_concurrent_trials=at_once),
+            run_config=tune.RunConfig(storage_path=storage, verbose=0),
+        )
+        results = tuner.fit()
+    began.put(min(result.metrics["began"] for result in results))
+    ray.shutdown()
+
+
+def time_bare_start() -> float:
+    """Seconds from the start of a process to the first of `bare_start`'s trials."""
+    context = multiprocessing.get_context("spawn")
+    began = context.Queue()
+    start = time.time()
+    process = context.Process(target=bare_start, args=(began,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit("the bare start failed")
+    return float(began.get()) - start
 
 
 def seconds_to_first_trial(cache: str) -> float:
@@ -270,6 +319,10 @@ def seconds_to_first_trial(cache: str) -> float:
     return min((row["started_at"] - begin).total_seconds() for row in rows.values())
 
 
+def _rounded(seconds: list[float]) -> list[float]:
+    return sorted(round(value, 1) for value in seconds)
+
+
 def report(figure: str, value: float, **more: Any) -> None:
     print(json.dumps({"figure": figure, "value": round(value, 3)} | more), flush=True)
 
@@ -286,10 +339,15 @@ def main() -> None:
     report("sweep over bare loops", seconds / bare, **around, sweep_s=round(seconds, 1))
     report("seconds per trial beyond bare loops", (seconds - bare) / sweep["trials"], trials=sweep["trials"])
     report("overhead per trial in seconds, where little is to compute", overhead_of_small_trials())
-    first, others = starts(1 if quick else 5)
-    seconds_all = [round(s, 1) for s in others]
+    first, known, bare_starts = starts(1 if quick else 5)
     figure = "seconds from launch to the first trial"
-    report(figure, others[len(others) // 2], all=seconds_all, of_a_model_never_read=round(first, 1))
+    report(figure, median(known), all=_rounded(known), of_a_model_never_read=round(first, 1))
+    ratios = [ours / bare for ours, bare in zip(known, bare_starts, strict=True)]
+    report(
+        "launch to first trial over a bare start of Ray and Tune",
+        median(ratios),
+        bare_s=_rounded(bare_starts),
+    )
     report("busy share of the shards", sweep["busy_seconds"] / (seconds * CORES))
     report("share of the launch with every core busy", sweep["every_core_busy"])
     for kind, busy in sweep["busy_by_kind"].items():
