@@ -152,13 +152,30 @@ def run_phase(
         proposals.end()
         on_lost(trial.trial_id, trial.number)
 
+    run = tune.RunConfig(
+        name=name,
+        storage_path=str(storage),
+        callbacks=[_Listener(on_row, note_loss), *trackers],
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        verbose=0,
+    )
+    _tuner(context, proposals, concurrent_trials, run).fit()
+    for cause in causes:
+        if isinstance(cause, StorageError):
+            raise cause
+    return lost
+
+
+def _tuner(
+    context: PhaseContext, proposals: Proposals, concurrent_trials: int, run: tune.RunConfig
+) -> tune.Tuner:
     # Trials write their rows themselves, so their processes stay on the node that the storage was checked on.
     resources = {"CPU": TRIAL_CPUS, context.here: TRIAL_CPUS}
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrainable, context=context), resources=resources
     )
     trainable.__qualname__ = "SweepTrial"  # what Ray's dashboard calls its actors
-    tuner = tune.Tuner(
+    return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=_Suggestions(proposals, context.search, context.replicas),
@@ -171,19 +188,8 @@ def run_phase(
             trial_name_creator=lambda trial: trial.config[TRIAL].file_name,
             trial_dirname_creator=lambda trial: trial.config[TRIAL].trial_id,
         ),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=str(storage),
-            callbacks=[_Listener(on_row, note_loss), *trackers],
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            verbose=0,
-        ),
+        run_config=run,
     )
-    tuner.fit()
-    for cause in causes:
-        if isinstance(cause, StorageError):
-            raise cause
-    return lost
 
 
 class _Listener(tune.Callback):
