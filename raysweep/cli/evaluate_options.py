@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raysweep.config.fields import MAX_COUNT
+from raysweep.config.limits import MAX_COUNT
 
 ModelPath = Annotated[
     str,

@@ -10,14 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from raysweep.config.limits import MAX_COUNT, MAX_SEED
 from raysweep.errors import nearest_name
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAME_LENGTH = 100  # well below the 255 bytes of a file name, with room for prefixes and suffixes
 NAME_VALUES = "letters, digits, '.', '_' and '-', beginning with a letter or a digit, at most 100 characters"
-MAX_COUNT = 2**31 - 1
-MAX_SEED = 2**63 - 1  # what an int64 column holds
 
 _EXPONENT_TEXT = re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 

@@ -26,7 +26,7 @@ from raysweep.cli.main import main
 try:
     main()
 finally:
-    print(*[name for name in {(*HEAVY, "pandas")!r} if name in sys.modules], file=sys.stderr)
+    print(*[name for name in {(*HEAVY, "pandas", "pydantic")!r} if name in sys.modules], file=sys.stderr)
 """
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True
@@ -36,7 +36,7 @@ finally:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["--version"]], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments):
-    assert imported_by(*arguments) == set()
+    assert imported_by(*arguments) <= ({"pydantic"} if "launch" in arguments else set())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
