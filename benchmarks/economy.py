@@ -3,7 +3,8 @@
     python benchmarks/economy.py            4 criteria x 3 sparsities x pruned only, matrix, subblock and block
     python benchmarks/economy.py --quick    the same on a few samples, to try the script
 
-Prints one JSON line per figure. The ratios are taken in one run on one machine: bare loops, sweep, plain scripts.
+Prints one JSON line per figure. The ratios are taken in one run on one machine: bare loops, sweep, plain scripts,
+launches and bare starts of Ray and Tune.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CRITERIA = ["magnitude", "wanda", "ria", "sparsegpt"]
 SPARSITIES = [0.5, 0.6, 0.7]
 GRANULARITIES = ["matrix", "subblock", "block"]
 BUILTIN = "builtin:pystdlib"
+BLOCKS = 6  # that it has: the most shards
 
 
 def space_dict(quick: bool, criteria: list[str], sparsities: list[float]) -> dict[str, Any]:
@@ -252,9 +254,9 @@ def starts(number: int) -> tuple[float, list[float], list[float]]:
     return first, known, bare
 
 
-def bare_start(began: Any) -> None:
-    """Ray and Tune as any script would start them, with an actor a core that imports what models need, and as many
-    trials at once as a launch has. Puts the time at which the first one begins, in seconds since 1970."""
+def bare_start(began: Any, shards: int, at_once: int) -> None:
+    """Ray and Tune as any script would start them, with as many actors that import what models need, and as many trials
+    at once, as a launch has. Puts the time at which the first one begins, in seconds since 1970."""
     import ray
     from ray import tune
 
@@ -268,9 +270,8 @@ def bare_start(began: Any) -> None:
 
     ray.init(address="local", log_to_driver=False, logging_level="WARNING")
     actor_class: Any = ray.remote(num_cpus=0.9)(Bare)
-    actors = [actor_class.remote() for _ in range(CORES)]
+    actors = [actor_class.remote() for _ in range(shards)]
     ray.get([actor.ready.remote() for actor in actors])
-    at_once = CORES + 1
     with tempfile.TemporaryDirectory() as storage:
         tuner = tune.Tuner(
             tune.with_resources(trial, {"CPU": 0.01}),
@@ -284,10 +285,12 @@ def bare_start(began: Any) -> None:
 
 def time_bare_start() -> float:
     """Seconds from the start of a process to the first of `bare_start`'s trials."""
+    from raysweep.shards.plan import TRIALS_IN_FLIGHT
+
     context = multiprocessing.get_context("spawn")
     began = context.Queue()
     start = time.time()
-    process = context.Process(target=bare_start, args=(began,))
+    process = context.Process(target=bare_start, args=(began, min(CORES, BLOCKS), TRIALS_IN_FLIGHT))
     process.start()
     process.join()
     if process.exitcode:
@@ -342,7 +345,7 @@ def main() -> None:
     first, known, bare_starts = starts(1 if quick else 5)
     figure = "seconds from launch to the first trial"
     report(figure, median(known), all=_rounded(known), of_a_model_never_read=round(first, 1))
-    ratios = [ours / bare for ours, bare in zip(known, bare_starts, strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(known, bare_starts, strict=True)]
     report(
         "launch to first trial over a bare start of Ray and Tune",
         median(ratios),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from raysweep.config.fields import FROZEN, Count, Seed, Text, setting
+from raysweep.config.limits import MAX_COUNT
 
 CALIBRATION_COLUMNS = tuple(
     f"calibration_{name}" for name in ("dataset", "num_samples", "sequence_length", "sampling", "seed")
@@ -39,7 +40,7 @@ class CalibrationConfig(BaseModel):
         default="pack",
     )
     num_samples: Count = setting("number of sequences", default=64, values=WHOLE_VALUES)
-    sequence_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = setting(
+    sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)] = setting(
         "tokens in one sequence", default=256, values="a whole number from 2"
     )
     seed: Seed = setting("which sequences are drawn", default=0, values=SEED_VALUES)

@@ -1,4 +1,4 @@
-"""The largest numbers that settings and options take."""
+"""The largest numbers that settings and options take. Without pydantic, which `raysweep --help` does without."""
 
 from __future__ import annotations
 

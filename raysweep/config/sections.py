@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from raysweep.config.calibration import CALIBRATION_COLUMNS, DATASET_VALUES, SEED_VALUES, WHOLE_VALUES
 from raysweep.config.field_groups import MASK_FIELDS, RECOVERY_FIELDS
 from raysweep.config.fields import FROZEN, NAME_VALUES, Count, Name, Seed, Text, as_tuple, setting
+from raysweep.config.limits import MAX_COUNT
 from raysweep.errors import UsageError, nearest_name
 
 BUILTIN_PREFIX = "builtin:"
@@ -50,7 +51,7 @@ class ValidationConfig(BaseModel):
 
     model_config = FROZEN
 
-    samples: Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
+    samples: Annotated[int, Field(ge=0, le=MAX_COUNT)] = setting(
         "number of sequences, as long as those of the first evaluation entry; 0 = no validation",
         default=16,
         values=SEED_VALUES,
@@ -99,7 +100,7 @@ class PerplexityConfig(BaseModel):
         "files of a Hugging Face data set", default=None, values="text, or null"
     )
     split: Text = setting("split of the data set", default="test", values="text")
-    sequence_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = setting(
+    sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)] = setting(
         "tokens in one window", values="a whole number from 2"
     )
     max_windows: Count | None = setting(

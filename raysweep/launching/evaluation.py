@@ -84,7 +84,12 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
 
         check_sparse_kernels(device, DTYPES[dtype])
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-    texts = {entry.name: entry_tokens(entry, tokenizer, shape) for entry in wanted.entries}
+    texts = {}
+    for entry in wanted.entries:
+        try:
+            texts[entry.name] = entry_tokens(entry, tokenizer, shape)
+        except UsageError as error:
+            raise (error.inside(f"{entry.name}: ") if len(wanted.entries) > 1 else error) from None
     measuring = _Measuring(source, shape, dtype, device, tokenizer, tell)
     spreads = wanted.tasks is not None and measuring.spreads(wanted.device)
     found = Measured(

@@ -99,7 +99,7 @@ def marked(folder: Path) -> Iterator[str]:
 
 
 def _mark() -> str:
-    """A name as `raysweep.results.writer` gives temporary files, so that one of a killed process goes like them."""
+    """A name as `raysweep.results.atomic` gives temporary files, so that one of a killed process goes like them."""
     return f".seen.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 

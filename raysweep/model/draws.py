@@ -11,7 +11,7 @@ import numpy as np
 from raysweep.errors import UsageError
 from raysweep.model.passages import SEPARATOR, Span, document_pieces, passages
 from raysweep.model.text import TextSource, load_documents
-from raysweep.model.tokenizer import Ids, encode, encode_batch
+from raysweep.model.tokenizer import Ids, check_gives_tokens, encode, encode_batch
 
 # N samples (windows), L tokens of one sample
 
@@ -21,7 +21,6 @@ PASSAGE_WINDOWS = 4  # a passage holds about so many windows, so that few window
 LOCAL_CHARACTERS = 1 << 26  # of a file or folder, no more than the first 64 Mi characters are drawn from
 GIVE_UP_CHARACTERS = 1 << 28  # a data set that has not given enough by then would be streamed for hours
 DOCUMENT_BATCH = 64
-LENGTH = "sequence_length"  # the setting
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Request:
         if self.count < 1:
             raise UsageError(f"{self.count} windows", where=self.key, allowed="1 or more")
         if self.length < 2:
-            raise UsageError(f"{self.length} tokens", where=LENGTH, allowed="2 or more tokens")
+            raise UsageError(f"{self.length} tokens", where="sequence_length", allowed="2 or more tokens")
         if max_positions is not None and self.length > max_positions:
             raise UsageError(
                 f"{self.length} tokens, the model takes at most {max_positions}",
-                where=LENGTH,
+                where="sequence_length",
                 remedy=f"set sequence_length to {max_positions} or less",
             )
 
@@ -79,6 +78,7 @@ def draw(request: Request, choose: Choose) -> Ids:
         if len(ids_NL) >= request.count:
             return ids_NL[: request.count]
         if (read < asked and budget >= read) or asked > max(GIVE_UP_CHARACTERS, 32 * request.budget):
+            check_gives_tokens(request.tokenizer, documents)
             request.check_enough(len(ids_NL))
         budget = max(budget * 4, read)
 

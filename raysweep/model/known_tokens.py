@@ -54,7 +54,6 @@ class KnownTokens:
 
     def get(
         self,
-        name: str,
         source: TextSource,
         asked: Mapping[str, Any],
         make: Callable[[], TokenSet],
@@ -62,12 +61,11 @@ class KnownTokens:
     ) -> TokenSet:
         """What `make` gives, which runs only for windows that were not cut before: of other files, or by other code.
 
-        name: of the set, as `make` has it
         asked: all that the windows depend on besides tokenizer and text, as JSON has it;  beside: other sets that they
         keep clear of. What is kept is checked by the hash of its bytes. Raises what `make` raises.
         """
         key = self._key(source, asked, beside)
-        if key is not None and (tokens := _read(name, key, source)) is not None:
+        if key is not None and (tokens := _read(key, source)) is not None:
             return tokens
         tokens = make()
         if key is not None and tokens.input_ids.nbytes <= LARGEST:
@@ -105,10 +103,10 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _read(name: str, key: str, source: TextSource) -> TokenSet | None:
+def _read(key: str, source: TextSource) -> TokenSet | None:
     """None where nothing is kept, or what is kept is damaged."""
     for path in _folder().glob(f"{key}-*.npy"):
         content = read(path)
         if content is not None and path.stem == f"{key}-{_hash(content)}":
-            return TokenSet(name, np.load(BytesIO(content), allow_pickle=False), source)
+            return TokenSet(np.load(BytesIO(content), allow_pickle=False), source)
     return None

@@ -49,7 +49,8 @@ def _row(value: Any, number: int, length: int, source: TextSource) -> npt.NDArra
         )
     if len(ids) < length:
         raise UsageError(
-            f"row {number} of {source.dataset} has {len(ids)} tokens, sequence_length is {length}",
+            f"row {number} of {source.dataset} has {len(ids)} tokens, and {length} were asked for",
+            where="sequence_length",
             remedy="lower sequence_length or leave the row out of the file",
         )
     try:

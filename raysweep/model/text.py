@@ -72,7 +72,7 @@ def load_documents(source: TextSource, characters: int | None = None) -> Iterato
         if characters is not None and total >= characters:
             break
     if blank:
-        raise UsageError(f"no text in {source}", remedy="name a data set that holds some")
+        raise UsageError(f"no text in {source}", where="dataset", remedy="name a data set that holds some")
 
 
 def source_files(source: TextSource) -> list[Path]:
@@ -84,12 +84,17 @@ def source_files(source: TextSource) -> list[Path]:
         return _split_files(builtin_text_folder(source.dataset), source)
     path = typed_path(source.dataset, "data set")
     if not path.exists():
-        raise UsageError(f"no such file or folder: {source.dataset}", remedy="check the path of the data set")
+        raise UsageError(
+            f"no such file or folder: {source.dataset}",
+            where="dataset",
+            remedy="check the path of the data set",
+        )
     if path.is_dir():
         return _split_files(path, source)
     if path.suffix not in SUFFIXES:
         raise UsageError(
             f"cannot read text from {source.dataset}: unknown file type {path.suffix!r}",
+            where="dataset",
             allowed=", ".join(SUFFIXES),
         )
     return [path]
@@ -202,6 +207,7 @@ def _guarded(source: TextSource, rows: Iterator[Any]) -> Iterator[Any]:
     except Exception as error:  # the library and its HTTP client raise a dozen unrelated types
         raise UsageError(
             f"cannot load {source}: {first_line(error)}",
+            where="dataset",
             remedy=f"{source.dataset!r} was taken for a Hugging Face data set, being no file or folder here: "
             "check its id, config and data_files, HF_TOKEN if it is gated, and the network (HF_HUB_OFFLINE)",
         ) from error
@@ -224,6 +230,7 @@ def _require_text_column(names: list[str], where: str) -> None:
     if TEXT_COLUMN not in names:
         raise UsageError(
             f"no column {TEXT_COLUMN!r} in {where}; its columns: {', '.join(map(str, names)) or 'none'}",
+            where="dataset",
             remedy=f"rename the column that holds the documents to {TEXT_COLUMN!r}",
         )
 
@@ -232,7 +239,9 @@ def _split_files(folder: Path, source: TextSource) -> list[Path]:
     files = _readable_files(folder)
     if not files:
         raise UsageError(
-            f"no {', '.join(SUFFIXES)} file in {source.dataset}", remedy="check the path of the data set"
+            f"no {', '.join(SUFFIXES)} file in {source.dataset}",
+            where="dataset",
+            remedy="check the path of the data set",
         )
     by_split: dict[str, list[Path]] = {}
     for file in files:
@@ -263,6 +272,7 @@ def _split_of(relative: Path, wanted: str) -> str:
 def _unknown_split(source: TextSource, existing: list[str]) -> UsageError:
     return UsageError(
         f"no split {source.split!r} in {source.dataset}",
+        where="split",
         allowed=", ".join(existing),
         nearest=nearest_name(source.split, existing),
     )

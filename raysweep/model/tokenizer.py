@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
 
+SAVE_AGAIN = "Save it again with save_pretrained of an up-to-date transformers."
+SAMPLE_CHARACTERS = 4096
 Ids = npt.NDArray[np.int64]
 
 # One of these is in every folder that `save_pretrained` of a tokenizer wrote.
@@ -60,12 +62,7 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> Ids:
         encoded = tokenizer(
             text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
         )
-        ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-    if not len(ids) and text.strip():
-        raise UsageError(
-            f"the tokenizer of {_name_of(tokenizer)} gives no token for {len(text):,} characters of text"
-        )
-    return ids
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[Ids]:
@@ -73,6 +70,16 @@ def encode_batch(tokenizer: Any, texts: list[str]) -> list[Ids]:
     with _working(tokenizer):
         encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
         return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+
+def check_gives_tokens(tokenizer: Any, documents: Iterable[str]) -> None:
+    """Raises UsageError where it makes no token of the first document that is no blank, special ones apart."""
+    text = next((text[:SAMPLE_CHARACTERS] for text in documents if text[:SAMPLE_CHARACTERS].strip()), "")
+    if text and not len(encode(tokenizer, text, special_tokens=False)):
+        raise UsageError(
+            f"the tokenizer of {_name_of(tokenizer)} gives no token for {len(text):,} characters of text",
+            remedy=SAVE_AGAIN,
+        )
 
 
 @contextmanager
@@ -84,7 +91,7 @@ def _working(tokenizer: Any) -> Iterator[None]:
     except Exception as error:  # of its libraries, a bare Exception among them
         raise UsageError(
             f"the tokenizer of {_name_of(tokenizer)} cannot encode text: {first_line(error)}",
-            remedy="Save it again with save_pretrained of an up-to-date transformers.",
+            remedy=SAVE_AGAIN,
         ) from error
 
 

@@ -10,19 +10,11 @@ from typing import Any
 import numpy as np
 
 from raysweep.errors import UsageError, nearest_name
-from raysweep.model.draws import (
-    CHARACTERS_PER_TOKEN,
-    LENGTH,
-    Request,
-    cut_windows,
-    draw,
-    from_documents,
-    packed,
-)
+from raysweep.model.draws import CHARACTERS_PER_TOKEN, Request, cut_windows, draw, from_documents, packed
 from raysweep.model.passages import SEPARATOR, Span, free_spans, reserved_spans
 from raysweep.model.rows import count_rows, has_rows, read_rows
 from raysweep.model.text import TextSource, load_documents, source_files
-from raysweep.model.tokenizer import Ids, encode
+from raysweep.model.tokenizer import Ids, check_gives_tokens, encode
 
 # N samples (windows), L tokens of one sample
 
@@ -33,12 +25,10 @@ SAMPLINGS = ("pack", "document")
 class TokenSet:
     """Token sequences of equal length.
 
-    name:      what they are for, in messages and columns
     input_ids: int64, N x L, read-only
     source:    where they were drawn from
     """
 
-    name: str
     input_ids: Ids
     source: TextSource | None = None
 
@@ -72,7 +62,6 @@ def calibration_tokens(
     sequence_length: int,
     seed: int,
     max_positions: int | None = None,
-    name: str = "calibration",
 ) -> TokenSet:
     """`num_samples` different windows of `sequence_length` tokens, chosen by `seed`.
 
@@ -94,9 +83,9 @@ def calibration_tokens(
         raise UsageError(f"{sampling!r}", where="sampling", allowed=", ".join(SAMPLINGS), nearest=nearest)
     if has_rows(source):
         request.check_enough(count_rows(source))
-        return TokenSet(name, read_rows(source, 0, num_samples, sequence_length), source)
+        return TokenSet(read_rows(source, 0, num_samples, sequence_length), source)
     choose = packed(request, free_spans) if sampling == "pack" else from_documents(request)
-    return TokenSet(name, draw(request, choose), source)
+    return TokenSet(draw(request, choose), source)
 
 
 def validation_tokens(
@@ -108,7 +97,6 @@ def validation_tokens(
     seed: int,
     exclude: Sequence[TokenSet] = (),
     max_positions: int | None = None,
-    name: str = "validation",
 ) -> TokenSet:
     """`samples` windows, packed as for calibration, that share no text with any calibration set in `exclude`.
 
@@ -125,9 +113,9 @@ def validation_tokens(
     if has_rows(source):
         total = count_rows(source)
         request.check_enough(total - max(map(len, shared), default=0), left_over=bool(shared))
-        return TokenSet(name, read_rows(source, total - samples, total, sequence_length), source)
+        return TokenSet(read_rows(source, total - samples, total, sequence_length), source)
     spans = reserved_spans if shared else _all_spans
-    return TokenSet(name, draw(request, packed(request, spans)), source)
+    return TokenSet(draw(request, packed(request, spans)), source)
 
 
 def evaluation_tokens(
@@ -138,7 +126,6 @@ def evaluation_tokens(
     max_windows: int | None = None,
     bos_each_window: bool = False,
     max_positions: int | None = None,
-    name: str = "perplexity",
 ) -> TokenSet:
     """The windows of a perplexity: text joined by blank lines, tokenised once, cut from the start.
 
@@ -156,9 +143,14 @@ def evaluation_tokens(
     else:
         ids_NL = _leading_windows(tokenizer, source, sequence_length, max_windows, bos_each_window)
     if not len(ids_NL):
-        remedy = "lower sequence_length, or name more text"
-        raise UsageError(f"{source} gives no window of {sequence_length} tokens", where=LENGTH, remedy=remedy)
-    return TokenSet(name, ids_NL, source)
+        if not has_rows(source):
+            check_gives_tokens(tokenizer, load_documents(source, CHARACTERS_PER_TOKEN * sequence_length))
+        raise UsageError(
+            f"{source} gives no window of {sequence_length} tokens",
+            where="sequence_length",
+            remedy="lower it, or name more text",
+        )
+    return TokenSet(ids_NL, source)
 
 
 def check_vocabulary(tokens: TokenSet, size: int) -> None:

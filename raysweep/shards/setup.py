@@ -149,6 +149,7 @@ def _dense_pass(groups: Sequence[OwnedGroup], texts: Sequence[TextInfo]) -> None
     from shard to shard, not through here."""
     ahead: deque[tuple[OwnedGroup, Any]] = deque()
     for text in texts:
+        # Sums are by text, so that only batches of one text wait for one another.
         before: list[list[Any]] = [[None] * group.shards for group in groups]
         for start, stop in text.batches:
             for group, last in zip(groups, before, strict=True):

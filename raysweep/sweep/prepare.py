@@ -140,11 +140,11 @@ class _Preparation:
 
     def _check_files(self) -> None:
         """Refuses at once what is not there: reading a model takes seconds."""
-        with self._placed("calibration", "dataset"):
+        with self._placed("calibration"):
             for source in dict.fromkeys(map(_source_of, self.space.calibrations)):
                 check_there(source)
         for place, entry in enumerate(self.space.evaluation.perplexity):
-            with self._placed("evaluation", "perplexity", place, "dataset"):
+            with self._placed("evaluation", "perplexity", place):
                 check_there(_source_of(entry))
 
     def model(self, planned: list[PlannedTrial], studies: list[Study], first_number: int) -> PreparedModel:
@@ -156,7 +156,7 @@ class _Preparation:
             criterion.check(self.shape)
         with self._placed("calibration"):
             calibrations = {config: self._calibration(config) for config in self.space.calibrations}
-        _check_distinct(calibrations)
+            _check_distinct(calibrations)
         evaluation = {}
         for place, entry in enumerate(self.space.evaluation.perplexity):
             with self._placed("evaluation", "perplexity", place):
@@ -227,24 +227,18 @@ class _Preparation:
             "max_positions": self.shape.max_positions,
         }
         source = _source_of(config)
-        return self._known(
-            "calibration", source, asked, lambda: calibration_tokens(self.tokenizer(), source, **asked)
-        )
+        return self._known(source, asked, lambda: calibration_tokens(self.tokenizer(), source, **asked))
 
     def _evaluation(self, entry: PerplexityConfig) -> TokenSet:
-        name, source, asked = _windows_of(entry, self.shape)
-        return self._known(
-            name, source, asked, lambda: evaluation_tokens(self.tokenizer(), source, name=name, **asked)
-        )
+        source, asked = _windows_of(entry, self.shape)
+        return self._known(source, asked, lambda: evaluation_tokens(self.tokenizer(), source, **asked))
 
     def _retraining_text(self, config: CalibrationConfig, asked_by: PlannedTrial) -> TokenSet:
         """As a calibration set; an error names the trial's group, not the section `calibration`."""
         try:
             return self._calibration(config)
         except UsageError as error:
-            place = f"data.{error.where}" if error.where else "data"
-            fields = {"allowed": error.allowed, "nearest": error.nearest, "remedy": error.remedy}
-            raise self.space.refusal(asked_by, UsageError(error.what, where=place, **fields)) from None
+            raise self.space.refusal(asked_by, error.inside("data.")) from None
 
     def _validation(self, calibrations: list[TokenSet]) -> TokenSet | None:
         config = self.space.validation
@@ -261,29 +255,25 @@ class _Preparation:
         def make() -> TokenSet:
             return validation_tokens(self.tokenizer(), source, exclude=calibrations, **asked)
 
-        return self._known("validation", source, asked, make, calibrations)
+        return self._known(source, asked, make, calibrations)
 
     def _known(
         self,
-        name: str,
         source: TextSource,
         asked: dict[str, Any],
         make: Callable[[], TokenSet],
         beside: Sequence[TokenSet] = (),
     ) -> TokenSet:
-        tokens = self.known.get(name, source, asked, make, beside)
+        tokens = self.known.get(source, asked, make, beside)
         check_vocabulary(tokens, self.shape.vocabulary)
         return tokens
 
 
 def entry_tokens(entry: PerplexityConfig, tokenizer: Any, shape: ModelShape) -> TokenSet:
     """The windows of an evaluation entry, for a model of this shape. Raises UsageError."""
-    name, source, asked = _windows_of(entry, shape)
-    try:
-        tokens = evaluation_tokens(tokenizer, source, name=name, **asked)
-        check_vocabulary(tokens, shape.vocabulary)
-    except UsageError as error:
-        raise error.inside(f"{name}: ") from None
+    source, asked = _windows_of(entry, shape)
+    tokens = evaluation_tokens(tokenizer, source, **asked)
+    check_vocabulary(tokens, shape.vocabulary)
     return tokens
 
 
@@ -342,15 +332,15 @@ class _Lazy:
         return self._value
 
 
-def _windows_of(entry: PerplexityConfig, shape: ModelShape) -> tuple[str, TextSource, dict[str, Any]]:
-    """What `evaluation_tokens` is asked for: name, text, and all else."""
+def _windows_of(entry: PerplexityConfig, shape: ModelShape) -> tuple[TextSource, dict[str, Any]]:
+    """What `evaluation_tokens` is asked for: text, and all else."""
     asked = {
         "sequence_length": entry.sequence_length,
         "max_windows": entry.max_windows,
         "bos_each_window": entry.bos_each_window,
         "max_positions": shape.max_positions,
     }
-    return f"evaluation.perplexity {entry.name}", _source_of(entry), asked
+    return _source_of(entry), asked
 
 
 def _source_of(config: CalibrationConfig | PerplexityConfig) -> TextSource:
@@ -372,7 +362,7 @@ def _check_distinct(calibrations: dict[CalibrationConfig, TokenSet]) -> None:
         if other != config:
             raise UsageError(
                 f"calibration sets with seeds {other.seed} and {config.seed} hold the same tokens",
-                where="calibration",
+                where="seed",
                 remedy="Rows of `input_ids` are taken in order, whatever the seed: give one seed, or several files.",
             )
 

@@ -54,10 +54,21 @@ IN_MODEL_OR_DATA = {
         ["calibration.dataset=missing.parquet"],
         ["--set calibration.dataset: no such", "missing.parquet"],
     ),
-    "empty data": (["calibration.dataset={empty}"], ["{empty}"]),
+    "empty data": (["calibration.dataset={empty}"], ["--set calibration.dataset: ", "{empty}"]),
+    "a split that is not there": (
+        ["calibration.dataset=builtin:pystdlib", "calibration.split=nosuch"],
+        ["--set calibration.split: ", "nosuch"],
+    ),
     "more samples than the data gives": (
         ["calibration.num_samples=1000000"],
         ["1000000", "--set calibration.num_samples: "],
+    ),
+    "a split for retraining that is not there": (
+        [
+            "sweep.0={recovery: retrain, criterion: wanda, sparsity: 0.5, learning_rate: 1.0e-4, "
+            "data: {dataset: builtin:pystdlib, split: nosuch, sequence_length: 32}}"
+        ],
+        ["--set sweep.0: sweep[0].data.split: no split 'nosuch'"],
     ),
     "more validation than the data gives": (
         ["validation.samples=1000000"],

@@ -52,7 +52,7 @@ def ask(made: list[str], model: Path, text: Path) -> Ask:
             made.append("calibration")
             return calibration_tokens(load_tokenizer(model), source, **asked)
 
-        return KnownTokens(ModelSource(str(model), None, trust)).get("calibration", source, asked, make)
+        return KnownTokens(ModelSource(str(model), None, trust)).get(source, asked, make)
 
     return asking
 
@@ -61,7 +61,7 @@ def test_what_is_kept_is_what_was_cut(ask, made, text):
     first, again = ask(), ask()
     assert made == ["calibration"]
     assert again.content_hash == first.content_hash
-    assert (again.name, again.source) == ("calibration", TextSource(str(text)))
+    assert again.source == TextSource(str(text))
     assert again.input_ids.dtype == np.int64
     assert not again.input_ids.flags.writeable
 
@@ -136,11 +136,9 @@ def test_a_tokenizer_that_changes_after_it_was_loaded_is_the_old_one(made, model
     first, second = list(vocabulary)[40:42]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (model / "tokenizer.json").write_text(json.dumps(fields))
-    old = before.get("calibration", source, ASKED, lambda: calibration_tokens(loaded, source, **ASKED))
+    old = before.get(source, ASKED, lambda: calibration_tokens(loaded, source, **ASKED))
     again = KnownTokens(ModelSource(str(model)))
-    new = again.get(
-        "calibration", source, ASKED, lambda: calibration_tokens(load_tokenizer(model), source, **ASKED)
-    )
+    new = again.get(source, ASKED, lambda: calibration_tokens(load_tokenizer(model), source, **ASKED))
     assert new.content_hash != old.content_hash
 
 
@@ -217,7 +215,7 @@ def test_sets_that_must_be_kept_clear_of_count(ask, made, model, text, tmp_path)
             made.append("validation")
             return validation_tokens(load_tokenizer(model), source, exclude=[beside], **asked)
 
-        return KnownTokens(ModelSource(str(model))).get("validation", source, asked, make, [beside])
+        return KnownTokens(ModelSource(str(model))).get(source, asked, make, [beside])
 
     shared, apart = ask(), ask(other)
     assert validation(shared).content_hash != validation(apart).content_hash

@@ -138,7 +138,7 @@ class TestRows:
     def test_a_short_row_is_refused_with_its_number(self, tmp_path: Path) -> None:
         source = write_rows(tmp_path / "rows.parquet", [40, 31])
         assert len(calibrate(None, source, num_samples=1)) == 1
-        with pytest.raises(UsageError, match="row 1 of .* has 31 tokens, sequence_length is 32"):
+        with pytest.raises(UsageError, match="row 1 of .* has 31 tokens, and 32 were asked for"):
             calibrate(None, source, num_samples=2)
 
     def test_a_null_within_a_row_is_refused_with_its_number(self, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_an_unknown_sampling_is_refused(tiny_tokenizer: Any, source: TextSource)
 
 
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
-    tokens = TokenSet("calibration", np.array([[1, 127]]))
+    tokens = TokenSet(np.array([[1, 127]]))
     check_vocabulary(tokens, 128)
     with pytest.raises(UsageError, match="token 127 .* 127 embeddings"):
         check_vocabulary(tokens, 127)
@@ -309,16 +309,16 @@ class TestTokenSet:
     def test_the_hash_tells_content_and_shape_only(self) -> None:
         ids = np.arange(12).reshape(3, 4)
         hashes = {
-            TokenSet("a", ids).content_hash,
-            TokenSet("b", np.asfortranarray(ids).astype(np.int32), TextSource("x")).content_hash,
+            TokenSet(ids).content_hash,
+            TokenSet(np.asfortranarray(ids).astype(np.int32), TextSource("x")).content_hash,
         }
         assert len(hashes) == 1
-        assert TokenSet("a", ids.reshape(4, 3)).content_hash not in hashes
-        assert TokenSet("a", ids[:, ::-1]).content_hash not in hashes
+        assert TokenSet(ids.reshape(4, 3)).content_hash not in hashes
+        assert TokenSet(ids[:, ::-1]).content_hash not in hashes
 
     def test_ids_cannot_be_changed(self) -> None:
         ids = np.arange(12).reshape(3, 4)
-        tokens = TokenSet("a", ids)
+        tokens = TokenSet(ids)
         ids[0, 0] = 99
         assert tokens.input_ids[0, 0] == 0
         with pytest.raises(ValueError, match="read-only"):
@@ -375,13 +375,27 @@ def test_a_folder_of_token_rows_and_texts_is_refused_by_the_file(tiny_tokenizer,
         calibrate(tiny_tokenizer, TextSource(str(tmp_path)), num_samples=5)
 
 
-def test_a_tokenizer_that_gives_nothing_is_named(source: TextSource) -> None:
-    class Mute:
-        name_or_path = "mute"
-        bos_token_id = None
+class Mute:
+    """Gives no token but, where it has one, BOS."""
 
-        def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
-            return {"input_ids": []}
+    name_or_path = "mute"
 
-    with pytest.raises(UsageError, match="tokenizer of mute gives no token for [0-9,]+ characters"):
-        calibrate(Mute(), source)
+    def __init__(self, bos_token_id: int | None) -> None:
+        self.bos_token_id = bos_token_id
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        ids = [self.bos_token_id] if self.bos_token_id is not None and add_special_tokens else []
+        return {"input_ids": ids if isinstance(text, str) else [ids] * len(text)}
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_a_tokenizer_that_gives_nothing_is_named(source: TextSource, bos: int | None) -> None:
+    mute = Mute(bos)
+    for tokens_of in (
+        lambda: calibrate(mute, source),
+        lambda: calibrate(mute, source, sampling="document"),
+        lambda: validation_tokens(mute, source, samples=1, sequence_length=32, seed=0),
+        lambda: evaluation_tokens(mute, source, sequence_length=32),
+    ):
+        with pytest.raises(UsageError, match="tokenizer of mute gives no token for [0-9,]+ characters"):
+            tokens_of()

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysweep.errors import NumericalError, RaysweepError, StorageError
-from raysweep.results import atomic
 from raysweep.results.atomic import remove_stale_temporaries
 from raysweep.results.reader import load_results, load_units, trial_states
 from raysweep.results.schema import SCHEMA_VERSION, trial_schema, unit_schema
@@ -161,15 +160,3 @@ def test_killed_writers_leave_no_half_file(tmp_path):
     remove_stale_temporaries(tmp_path)
     left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".parquet"]
     assert left == []
-
-
-def test_temporaries_of_living_writers_and_other_hosts_stay(tmp_path, monkeypatch):
-    place = tmp_path / "trials"
-    place.mkdir()
-    living = place / atomic._temporary_name("a.parquet")
-    dead = place / living.name.replace(f".{os.getpid()}.", ".4194305.")
-    foreign = place / ".a.parquet.elsewhere.1.00ff00ff.tmp"
-    for path in (living, dead, foreign):
-        path.write_bytes(b"half")
-    assert remove_stale_temporaries(tmp_path) == 1
-    assert sorted(place.iterdir()) == sorted([living, foreign])

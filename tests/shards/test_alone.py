@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def texts() -> dict[str, TokenSet]:
     """One of more than a batch, one of few short windows."""
     ids = token_ids(70, 40).numpy()
-    return {"long": TokenSet("long", ids), "short": TokenSet("short", ids[:3, :7])}
+    return {"long": TokenSet(ids), "short": TokenSet(ids[:3, :7])}
 
 
 @torch.no_grad()
