@@ -207,6 +207,6 @@ class TestHuggingFaceDataSets:
 
     def test_an_unreachable_data_set_is_refused_in_a_few_lines(self) -> None:
         message = refusal(TextSource("nobody/nothing-here", config="en"))
-        assert message.startswith("cannot load nobody/nothing-here/en (split train)")
+        assert message.startswith("dataset: cannot load nobody/nothing-here/en (split train)")
         assert "HF_TOKEN" in message
         assert len(message.splitlines()) == 2

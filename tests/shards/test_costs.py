@@ -71,7 +71,9 @@ def test_flops_are_those_that_torch_counts(group, make_space, tmp_path):
             {"recovery": "none", "criterion": ["magnitude", "wanda"], "sparsity": 0.5},
             {"statistics_store": "anew"},
         ),
-        (STEPS | {"granularity": "subblock", "epochs": 1}, {"boundaries": 2}),
+        pytest.param(
+            STEPS | {"granularity": "subblock", "epochs": 1}, {"boundaries": 2}, marks=pytest.mark.long
+        ),
         pytest.param(
             STEPS | {"granularity": "block", "epochs": 1},
             {"boundaries": 4, "statistics_store": "anew"},
