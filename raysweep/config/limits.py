@@ -1,4 +1,4 @@
-"""The largest numbers that settings and options take. Without pydantic, which `raysweep --help` does without."""
+"""The largest numbers that settings and options take. Apart from the settings: `raysweep --help` loads no pydantic."""
 
 from __future__ import annotations
 
