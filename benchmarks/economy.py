@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 CORES = len(os.sched_getaffinity(0))
 START_LIMIT_S = 300.0
+SETTLING_S = 10.0  # after which a cluster that was just started has its agents and first processes
 CRITERIA = ["magnitude", "wanda", "ria", "sparsegpt"]
 SPARSITIES = [0.5, 0.6, 0.7]
 GRANULARITIES = ["matrix", "subblock", "block"]
@@ -242,16 +244,51 @@ def overhead_of_small_trials() -> float:
     return (clock.rows[-1] - clock.rows[begin]) / (len(clock.rows) - 1 - begin) - per_trial
 
 
-def starts(number: int) -> tuple[float, list[float], list[float]]:
-    """`seconds_to_first_trial` of a model that this machine has not read before, and then of one that it knows; and by
-    turns with those the seconds of a bare start."""
-    known, bare = list[float](), list[float]()
+class Starts(NamedTuple):
+    """Seconds until the first trial, by turns; each but the first of a model that this machine has read before."""
+
+    first: float  # of a model never read
+    own: list[float]  # where the launch starts a cluster of its own
+    joined: list[float]  # where it joins one that runs on this machine
+    bare: list[float]  # Ray and Tune alone, started
+
+
+def starts(number: int) -> Starts:
+    own, joined, bare = list[float](), list[float](), list[float]()
     with tempfile.TemporaryDirectory() as cache:
         first = seconds_to_first_trial(cache)
         for _ in range(number):
             bare.append(time_bare_start())
-            known.append(seconds_to_first_trial(cache))
-    return first, known, bare
+            own.append(seconds_to_first_trial(cache))
+            with running_cluster() as address:
+                joined.append(seconds_to_first_trial(cache, address))
+    return Starts(first, own, joined, bare)
+
+
+@contextmanager
+def running_cluster() -> Iterator[str]:
+    """The address of a cluster on this machine, started for the length of the context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", f"--port={port}", f"--num-cpus={CORES}", "--disable-usage-stats"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address, deadline = f"127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
+    try:
+        while subprocess.run(
+            [ray, "status", f"--address={address}"], capture_output=True, check=False
+        ).returncode:
+            if head.poll() is not None or time.monotonic() > deadline:
+                sys.exit("no cluster could be started")
+        time.sleep(SETTLING_S)
+        yield address
+    finally:
+        head.terminate()
+        head.wait()
 
 
 def bare_start(began: Any, shards: int, at_once: int) -> None:
@@ -298,15 +335,16 @@ def time_bare_start() -> float:
     return float(began.get()) - start
 
 
-def seconds_to_first_trial(cache: str) -> float:
+def seconds_to_first_trial(cache: str, address: str = "local") -> float:
     """From the typed command to the first trial at work in its process, which its row tells afterwards.
 
     cache: folder of what this machine knows
+    address: of the cluster to join; `local` for one of the launch's own
     """
     from raysweep.results.reader import trial_rows
 
     with tempfile.TemporaryDirectory() as storage:
-        command = ["launch", "quickstart", "--storage", storage, "--address", "local"]
+        command = ["launch", "quickstart", "--storage", storage, "--address", address]
         begin, deadline = datetime.now(UTC), time.monotonic() + START_LIMIT_S
         launched = subprocess.Popen(
             [sys.executable, "-m", "raysweep", *command],
@@ -342,14 +380,17 @@ def main() -> None:
     report("sweep over bare loops", seconds / bare, **around, sweep_s=round(seconds, 1))
     report("seconds per trial beyond bare loops", (seconds - bare) / sweep["trials"], trials=sweep["trials"])
     report("overhead per trial in seconds, where little is to compute", overhead_of_small_trials())
-    first, known, bare_starts = starts(1 if quick else 5)
+    started = starts(1 if quick else 5)
     figure = "seconds from launch to the first trial"
-    report(figure, median(known), all=_rounded(known), of_a_model_never_read=round(first, 1))
-    ratios = [ours / theirs for ours, theirs in zip(known, bare_starts, strict=True)]
+    report(
+        figure, median(started.own), all=_rounded(started.own), of_a_model_never_read=round(started.first, 1)
+    )
+    report(f"{figure}, on a local cluster that runs", median(started.joined), all=_rounded(started.joined))
+    ratios = [ours / theirs for ours, theirs in zip(started.own, started.bare, strict=True)]
     report(
         "launch to first trial over a bare start of Ray and Tune",
         median(ratios),
-        bare_s=_rounded(bare_starts),
+        bare_s=_rounded(started.bare),
     )
     report("busy share of the shards", sweep["busy_seconds"] / (seconds * CORES))
     report("share of the launch with every core busy", sweep["every_core_busy"])

@@ -45,7 +45,10 @@ class UsageError(RaysweepError):
 
     def inside(self, prefix: str) -> Self:
         """The same error, of something that lies inside of `prefix`, which ends in what parts them (`: ` or `.`)."""
-        where = f"{prefix}{self.where}" if self.where else prefix.rstrip(":. ")
+        return self.at(f"{prefix}{self.where}" if self.where else prefix.rstrip(":. "))
+
+    def at(self, where: str | None) -> Self:
+        """The same error, named as who asked knows the place."""
         return type(self)(self.what, **(self._fields() | {"where": where}))
 
     def _render(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Exported:
     name: of the folder;  dtype: of its weights;  zeros, prunable: removed weights, and weights of pruned linears
     measured: perplexities of the exported model by column, where its weights are rounded; else they are the row's
     recomputed: in words how a trial that was not kept compares with its row; None for one that was kept
-    base, licence: the dense model's Hugging Face id, and its licence, as far as they are known
+    base: the dense model's Hugging Face id, where it has one
+    licence: what the dense model's card says of it, by the card's own keys (`license`, `license_name`, `license_link`)
     """
 
     name: str
@@ -46,7 +47,7 @@ class Exported:
     measured: Mapping[str, float] | None = None
     recomputed: str | None = None
     base: str | None = None
-    licence: str | None = None
+    licence: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(row: Mapping[str, Any], exported: Exported) -> str:
@@ -77,7 +78,7 @@ def _front_matter(row: Mapping[str, Any], exported: Exported) -> str:
     ]
     data = ModelCardData(
         base_model=exported.base,
-        license=exported.licence,
+        **exported.licence,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["raysweep", "pruning", "sparsity", criterion],

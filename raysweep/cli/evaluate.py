@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("dense", "sparse")
 USUAL_LENGTH = 2048  # tokens of a window where nothing is said, as most papers on pruning have it
+MODEL_OPTIONS = ("dtype", "revision", "trust_remote_code")
 TEXT_OPTIONS = ("config", "data_files", "split", "sequence_length", "max_windows", "bos_each_window")
 
 
@@ -51,9 +53,12 @@ def run_evaluate(path: str, options: Options) -> None:
     _check_choice("--kernels", options.kernels, KERNELS)
     fields = {"dtype": options.dtype, "revision": options.revision}
     given = {name: value for name, value in fields.items() if value is not None}
-    model = validated(ModelConfig, {"path": path, **given, "trust_remote_code": options.trust_remote_code})
     evaluation = _evaluation_of_space(options)
-    entries = _entries(path, options, evaluation)
+    with _options_named(evaluation is None):
+        model = validated(
+            ModelConfig, {"path": path, **given, "trust_remote_code": options.trust_remote_code}
+        )
+        entries = _entries(path, options, evaluation)
     tasks = _task_names(options) or (evaluation.tasks if evaluation else ())
     include = options.include or (evaluation.tasks_include if evaluation else None)
     if options.kernels == "sparse" and tasks:
@@ -74,7 +79,8 @@ def run_evaluate(path: str, options: Options) -> None:
         batch_size=options.batch_size,
         sparse=options.kernels == "sparse",
     )
-    measured = evaluate(wanted, lambda text: say(text, "dim"))
+    with _options_named(evaluation is None):
+        measured = evaluate(wanted, lambda text: say(text, "dim"))
     if options.as_json:
         print_json(document(wanted, measured))
     else:
@@ -156,6 +162,20 @@ def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
             allowed=" | ".join(allowed),
             nearest=nearest_name(value, list(allowed)),
         )
+
+
+@contextmanager
+def _options_named(text_too: bool) -> Iterator[None]:
+    """What refuses a setting refuses the option of its name.
+
+    text_too: settings of the text are options, not values of a space
+    """
+    known = (*MODEL_OPTIONS, "dataset", *TEXT_OPTIONS) if text_too else MODEL_OPTIONS
+    try:
+        yield
+    except UsageError as error:
+        name = error.where
+        raise (error.at(_option(name)) if name and name in known else error) from None
 
 
 def _option(name: str) -> str:

@@ -91,8 +91,7 @@ def missing_key(cls: type[BaseModel], name: str, document: Document, path: KeyPa
 def relocated(error: UsageError, document: Document, path: KeyPath) -> UsageError:
     """An error of one setting (its `where` is the field, or `field.key` within it), with its place in the document."""
     place: KeyPath = (*path, *error.where.split(".")) if error.where else path
-    fields = {"allowed": error.allowed, "nearest": error.nearest, "remedy": error.remedy}
-    return type(error)(error.what, where=document.where(place), **fields)
+    return error.at(document.where(place))
 
 
 def check_name(text: Any, where: str | None = None) -> str:
@@ -108,8 +107,7 @@ def _checked(cls: type[BaseModel], name: str, value: Any, document: Document, pa
     try:
         return _adapter(cls, name).validate_python(value)
     except UsageError as error:
-        fields = {"allowed": error.allowed, "nearest": error.nearest, "remedy": error.remedy}
-        raise UsageError(error.what, where=document.where(path), **fields) from None
+        raise error.at(document.where(path)) from None
     except ValidationError:
         allowed = allowed_values(info)
         nearest = nearest_name(value, allowed.split(" | ")) if isinstance(value, str) else None

@@ -28,6 +28,7 @@ from raysweep.results.finding import find_trial
 from raysweep.results.folders import SPACE_FILE
 
 CARD, MARKER = "README.md", "raysweep.json"
+LICENCE_KEYS = ("license", "license_name", "license_link")  # of a model card on Hugging Face
 CHECKPOINT = "checkpoint"  # the dtype that each tensor of the dense model's has
 
 Tell = Callable[[str], None]
@@ -269,18 +270,18 @@ def _may_update(criterion: str) -> bool:
     return criterion == "sparsegpt" or is_mask_file(criterion)
 
 
-def _licence(source: ModelSource) -> str | None:
-    """As the dense model's own card says it."""
+def _licence(source: ModelSource) -> dict[str, str]:
+    """As the dense model's own card says it, by the keys that it has of them."""
     from huggingface_hub import ModelCard
 
     path = Checkpoint(source).find(CARD)
     if path is None:
-        return None
+        return {}
     try:
-        found = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
-    except Exception:  # whatever is wrong with somebody's card, it only costs this line
-        return None
-    return found if isinstance(found, str) else None
+        found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # whatever is wrong with somebody's card, it only costs these lines
+        return {}
+    return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
 
 
 def _put(place: Path, output: Path, earlier: Path) -> None:

@@ -49,7 +49,7 @@ class Request:
             raise UsageError(
                 f"{self.length} tokens, the model takes at most {max_positions}",
                 where="sequence_length",
-                remedy=f"set sequence_length to {max_positions} or less",
+                remedy=f"set it to {max_positions} or less",
             )
 
     def check_enough(self, found: int, left_over: bool = False) -> None:

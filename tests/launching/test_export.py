@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +79,21 @@ def exporting(tmp_path, told) -> Callable[..., tuple[Path, Export]]:
         return output, export(trial, output, storage=storage, tell=told.append, **options)
 
     return run
+
+
+def test_the_licence_goes_along(make_space, tiny_llama, tmp_path, exporting):
+    dense = shutil.copytree(tiny_llama, tmp_path / "dense")
+    said = {"license": "other", "license_name": "ours", "license_link": "LICENSE"}
+    (dense / "README.md").write_text(
+        f"---\n{yaml.safe_dump(said | {'tags': ['dense']})}---\n# A dense model\n"
+    )
+    (dense / "LICENSE").write_text("Do as we say.")
+    rows = launched(make_space(model={"path": str(dense)}, sweep=[KINDS["none"]]), tmp_path)
+    output, _ = exporting(rows[rows.recovery == "none"].iloc[0].trial_id, tmp_path)
+    card = yaml.safe_load((output / "README.md").read_text().split("---")[1])
+    assert {key: card[key] for key in said} == said
+    assert "dense" not in card["tags"]
+    assert (output / "LICENSE").read_text() == "Do as we say."
 
 
 @pytest.mark.parametrize("kind", KINDS)

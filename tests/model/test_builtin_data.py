@@ -56,8 +56,8 @@ def test_the_folder_is_at_most_16_mib() -> None:
     assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) <= 16 * 2**20
 
 
-def test_the_licence_of_the_text_is_beside_it() -> None:
-    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (DATA / "LICENSE-PYTHON").read_text()
+def test_the_licence_of_text_and_model_is_beside_the_model_and_goes_with_it() -> None:
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (DATA / "model" / "LICENSE").read_text()
 
 
 def test_the_tokenizer_keeps_every_text(tokenizer: Any) -> None:
