@@ -17,6 +17,7 @@ from raysweep.config.space import SearchSpace
 from raysweep.importing import without_collecting
 from raysweep.results.folders import (
     RETRAINING,
+    TRACE_FILE,
     bring_up_to_date,
     new_sweep_folder,
     storage_folder,
@@ -45,7 +46,7 @@ def run_launch(
         _say_kept(folder)
         return interruption_status(interruption)
     show_rows(folder, rows, Choice(as_json=as_json))
-    return _say_ending(folder, len(rows), tally, bool(options["fail_fast"]))
+    return _say_ending(folder, len(rows), tally, options)
 
 
 def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
@@ -72,14 +73,17 @@ def _say_kept(folder: Path) -> None:
     say(f"interrupted: {where}; the same command continues the sweep")
 
 
-def _say_ending(folder: Path, rows: int, tally: Tally, fail_fast: bool) -> int:
-    """The last line; and the exit status."""
+def _say_ending(folder: Path, rows: int, tally: Tally, options: Mapping[str, Any]) -> int:
+    """The last lines; and the exit status."""
     path = _short_path(folder)
     if tally.heard:
         _say_reality(folder)
     say(f'{count(rows, "row")} in {path}; in pandas: raysweep.load_results("{path}")')
+    if options["trace"]:
+        there = f"trace in {path}/{TRACE_FILE}, for https://ui.perfetto.dev"
+        say(there if tally.heard else "--trace: no trial was left to run")
     missing = tally.planned - tally.done
-    if missing > 0 and fail_fast and tally.failures:
+    if missing > 0 and options["fail_fast"] and tally.failures:
         say(f"--fail-fast: nothing new began after {tally.failures[0][0]} had failed", "red")
     if missing > 0:
         say(f"{count(missing, 'trial')} did not run to an end; the same command runs {_them(missing)}", "red")

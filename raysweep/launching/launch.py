@@ -353,6 +353,7 @@ def _let_go(prepared: Launch) -> None:
 def _say_done(prepared: Launch, progress: Progress) -> None:
     if prepared.space.tasks_of_all:
         _let_go(prepared)  # what a launch that ended before it could do so has left
+    _tidy_artifacts(prepared)  # of a launch that kept more
     if lags(prepared.folder):
         push(prepared.folder)  # what the launch that ran them could not
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)

@@ -60,7 +60,10 @@ REFUSED = {
     "text and space": (["{model}", "--dataset", "{text}", "--space", "quickstart"], ["--space", "--dataset"]),
     "settings without a space": (["{model}", "--set", "a=1"], ["--set", "--space"]),
     "an unknown space": (["{model}", "--space", "quickstrt"], ["did you mean 'quickstart'?"]),
-    "an unknown dtype": (["{model}", "--dataset", "{text}", "--dtype", "float8"], ["--dtype", "float8", "bfloat16"]),
+    "an unknown dtype": (
+        ["{model}", "--dataset", "{text}", "--dtype", "float8"],
+        ["--dtype", "float8", "bfloat16"],
+    ),
     "unknown kernels": (["{model}", "--kernels", "sparce"], ["sparce", "did you mean 'sparse'?"]),
     "an unknown device": (["{model}", "--dataset", "{text}", "--device", "tpu"], ["tpu", "auto, cpu, cuda"]),
     "a number on the CPU": (["{model}", "--dataset", "{text}", "--device", "cpu:1"], ["cpu:1"]),

@@ -49,15 +49,19 @@ def test_the_time_is_compared_with_a_plan_that_measured_the_device(raysweep, spa
 def test_a_continued_sweep_runs_only_what_is_new(raysweep, space_file, here):
     raysweep("launch", space_file, "--in-process")
     first = load_results("small").set_index("trial_id")["started_at"]
-    ran = raysweep("launch", space_file, "--in-process", "--set", "sweep.0.sparsity=[0.5, 0.6]", "--json")
+    more = ("--set", "sweep.0.sparsity=[0.5, 0.6]", "--json", "--trace")
+    ran = raysweep("launch", space_file, "--in-process", *more)
     assert ran.status == 0
+    assert "trace in raysweep-results/small/trace.json" in ran.err
+    assert (here / "raysweep-results" / "small" / "trace.json").exists()
     assert "6 trials, 4 finished before" in ran.err
     assert (ran.json["sweep"], len(ran.json["rows"])) == ("small", 6)
     second = load_results("small").set_index("trial_id")["started_at"]
     assert second[first.index].equals(first)
-    again = raysweep("launch", space_file, "--in-process")
+    again = raysweep("launch", space_file, "--in-process", "--trace")
     assert again.status == 0
     assert "[" not in again.err
+    assert "--trace: no trial was left to run" in again.err
 
 
 def test_a_failed_trial_makes_the_status_1_and_is_listed(raysweep, space_file):

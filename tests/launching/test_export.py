@@ -170,6 +170,8 @@ def test_all_none_and_changes_between_launches(make_space, tmp_path):
     sweep[1]["learning_rate"] = [0.01, 1e-6, 1e-7, 1e-5, 2e-6]
     rows = launched(make_space(sweep=sweep, execution={"keep": "all"}), tmp_path)
     assert kept_ids(folder) == set(rows[rows.learning_rate.isin([1e-5, 2e-6])].trial_id)
+    launched(make_space(sweep=sweep, execution={"keep": "best"}), tmp_path)  # nothing is left to run
+    assert kept_ids(folder) == set(rows[rows.learning_rate == 1e-5].trial_id)
     sweep[1]["learning_rate"].append(3e-7)
     launched(make_space(sweep=sweep, execution={"keep": "best"}), tmp_path)
     assert kept_ids(folder) == set(rows[rows.learning_rate == 1e-5].trial_id)
