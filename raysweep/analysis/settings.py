@@ -134,13 +134,11 @@ def stratum_words(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def mask_words(row: Mapping[str, Any]) -> str:
-    """sparsity 0.6, or 2:4"""
+    """sparsity 0.6, 2:4, or of masks that were read: from files"""
     pattern = row.get("pattern")
     if pattern not in (None, UNSTRUCTURED):
         return str(pattern)
-    sparsity = row.get("sparsity")
-    return (
-        f"sparsity {sparsity:g}"
-        if isinstance(sparsity, int | float)
-        else f"sparsity {row.get('sparsity_by_name')}"
-    )
+    sparsity, by_name = row.get("sparsity"), row.get("sparsity_by_name")
+    if isinstance(sparsity, int | float):
+        return f"sparsity {sparsity:g}"
+    return "masks from files" if by_name is None else f"sparsity {by_name}"

@@ -12,7 +12,7 @@ from raysweep.analysis import questions
 from raysweep.analysis.ladder import tuned
 from raysweep.analysis.paired import BETTER, EQUIVALENT, UNDECIDED, WORSE, Margin, judged
 from raysweep.analysis.questions import AFTER, BEFORE, EQUAL_COMPUTE, EQUAL_DATA, GRANULARITY
-from raysweep.analysis.settings import stratum_words, with_settings
+from raysweep.analysis.settings import mask_words, stratum_words, with_settings
 from tests.analysis.rows import row
 from tests.analysis.synthetic import GRANULARITIES, sweep_of, trials, verdicts
 
@@ -88,6 +88,19 @@ def test_strata_are_apart(tmp_path):
     found = questions.granularity(rows, MARGIN)
     words = stratum_words(rows)
     assert found.stratum.map(words).value_counts().to_dict() == {"sparsity 0.5": 2, "sparsity 0.6": 2}
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"sparsity": 0.6, "pattern": "unstructured"}, "sparsity 0.6"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "2:4"),
+        ({"sparsity_by_name": '{"mlp": 0.7}', "pattern": "unstructured"}, 'sparsity {"mlp": 0.7}'),
+        ({"criterion": "file:masks.safetensors"}, "masks from files"),
+    ],
+)
+def test_a_mask_is_named_by_what_decides_its_zeros(columns, words):
+    assert mask_words(columns) == words
 
 
 def test_too_few_seeds_decide_nothing(tmp_path):
