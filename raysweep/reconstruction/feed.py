@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from raysweep.reconstruction.activations import batches, fetch
-from raysweep.reconstruction.graphs import stream_of
+from raysweep.reconstruction.graphs import sending, stream_of
 
 AHEAD = 2  # steps whose samples are on their way, or in hand
+SAMPLES = "samples"  # what their stream is for
 STRAIGHT_BYTES = 1 << 20  # of a sample that is worth a copy of its own
 
 
@@ -69,16 +70,15 @@ class _Sending:
     """A copy on its way, beside what the device is given to do from here on."""
 
     def __init__(self, source: Tensor, device: torch.device) -> None:
-        current, beside = torch.cuda.current_stream(device), stream_of(device, "samples")
-        self._there, self._copied = torch.empty_like(source, device=device), torch.cuda.Event()
-        beside.wait_stream(current)  # whose memory this may have been
-        with torch.cuda.stream(beside):
+        self._there = torch.empty_like(source, device=device)
+        with sending(device, SAMPLES) as self._arrived:
             self._there.copy_(source, non_blocking=True)
-            self._copied.record(beside)
-        self._there.record_stream(beside)  # nobody may ask for it any more, should the work beside it fail
+        self._there.record_stream(
+            stream_of(device, SAMPLES)
+        )  # nobody may ask for it any more, should the work beside it fail
 
     def arrived(self) -> Tensor:
-        torch.cuda.current_stream(self._there.device).wait_event(self._copied)
+        torch.cuda.current_stream(self._there.device).wait_event(self._arrived)
         return self._there
 
 
@@ -116,7 +116,7 @@ class _Reader:
                 straight = _goes_straight(source)
                 pinned.append(None if straight else torch.empty(shape, dtype=dtype, pin_memory=True))
             self._free.put(_Slot(pinned, there))
-        self._stream = stream_of(device, "samples")
+        self._stream = stream_of(device, SAMPLES)
         self._stream.wait_stream(torch.cuda.current_stream(device))  # whose memory the slots may have been
         self._thread = threading.Thread(target=self._read_all, daemon=True)
         self._thread.start()

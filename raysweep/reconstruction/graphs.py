@@ -19,6 +19,17 @@ def stream_of(device: torch.device, purpose: str) -> torch.cuda.Stream:
 
 
 @contextmanager
+def sending(device: torch.device, purpose: str) -> Iterator[torch.cuda.Event]:
+    """Copies that are asked for within the context run on the stream of that purpose, beside what the device is given
+    to do from here on. Yields the event that they have arrived."""
+    beside, arrived = stream_of(device, purpose), torch.cuda.Event()
+    beside.wait_stream(torch.cuda.current_stream(device))  # whose memory this may have been
+    with torch.cuda.stream(beside):
+        yield arrived
+        arrived.record(beside)
+
+
+@contextmanager
 def beside_the_default_stream(device: torch.device) -> Iterator[None]:
     """The stream that graphs are recorded on: behind what is on the default one, which then waits for what is here."""
     if device.type == "cpu":

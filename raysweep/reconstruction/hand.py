@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raysweep.model.shard import ModelShard
 from raysweep.model.structure import Block
-from raysweep.reconstruction.graphs import stream_of
+from raysweep.reconstruction.graphs import sending
 from raysweep.reconstruction.heap import give_back
 from raysweep.reconstruction.placement import HOST
 from raysweep.reconstruction.stores import Store
@@ -190,16 +190,11 @@ class Hand:
         """Copies on their way to the device. Nobody knows of them before all are: what finds no room leaves nothing."""
         if not tensors:
             return {}
-        current, beside = torch.cuda.current_stream(self._device), stream_of(self._device, "weights")
         there = {full: torch.empty_like(tensor, device=self._device) for full, tensor in tensors.items()}
         self._await(held)
-        beside.wait_stream(current)  # whose memory this may have been
-        arrived = torch.cuda.Event()
-        with torch.cuda.stream(beside):
+        with sending(self._device, "weights") as held.arrived:
             for full, tensor in tensors.items():
                 there[full].copy_(tensor, non_blocking=True)
-            arrived.record(beside)
-        held.arrived = arrived
         return there
 
     def _waiting_of(self, name: str | None, block: Block) -> Tensors:
