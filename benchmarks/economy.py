@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -267,28 +266,15 @@ def starts(number: int) -> Starts:
 
 @contextmanager
 def running_cluster() -> Iterator[str]:
-    """The address of a cluster on this machine, started for the length of the context."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray = Path(sys.executable).with_name("ray")
-    head = subprocess.Popen(
-        [ray, "start", "--head", "--block", f"--port={port}", f"--num-cpus={CORES}", "--disable-usage-stats"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address, deadline = f"127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
+    """The address of a cluster on this machine, of which no other launch knows, for the length of the context."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": True})
     try:
-        while subprocess.run(
-            [ray, "status", f"--address={address}"], capture_output=True, check=False
-        ).returncode:
-            if head.poll() is not None or time.monotonic() > deadline:
-                sys.exit("no cluster could be started")
         time.sleep(SETTLING_S)
-        yield address
+        yield cluster.address
     finally:
-        head.terminate()
-        head.wait()
+        cluster.shutdown()
 
 
 def bare_start(began: Any, shards: int, at_once: int) -> None:
@@ -352,7 +338,9 @@ def seconds_to_first_trial(cache: str, address: str = "local") -> float:
             env=os.environ | {"RAYSWEEP_CACHE": cache},
         )
         try:
-            while not (rows := trial_rows(Path(storage) / "quickstart")) and time.monotonic() < deadline:
+            while not (rows := trial_rows(Path(storage) / "quickstart")):
+                if launched.poll() is not None or time.monotonic() > deadline:
+                    sys.exit("no trial of the quickstart came to an end")
                 time.sleep(0.5)
         finally:
             launched.terminate()

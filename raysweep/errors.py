@@ -48,7 +48,7 @@ class UsageError(RaysweepError):
         return self.at(f"{prefix}{self.where}" if self.where else prefix.rstrip(":. "))
 
     def at(self, where: str | None) -> Self:
-        """The same error, named as who asked knows the place."""
+        """The same error at another place."""
         return type(self)(self.what, **(self._fields() | {"where": where}))
 
     def _render(self) -> str:

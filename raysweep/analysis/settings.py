@@ -134,7 +134,7 @@ def stratum_words(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def mask_words(row: Mapping[str, Any]) -> str:
-    """sparsity 0.6, 2:4, or of masks that were read: from files"""
+    """sparsity 0.6, 2:4, or masks from files"""
     pattern = row.get("pattern")
     if pattern not in (None, UNSTRUCTURED):
         return str(pattern)

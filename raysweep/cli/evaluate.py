@@ -54,7 +54,7 @@ def run_evaluate(path: str, options: Options) -> None:
     fields = {"dtype": options.dtype, "revision": options.revision}
     given = {name: value for name, value in fields.items() if value is not None}
     evaluation = _evaluation_of_space(options)
-    with _options_named(evaluation is None):
+    with _placed(options.space):
         model = validated(
             ModelConfig, {"path": path, **given, "trust_remote_code": options.trust_remote_code}
         )
@@ -79,7 +79,7 @@ def run_evaluate(path: str, options: Options) -> None:
         batch_size=options.batch_size,
         sparse=options.kernels == "sparse",
     )
-    with _options_named(evaluation is None):
+    with _placed(options.space):
         measured = evaluate(wanted, lambda text: say(text, "dim"))
     if options.as_json:
         print_json(document(wanted, measured))
@@ -165,17 +165,20 @@ def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
 
 
 @contextmanager
-def _options_named(text_too: bool) -> Iterator[None]:
-    """What refuses a setting refuses the option of its name.
-
-    text_too: settings of the text are options, not values of a space
-    """
-    known = (*MODEL_OPTIONS, "dataset", *TEXT_OPTIONS) if text_too else MODEL_OPTIONS
+def _placed(space: str | None) -> Iterator[None]:
+    """What refuses a setting refuses the argument or option of its name; a setting of the text, where a space has it,
+    that of the space."""
     try:
         yield
     except UsageError as error:
-        name = error.where
-        raise (error.at(_option(name)) if name and name in known else error) from None
+        name = error.where or ""
+        if name == "path":
+            raise error.at("PATH") from error
+        if name in MODEL_OPTIONS or (name in ("dataset", *TEXT_OPTIONS) and space is None):
+            raise error.at(_option(name)) from error
+        if space is not None and name.endswith(TEXT_OPTIONS):
+            raise error.inside(f"--space {space}: evaluation.perplexity: ") from error
+        raise
 
 
 def _option(name: str) -> str:

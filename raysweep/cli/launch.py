@@ -38,6 +38,7 @@ def run_launch(
     folder = new_sweep_folder(loaded.name, storage_folder(options["storage"], loaded.execution.storage))
     bring_up_to_date(folder)
     tally = Tally.of(loaded, [row for row in labeled_rows(folder) if row["status"] != "failed"])
+    trace_before = _trace_time(folder)
     try:
         with clean_interruptions():
             rows = _run(loaded, tally, options)
@@ -46,7 +47,10 @@ def run_launch(
         _say_kept(folder)
         return interruption_status(interruption)
     show_rows(folder, rows, Choice(as_json=as_json))
-    return _say_ending(folder, len(rows), tally, options)
+    if options["trace"]:
+        there = f"trace in {_short_path(folder)}/{TRACE_FILE}, for https://ui.perfetto.dev"
+        say("--trace: nothing was left to run" if _trace_time(folder) == trace_before else there)
+    return _say_ending(folder, len(rows), tally, bool(options["fail_fast"]))
 
 
 def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
@@ -57,6 +61,12 @@ def _run(space: SearchSpace, tally: Tally, options: Mapping[str, Any]) -> Any:
             from raysweep.launching.launch import launch
 
         return launch(space, progress=display, **options)
+
+
+def _trace_time(folder: Path) -> float | None:
+    """When the sweep's trace was written, if it has one."""
+    trace = folder / TRACE_FILE
+    return trace.stat().st_mtime if trace.exists() else None
 
 
 def _say_kept(folder: Path) -> None:
@@ -73,17 +83,14 @@ def _say_kept(folder: Path) -> None:
     say(f"interrupted: {where}; the same command continues the sweep")
 
 
-def _say_ending(folder: Path, rows: int, tally: Tally, options: Mapping[str, Any]) -> int:
-    """The last lines; and the exit status."""
+def _say_ending(folder: Path, rows: int, tally: Tally, fail_fast: bool) -> int:
+    """The last line; and the exit status."""
     path = _short_path(folder)
     if tally.heard:
         _say_reality(folder)
     say(f'{count(rows, "row")} in {path}; in pandas: raysweep.load_results("{path}")')
-    if options["trace"]:
-        there = f"trace in {path}/{TRACE_FILE}, for https://ui.perfetto.dev"
-        say(there if tally.heard else "--trace: no trial was left to run")
     missing = tally.planned - tally.done
-    if missing > 0 and options["fail_fast"] and tally.failures:
+    if missing > 0 and fail_fast and tally.failures:
         say(f"--fail-fast: nothing new began after {tally.failures[0][0]} had failed", "red")
     if missing > 0:
         say(f"{count(missing, 'trial')} did not run to an end; the same command runs {_them(missing)}", "red")

@@ -89,7 +89,9 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
         try:
             texts[entry.name] = entry_tokens(entry, tokenizer, shape)
         except UsageError as error:
-            raise (error.inside(f"{entry.name}: ") if len(wanted.entries) > 1 else error) from None
+            if len(wanted.entries) == 1:
+                raise
+            raise error.inside(f"{entry.name}: ") from error
     measuring = _Measuring(source, shape, dtype, device, tokenizer, tell)
     spreads = wanted.tasks is not None and measuring.spreads(wanted.device)
     found = Measured(

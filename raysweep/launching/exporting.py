@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -261,7 +261,7 @@ class _Exporting:
             measured=done.measured,
             recomputed=done.recomputed,
             base=base,
-            licence=_licence(source),
+            licence=_licence(source, written.files),
         )
 
 
@@ -270,8 +270,11 @@ def _may_update(criterion: str) -> bool:
     return criterion == "sparsegpt" or is_mask_file(criterion)
 
 
-def _licence(source: ModelSource) -> dict[str, str]:
-    """As the dense model's own card says it, by the keys that it has of them."""
+def _licence(source: ModelSource, files: Collection[str]) -> dict[str, Any]:
+    """As the dense model's own card says it, by the keys that it has of them.
+
+    files: of the exported folder, to one of which the card may point
+    """
     from huggingface_hub import ModelCard
 
     path = Checkpoint(source).find(CARD)
@@ -281,7 +284,11 @@ def _licence(source: ModelSource) -> dict[str, str]:
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # whatever is wrong with somebody's card, it only costs these lines
         return {}
-    return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
+    if not found.get("license"):
+        return {}
+    link = str(found.get("license_link", ""))
+    stays = link in files or "://" in link
+    return {key: found[key] for key in LICENCE_KEYS if key in found and (stays or key != "license_link")}
 
 
 def _put(place: Path, output: Path, earlier: Path) -> None:

@@ -341,7 +341,8 @@ def _let_go(prepared: Launch) -> None:
     """Of the weights that have waited for tasks, removes those that are not to be kept. What is kept without that by
     `keep: none` was so by an earlier launch, and stays."""
     keep = prepared.space.execution.keep
-    Keeping.of(keep, prepared.space.search).remove_superseded(prepared.folder, prepared.rows.keys())
+    keeping = Keeping.of(keep, prepared.space.search)
+    keeping.remove_superseded(prepared.folder, prepared.rows.keys(), waiting_too=True)
     for kept in kept_trials(prepared.folder):
         folder = artifact_folder(prepared.folder, kept.trial_id)
         if kept.waits and keep == NONE:
@@ -353,7 +354,6 @@ def _let_go(prepared: Launch) -> None:
 def _say_done(prepared: Launch, progress: Progress) -> None:
     if prepared.space.tasks_of_all:
         _let_go(prepared)  # what a launch that ended before it could do so has left
-    _tidy_artifacts(prepared)  # of a launch that kept more
     if lags(prepared.folder):
         push(prepared.folder)  # what the launch that ran them could not
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)

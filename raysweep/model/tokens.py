@@ -169,7 +169,7 @@ def _leading_windows(
 ) -> Ids:
     bos = tokenizer.bos_token_id
     if bos_each_window and bos is None:
-        raise UsageError("the tokenizer has no BOS token", where="bos_each_window", remedy="set it to false")
+        raise UsageError("the tokenizer has no BOS token", where="bos_each_window", remedy="leave it out")
     step = length - 1 if bos_each_window else length
     needed = None if max_windows is None else (max_windows + 1) * step  # one more, as the end may change
     ids_NL = cut_windows(_leading_ids(tokenizer, source, needed, not bos_each_window), step)[:max_windows]

@@ -73,9 +73,8 @@ class _Sending:
         self._there = torch.empty_like(source, device=device)
         with sending(device, SAMPLES) as self._arrived:
             self._there.copy_(source, non_blocking=True)
-        self._there.record_stream(
-            stream_of(device, SAMPLES)
-        )  # nobody may ask for it any more, should the work beside it fail
+        # nobody may ask for it any more, should the work beside it fail
+        self._there.record_stream(stream_of(device, SAMPLES))
 
     def arrived(self) -> Tensor:
         torch.cuda.current_stream(self._there.device).wait_event(self._arrived)

@@ -192,9 +192,10 @@ class Hand:
             return {}
         there = {full: torch.empty_like(tensor, device=self._device) for full, tensor in tensors.items()}
         self._await(held)
-        with sending(self._device, "weights") as held.arrived:
+        with sending(self._device, "weights") as arrived:
             for full, tensor in tensors.items():
                 there[full].copy_(tensor, non_blocking=True)
+        held.arrived = arrived
         return there
 
     def _waiting_of(self, name: str | None, block: Block) -> Tensors:

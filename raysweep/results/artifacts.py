@@ -167,16 +167,18 @@ class Keeping:
         ]
         return all(other is None or self._is_better(value, other) for other in others)
 
-    def remove_superseded(self, sweep: Path, finished: Collection[str]) -> None:
+    def remove_superseded(self, sweep: Path, finished: Collection[str], waiting_too: bool = False) -> None:
         """Leaves of the kept trials of every cell the best one.
 
         finished: identities of trials that have rows; others are still at work, and nothing is removed for them
+        waiting_too: weights that wait for tasks need wait no more; else they stay, whoever asked for those tasks
         """
         if self.keep != BEST:
             return
         cells: dict[str, list[Kept]] = defaultdict(list)
         for kept in kept_trials(sweep):
-            if kept.trial_id in finished and kept.row.get(self.metric) is not None:
+            may_go = kept.trial_id in finished and (waiting_too or not kept.waits)
+            if may_go and kept.row.get(self.metric) is not None:
                 cells[self.cell(kept.row)].append(kept)
         for alike in cells.values():
             best = alike[0]

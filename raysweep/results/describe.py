@@ -101,7 +101,8 @@ do not depend on the number of shards or of concurrent trials.
 text), of all, or of none. The shards write them once the trial is measured, block by block with the masks, if no
 trial of the cell with a row is better; what a better one replaces is removed. Weights that cannot be written (a full
 disk) cost no row: the trial is not kept, which is said. A launch with `keep: best` after one with `keep: all` leaves
-the best ones. `raysweep plan` says how much they take, `raysweep clean --artifacts` removes them.
+the best ones, once it has trials to run. `raysweep plan` says how much they take, `raysweep clean
+--artifacts` removes them.
 
 `raysweep export TRIAL --output DIR` writes a trial's model as a folder that `transformers` loads. TRIAL is a `trial_id`
 or its first digits; `SWEEP:TRIAL` where several sweeps have it.

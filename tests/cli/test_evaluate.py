@@ -75,6 +75,11 @@ REFUSED = {
         ["{model}", "--dataset", "{text}"],
         ["--sequence-length: 2048", "set it to 64"],
     ),
+    "a window of a space": (
+        ["{model}", "--space", "quickstart"],
+        ["--space quickstart: evaluation.perplexity: sequence_length: ", "set it to 64"],
+    ),
+    "no name of a model": (["", "--dataset", "{text}"], ["PATH: "]),
     "sparse kernels on a CPU": (
         [
             "{model}",

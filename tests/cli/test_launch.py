@@ -61,7 +61,7 @@ def test_a_continued_sweep_runs_only_what_is_new(raysweep, space_file, here):
     again = raysweep("launch", space_file, "--in-process", "--trace")
     assert again.status == 0
     assert "[" not in again.err
-    assert "--trace: no trial was left to run" in again.err
+    assert "--trace: nothing was left to run" in again.err
 
 
 def test_a_failed_trial_makes_the_status_1_and_is_listed(raysweep, space_file):
