@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,10 @@ def _made(row: Mapping[str, Any]) -> str:
         f"{row['calibration_num_samples']} x {row['calibration_sequence_length']} tokens of "
         f"`{public_name(row['calibration_dataset'])}`, seed {row['calibration_seed']}"
     )
-    return f"## How it was made\n\n```yaml\n{text}```\n\nCalibration set: {calibration}.\n"
+    return (
+        "## How it was made\n\nAs a group of a raysweep search space; what it does not name is as by default.\n\n"
+        f"```yaml\n{text}```\n\nCalibration set: {calibration}.\n"
+    )
 
 
 def _use(exported: Exported) -> str:
@@ -202,6 +206,10 @@ def _files(row: Mapping[str, Any]) -> str:
 
 def _provenance(row: Mapping[str, Any], exported: Exported) -> str:
     lines = ["## Provenance", "", "| | |", "|---|---|", f"| model | {public_name(row['model'])} |"]
-    lines += [f"| {name} | {row[name]} |" for name in PROVENANCE if row.get(name) is not None]
+    lines += [f"| {name} | {_said(row[name])} |" for name in PROVENANCE if row.get(name) is not None]
     lines.append(f"| weights | {exported.recomputed or 'kept when the trial was measured'} |")
     return "\n".join([*lines, ""])
+
+
+def _said(value: Any) -> str:
+    return f"{value:%Y-%m-%d %H:%M:%S} UTC" if isinstance(value, datetime) else str(value)

@@ -58,8 +58,8 @@ def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     """The rows of `load_results`, one for each finished trial, with the columns that compare them.
 
     The index is `trial_id`. First come the columns that vary (`criterion` with its comparison group, as in
-    `wanda/row`), then the measures, all under their names in `rows`. The dense row comes first, then mask by
-    mask the pruned row and its recoveries.
+    `wanda/row`), then the measures that any of them has, all under their names in `rows`. The dense row comes first,
+    then mask by mask the pruned row and its recoveries.
 
     sort: order by this column of `rows` instead, lowest first; with a minus (`-sparsity`) highest first
     Raises UsageError for an unknown column.
@@ -67,7 +67,8 @@ def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     column, _ = _sort_column(sort, rows.columns)
     table = sorted_rows(_with_labels(rows[rows["status"] == "finished"]), sort)
     labels = [name for name in LABELS if name in table and _varies(table, name)]
-    measures = [*MEASURES[:1], *_other_perplexities(table), *_tasks(table), *MEASURES[1:]]
+    measured = [name for name in MEASURES[1:] if table[name].notna().any() or table.empty]
+    measures = [*MEASURES[:1], *_other_perplexities(table), *_tasks(table), *measured]
     shown = [*labels, *measures, *([column] if column else [])]
     return table.set_index("trial_id")[list(dict.fromkeys(shown))]
 

@@ -73,6 +73,7 @@ def run_evaluate(path: str, options: Options) -> None:
     wanted = Wanted(
         model=model,
         entries=entries,
+        shorten=options.text.get("sequence_length") is None and evaluation is None,
         tasks=_found(tasks, include),
         device=options.device,
         threads=options.threads,
@@ -124,15 +125,18 @@ def _entries(
         return evaluation.perplexity
     if options.text.get("dataset"):
         return (_named_text(options.text),)
+    if path.startswith(BUILTIN_PREFIX):
+        return (_builtin_text(path, options.text),)
     stray = next((name for name in TEXT_OPTIONS if options.text.get(name)), None)
     if stray is not None:
         raise UsageError(
             f"{_option(stray)} is given without --dataset", remedy="Name the text with --dataset."
         )
-    if path.startswith(BUILTIN_PREFIX):
-        return (_builtin_text(path),)
     if _task_names(options):
         return ()
+    from raysweep.model.checkpoint import ModelSource
+
+    ModelSource(path, options.revision).check_folder()  # its name may be what is wrong
     raise UsageError(
         f"nothing to measure {path} on",
         allowed="--dataset DATA, --space SPACE (the texts of a search space), or --tasks NAME",
@@ -142,16 +146,19 @@ def _entries(
 
 
 def _named_text(text: dict[str, Any]) -> PerplexityConfig:
-    fields = {name: value for name, value in text.items() if value not in (None, False)}
-    fields.setdefault("sequence_length", USUAL_LENGTH)
-    return validated(PerplexityConfig, {"name": "text", **fields})
+    return validated(PerplexityConfig, {"name": "text", "sequence_length": USUAL_LENGTH, **_given(text)})
 
 
-def _builtin_text(path: str) -> PerplexityConfig:
-    """The test text that belongs to a builtin model, as the quickstart measures it."""
+def _given(text: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in text.items() if value not in (None, False)}
+
+
+def _builtin_text(path: str, text: dict[str, Any]) -> PerplexityConfig:
+    """The test text that belongs to a builtin model, as the quickstart measures it, but for what is said otherwise."""
     known = {entry.dataset: entry for entry in load_space(DEFAULT_SPACE, (), None).evaluation.perplexity}
     entry = known.get(path, next(iter(known.values())))
-    return entry.model_copy(update={"name": check_name(path.removeprefix(BUILTIN_PREFIX)), "dataset": path})
+    own = {"name": check_name(path.removeprefix(BUILTIN_PREFIX)), "dataset": path}
+    return validated(PerplexityConfig, entry.model_dump() | own | _given(text))
 
 
 def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
@@ -199,7 +206,7 @@ def document(wanted: Wanted, measured: Measured) -> dict[str, Any]:
         "protocol": [
             entry.model_dump(mode="json")
             | {"windows": measured.windows[entry.name], "tokens": measured.tokens[entry.name]}
-            for entry in wanted.entries
+            for entry in measured.entries
         ],
         "tasks": {name: asdict(score) for name, score in measured.tasks.items()},
     }
@@ -223,10 +230,9 @@ def _show(wanted: Wanted, measured: Measured) -> None:
     if measured.tasks:
         _show_tasks(measured)
     where = f"{wanted.model.path}, {measured.dtype} on {measured.device}"
-    lengths = {entry.name: entry.sequence_length for entry in wanted.entries}
     texts = "; ".join(
-        f"{entry.name} = {entry.dataset}, split {entry.split}, windows of {lengths[entry.name]} tokens"
-        for entry in wanted.entries
+        f"{entry.name} = {entry.dataset}, split {entry.split}, windows of {entry.sequence_length} tokens"
+        for entry in measured.entries
     )
     say(where + (f"; {texts}" if texts else ""), "dim")
 

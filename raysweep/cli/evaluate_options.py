@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from raysweep.config.limits import MAX_COUNT
+
+MOST_THREADS = 4096
+
+
+def _whole(least: int, most: int = MAX_COUNT) -> Callable[[str], int]:
+    """Reads a whole number. Of Typer's own ranges the help has no room beside."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is no whole number") from None
+        if not least <= number <= most:
+            raise typer.BadParameter(f"{number} is not from {least} to {most}")
+        return number
+
+    return read
+
 
 ModelPath = Annotated[
     str,
@@ -36,7 +55,10 @@ Split = Annotated[
 SequenceLength = Annotated[
     int | None,
     typer.Option(
-        "--sequence-length", metavar="TOKENS", help="Tokens of a window. Default: 2048.", min=2, max=MAX_COUNT
+        "--sequence-length",
+        metavar="TOKENS",
+        help="Tokens of a window. Default: 2048, or as many as the model takes.",
+        parser=_whole(2),
     ),
 ]
 MaxWindows = Annotated[
@@ -45,8 +67,7 @@ MaxWindows = Annotated[
         "--max-windows",
         metavar="NUMBER",
         help="No more windows than this. Default: the whole text.",
-        min=1,
-        max=MAX_COUNT,
+        parser=_whole(1),
     ),
 ]
 BosEachWindow = Annotated[
@@ -82,7 +103,7 @@ Include = Annotated[
 BatchSize = Annotated[
     int,
     typer.Option(
-        "--batch-size", metavar="NUMBER", help="Requests of a task that pass at once.", min=1, max=MAX_COUNT
+        "--batch-size", metavar="NUMBER", help="Requests of a task that pass at once.", parser=_whole(1)
     ),
 ]
 ModelDtype = Annotated[
@@ -103,8 +124,7 @@ Threads = Annotated[
         metavar="NUMBER",
         help="CPU threads. Default: as torch has it; with execution.threads_per_worker of a sweep float32 rows on CPUs "
         "are met to the bit.",
-        min=1,
-        max=4096,
+        parser=_whole(1, MOST_THREADS),
     ),
 ]
 Revision = Annotated[

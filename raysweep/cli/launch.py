@@ -45,6 +45,8 @@ def run_launch(
     except KeyboardInterrupt as interruption:
         show_traceback()
         _say_kept(folder)
+        if options["trace"]:
+            say("--trace: a launch that is interrupted leaves none", "dim")
         return interruption_status(interruption)
     show_rows(folder, rows, Choice(as_json=as_json))
     if options["trace"]:

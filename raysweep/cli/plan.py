@@ -9,7 +9,7 @@ from operator import attrgetter
 from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
-from raysweep.cli.console import messages, new_table, output, print_json, quiet_libraries
+from raysweep.cli.console import messages, new_table, output, print_json, quiet_libraries, say
 from raysweep.cli.numbers import count, duration, large, operations
 from raysweep.cli.plan_document import Seen, kinds, plan_document, trial_counts
 from raysweep.cli.spaces import load_space
@@ -95,9 +95,10 @@ def run_plan(
 
 @contextmanager
 def _busy(text: str) -> Iterator[None]:
-    """A spinner on terminals, nothing elsewhere."""
+    """A spinner on terminals, a line elsewhere: it may take a while."""
     console = messages()
     if not console.is_terminal:
+        say(text, "dim")
         yield
         return
     with console.status(text):

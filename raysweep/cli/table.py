@@ -285,7 +285,7 @@ def _print_caption(
     width, dropped = hint
     if dropped:
         gone = ", ".join(column.name for column in dropped)
-        console.print(Text(f"With {width} columns or more also: {gone}", style="dim"))
+        console.print(Text(f"No room for {gone}; a terminal {width} characters wide has it", style="dim"))
 
 
 def constant_words(constants: Mapping[str, Any]) -> tuple[list[str], list[str]]:

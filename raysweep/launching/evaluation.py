@@ -36,12 +36,14 @@ DEVICES = ("auto", "cpu", "cuda")
 class Wanted:
     """What is to be measured on which model, and how.
 
-    entries: texts;  tasks: of lm-eval, that are known to be there
+    entries: texts;  shorten: windows longer than the model takes are as long as it takes
+    tasks: of lm-eval, that are known to be there
     device: auto, cpu or cuda, or cuda:N;  threads: of the CPU, None as torch has it
     """
 
     model: ModelConfig
     entries: tuple[PerplexityConfig, ...] = ()
+    shorten: bool = False
     tasks: TaskSet | None = None
     device: str = "auto"
     threads: int | None = None
@@ -53,12 +55,14 @@ class Wanted:
 class Measured:
     """What came of it.
 
+    entries: texts, as they were measured
     windows, tokens: of each text, by the name of its entry, as its perplexity is
     sparse: of sparse kernels, where they were asked for
     """
 
     dtype: str
     device: str
+    entries: tuple[PerplexityConfig, ...] = ()
     windows: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -84,12 +88,13 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
 
         check_sparse_kernels(device, DTYPES[dtype])
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
+    entries = tuple(_shortened(entry, shape) if wanted.shorten else entry for entry in wanted.entries)
     texts = {}
-    for entry in wanted.entries:
+    for entry in entries:
         try:
             texts[entry.name] = entry_tokens(entry, tokenizer, shape)
         except UsageError as error:
-            if len(wanted.entries) == 1:
+            if len(entries) == 1:
                 raise
             raise error.inside(f"{entry.name}: ") from error
     measuring = _Measuring(source, shape, dtype, device, tokenizer, tell)
@@ -97,6 +102,7 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
     found = Measured(
         dtype,
         _device_name(device),
+        entries,
         {name: len(text) for name, text in texts.items()},
         {name: int(text.input_ids.size) for name, text in texts.items()},
     )
@@ -108,6 +114,11 @@ def evaluate(wanted: Wanted, tell: Tell) -> Measured:
     if wanted.tasks is not None:
         found.tasks.update(measuring.tasks(wanted.tasks, wanted.batch_size, spreads))
     return found
+
+
+def _shortened(entry: PerplexityConfig, shape: ModelShape) -> PerplexityConfig:
+    longest = shape.max_positions or entry.sequence_length
+    return entry.model_copy(update={"sequence_length": min(entry.sequence_length, longest)})
 
 
 def chosen_device(name: str) -> torch.device:

@@ -282,7 +282,7 @@ def _run(
             refuse_mirror_of_one_node(prepared.folder, reader)
     with pushing(prepared.folder, held) as check:
         remove_stale_temporaries(prepared.folder)
-        write_atomically(prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode())
+        _write_space(prepared)
         _tidy_artifacts(prepared)
         tracing = progress if isinstance(progress, Tracing) else None
         shown = runner.watched(progress, prepared)
@@ -351,9 +351,17 @@ def _let_go(prepared: Launch) -> None:
             replace(kept, waits=False).write(folder)
 
 
+def _write_space(prepared: Launch) -> None:
+    """As it was launched last: what an export computes again, it computes by this space."""
+    file, text = prepared.folder / SPACE_FILE, prepared.space.resolved_yaml().encode()
+    if not file.exists() or file.read_bytes() != text:
+        write_atomically(file, text)
+
+
 def _say_done(prepared: Launch, progress: Progress) -> None:
     if prepared.space.tasks_of_all:
         _let_go(prepared)  # what a launch that ended before it could do so has left
+    _write_space(prepared)
     if lags(prepared.folder):
         push(prepared.folder)  # what the launch that ran them could not
     progress.begin(prepared.planned, prepared.finished, prepared.failed, None, prepared.others)

@@ -90,7 +90,7 @@ def prepared_alone(row: Row, space: SearchSpace, source: ModelSource, tell: Call
     also = "".join(f", and {first_line(error)}" for error in errors)
     raise UsageError(
         f"trial {row['trial_id']} cannot be computed again: {changed} since it was measured{also}",
-        remedy="Launch the sweep again: what has changed makes new trials.",
+        remedy="Launch what it was measured by under this name again (what has changed makes other trials).",
     )
 
 

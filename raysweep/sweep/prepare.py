@@ -131,7 +131,8 @@ class _Preparation:
     ) -> None:
         self.space, self.config, self.tasks = space, config, tasks
         self.source = ModelSource(config.path, config.revision, config.trust_remote_code)
-        self.known = KnownTokens(self.source)
+        with self._placed("model", "path"):
+            self.known = KnownTokens(self.source)
         self._check_files()
         with self._placed("model"):
             self.shape = known_shape(self.source, config.dtype)

@@ -44,6 +44,17 @@ def test_a_table_for_people(raysweep, tiny_llama, tiny_text, dense_row):
     assert "windows of 32 tokens" in ran.err
 
 
+def test_the_usual_window_is_no_longer_than_the_model_takes(raysweep, tiny_llama, tiny_text):
+    ran = raysweep("evaluate", tiny_llama, "--dataset", tiny_text / "test.parquet", "--split", "train")
+    assert "windows of 64 tokens" in ran.err
+
+
+def test_options_change_how_a_builtin_text_is_measured(raysweep):
+    ran = raysweep("evaluate", "builtin:pystdlib", "--max-windows", 2, "--sequence-length", 64, "--json")
+    (protocol,) = ran.json["protocol"]
+    assert [protocol[name] for name in ("dataset", "windows", "tokens")] == ["builtin:pystdlib", 2, 128]
+
+
 def test_a_builtin_model_has_its_own_text(raysweep):
     ran = raysweep("evaluate", "builtin:pystdlib", "--json")
     assert ran.status == 0, ran.err
@@ -71,14 +82,13 @@ REFUSED = {
         ["{model}", "--dataset", "{text}", "--sequence-length", "65"],
         ["--sequence-length: 65", "set it to 64"],
     ),
-    "the usual window, for a small model": (
-        ["{model}", "--dataset", "{text}"],
-        ["--sequence-length: 2048", "set it to 64"],
-    ),
+    "no such text": (["{model}", "--dataset", "no.txt"], ["--dataset: ", "no.txt"]),
+    "no such split of its own text": (["builtin:pystdlib", "--split", "dev"], ["--split: ", "validation"]),
     "a window of a space": (
         ["{model}", "--space", "quickstart"],
         ["--space quickstart: evaluation.perplexity: sequence_length: ", "set it to 64"],
     ),
+    "no folder, and nothing to measure it on": (["./none"], ["./none", "config.json"]),
     "no name of a model": (["", "--dataset", "{text}"], ["PATH: "]),
     "sparse kernels on a CPU": (
         [

@@ -49,6 +49,7 @@ IN_MODEL_OR_DATA = {
         ["2:5", "pattern", "32"],
     ),
     "missing model": (["model.path=no/such/folder"], ["no/such/folder"]),
+    "no such builtin": (["model.path=builtin:pystdlb"], ["--set model.path: ", "'builtin:pystdlib'"]),
     "model without safetensors": (["model.path={bare}"], ["{bare}", "safetensors"]),
     "missing data": (
         ["calibration.dataset=missing.parquet"],

@@ -44,12 +44,22 @@ def test_the_table_of_a_sweep(raysweep, here):
 def test_what_has_no_room_is_named(raysweep, here, monkeypatch):
     write_sweep(here / "raysweep-results" / "a", quickstart_rows())
     narrow = raysweep("results").out
-    assert "With 86 columns or more also: output_error_calibration" in narrow
+    assert "No room for output_error_calibration; a terminal 86 characters wide has it" in narrow
     assert "0.250" not in numbers_of(narrow)
     monkeypatch.setenv("COLUMNS", "120")
     wide = raysweep("results").out
-    assert "also shows" not in wide
+    assert "No room" not in wide
     assert {"0.250", "3.0"} <= numbers_of(wide)
+
+
+def test_what_no_trial_has_is_no_column(raysweep, here):
+    unmeasured = {"peak_recovery_bytes": None}
+    write_sweep(
+        here / "raysweep-results" / "a", [row(0, "dense", **unmeasured), row(1, "none", **unmeasured)]
+    )
+    text = raysweep("results").out
+    assert "MiB" not in text
+    assert "seconds" in text
 
 
 def test_settings_that_leave_no_room_for_a_cost_are_one_label(raysweep, here):
@@ -66,7 +76,7 @@ def test_settings_that_leave_no_room_for_a_cost_are_one_label(raysweep, here):
     words = text.split()
     for word in ("trainable=lora", "lora_rank=8", "loss=distillation", "standalone", "recovery"):
         assert word in words
-    assert "columns or more also: " in text
+    assert "No room for " in text
 
 
 def test_labels_tell_calibration_sets_apart(raysweep, here):

@@ -460,6 +460,19 @@ def test_an_exported_folder_starts_another_sweep_with_its_zeros(make_space, tmp_
     assert more.loc["reconstruct"].realized_sparsity == row.realized_sparsity
 
 
+def test_a_trial_of_an_earlier_space_is_exported_once_that_is_launched_again(make_space, tmp_path, exporting):
+    parts = {"sweep": [KINDS["none"]], "execution": {"keep": "none"}}
+    earlier = make_space(**parts)
+    rows = launched(earlier, tmp_path)
+    trial = rows[rows.recovery == "none"].iloc[0].trial_id
+    fewer = [entry.model_dump() | {"max_windows": 2} for entry in earlier.evaluation.perplexity]
+    launched(make_space(**parts, evaluation={"perplexity": fewer}), tmp_path)
+    with pytest.raises(UsageError, match="Launch what it was measured by under this name again"):
+        exporting(trial, tmp_path)
+    launched(earlier, tmp_path)  # nothing is left to run
+    exporting(trial, tmp_path)
+
+
 def test_trials_that_a_study_chose_or_that_left_the_space(make_space, tmp_path, exporting):
     search = {"algorithm": "optuna", "num_samples": 2, "compare_within": ["recovery"]}
     sweep = [BLOCK | {"learning_rate": {"loguniform": [0.001, 0.01]}}]
