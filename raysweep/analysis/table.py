@@ -206,11 +206,13 @@ def _varies(table: pd.DataFrame, name: str) -> bool:
     if name == "granularity" and table["recovery"].eq("retrain").any():
         return bool(_values(table, name))
     if name in (*RECOVERY_FIELDS, *LATER_RECOVERY_FIELDS):
-        rows = table[_applies(table, name)]
-        differs = (
-            rows.groupby("recovery")[name].nunique(dropna=False) > 1
-        )  # defaults differ between recoveries
-        return bool(differs.any()) or (name == "learning_rate" and rows[name].nunique() > 1)
+        applies = _applies(table, name)
+        values = table.loc[applies, name]  # of this column alone: rows have a hundred
+        if values.nunique(dropna=False) <= 1:
+            return False
+        by_recovery = values.groupby(table.loc[applies, "recovery"])  # defaults differ between recoveries
+        differs = by_recovery.nunique(dropna=False) > 1
+        return bool(differs.any()) or (name == "learning_rate" and values.nunique() > 1)
     return len(_values(table, name)) > 1
 
 
@@ -226,8 +228,8 @@ def _applies(table: pd.DataFrame, name: str) -> pd.Series:
 
 
 def _follows_calibration_seed(table: pd.DataFrame) -> bool:
-    seeded = table[table["seed"].notna() & table["calibration_seed"].notna()]
-    return bool(seeded["seed"].eq(seeded["calibration_seed"]).all())
+    own, calibration = table["seed"], table["calibration_seed"]
+    return bool(own.eq(calibration)[own.notna() & calibration.notna()].all())
 
 
 def _other_perplexities(table: pd.DataFrame) -> list[str]:

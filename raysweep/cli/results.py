@@ -11,6 +11,7 @@ from raysweep.cli.numbers import count
 from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, UsageError
+from raysweep.importing import without_collecting
 from raysweep.results.folders import SPACE_FILE, has_rows, list_sweeps, storage_folder, sweep_folder
 from raysweep.results.uris import mirrored_uri, place_of
 
@@ -44,7 +45,8 @@ class Choice:
 
 
 def run_results(name: str | None, choice: Choice, storage: str | None) -> None:
-    from raysweep.results.reader import load_results
+    with without_collecting():  # of pandas and pyarrow, most of what the command takes
+        from raysweep.results.reader import load_results
 
     choice.check()
     folder = sweep_folder(name or only_sweep(storage), storage)
