@@ -63,6 +63,7 @@ from raysweep.cli.options import (
     Where,
 )
 from raysweep.errors import UsageError
+from raysweep.importing import without_collecting
 
 
 class _Commands(TyperGroup):
@@ -245,7 +246,8 @@ def results(
     as_csv: Csv = False,
 ) -> int:
     """Print the table of a sweep's trials, all of them or a choice."""
-    from raysweep.cli.results import Choice, run_results
+    with without_collecting():
+        from raysweep.cli.results import Choice, run_results
 
     choice = Choice(sort, where, pareto, as_json, as_csv)
     if address is not None:

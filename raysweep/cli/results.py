@@ -45,7 +45,9 @@ class Choice:
 
 
 def run_results(name: str | None, choice: Choice, storage: str | None) -> None:
-    with without_collecting():  # of pandas and pyarrow, most of what the command takes
+    with without_collecting():  # most of what the command takes
+        import pandas  # noqa: F401
+
         from raysweep.results.reader import load_results
 
     choice.check()
