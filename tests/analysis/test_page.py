@@ -299,6 +299,15 @@ def test_failures_and_several_models(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("seeds", "told"), [((0,), True), ((0, 1, 2), False)])
+def test_a_recipe_of_too_few_seeds_says_so(tmp_path, seeds, told):
+    made = [one for one in sweeps.rows_of(sweeps.space()) if one.get("calibration_seed") in (None, *seeds)]
+    text = page_of(make_report("a", frame(tmp_path / "a", made), load_units(tmp_path / "a"))).text
+    assert ("It is the best one by 1 seed; from 3 on" in text) == told
+    assert "over at least 3 seeds" in text
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_without_validation_or_space_it_says_so(tmp_path):
     made = [
         one | {"validation_perplexity": None}

@@ -17,6 +17,7 @@ from raysweep.analysis.page import tables, words
 from raysweep.analysis.page.findings import findings, method_in_words
 from raysweep.analysis.page.gaps import gaps
 from raysweep.analysis.page.origins import origins
+from raysweep.analysis.recipe import LEAST_SEEDS
 from raysweep.analysis.report import Report
 from raysweep.analysis.settings import QUALITY
 
@@ -75,6 +76,7 @@ def _page(report: Report, drawn: dict[str, list[Shown]], recipes: list[dict[str,
         method=method_in_words(report),
         gaps=gaps(report),
         recipes=recipes,
+        least_seeds=LEAST_SEEDS,
         figures=drawn,
         figure_titles=TITLES,
         front=tables.front_table(report),
