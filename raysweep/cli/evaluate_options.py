@@ -13,7 +13,7 @@ MOST_THREADS = 4096
 
 
 def _whole(least: int, most: int = MAX_COUNT) -> Callable[[str], int]:
-    """Reads a whole number. Of Typer's own ranges the help has no room beside."""
+    """Reads a whole number. Typer's own ranges would stand in the help, up to 2147483647."""
 
     def read(text: str) -> int:
         try:
@@ -91,7 +91,7 @@ Tasks = Annotated[
     typer.Option(
         "--tasks",
         metavar="NAMES",
-        help="Tasks of lm-eval, separated by commas; may be repeated. Needs raysweep\\[tasks].",
+        help="Tasks of lm-eval, separated by commas; may be repeated. Needs raysweep[tasks].",
     ),
 ]
 Include = Annotated[

@@ -82,7 +82,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # help and usage errors in half the time
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -128,9 +129,10 @@ def launch(
     fail_fast: FailFast = False,
     as_json: Json = False,
 ) -> int:
-    """Run a sweep, or continue the sweep of that name: finished trials are kept, new ones are added.
+    """Run a sweep, or continue the one of that name.
 
-    Ctrl-C finishes the units in hand, so that the same command goes on behind them; a second one does not wait.
+    Finished trials are kept, new ones are added. Ctrl-C finishes the units in hand, so that the same command goes on
+    behind them; a second one does not wait.
 
     Exit status: 0 all finished, 1 some failed, 2 wrong usage or file, 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -161,9 +163,10 @@ def plan(
     probe_again: ProbeAgain = False,
     as_json: Json = False,
 ) -> None:
-    """Show what would run on this machine: trials, shards, memory, work, time, and what retraining would need instead.
+    """Show what would run here: trials, shards, memory, work, time.
 
-    Runs no trial; refuses what cannot fit. A device that no plan of such a shape has seen is measured for seconds.
+    And what retraining would need instead. Runs no trial; refuses what cannot fit. A device that no plan of such a
+    shape has seen is measured for seconds.
     """
     from raysweep.cli.plan import run_plan
 
@@ -181,10 +184,10 @@ def doctor(
     address: Cluster = None,
     as_json: Json = False,
 ) -> int:
-    """Check what a sweep needs, here and on every node of the cluster: versions, model, storage, memory, ports, clocks.
+    """Check what a sweep needs, here and on every node.
 
-    Starts nothing and leaves nothing. Exit status: 0 nothing is wrong, 1 something is, with what mends it, 2 a search
-    space that cannot be read.
+    Versions, model, storage, memory, ports, clocks. Starts nothing and leaves nothing. Exit status: 0 nothing is
+    wrong, 1 something is, with what mends it, 2 a search space that cannot be read.
     """
     from raysweep.cli.doctor import run_doctor
 
@@ -210,7 +213,10 @@ def status(
 @app.command()
 @guarded
 def stop(name: Sweep, storage: Storage = None, address: Dashboard = None) -> int:
-    """End a running sweep as Ctrl-C would, from another shell or host that sees the storage. Its rows are kept."""
+    """End a running sweep as Ctrl-C would; its rows are kept.
+
+    From another shell, or from another host that sees the storage.
+    """
     if address is not None:
         from raysweep.cli.remote import run_there
 
@@ -224,9 +230,10 @@ def stop(name: Sweep, storage: Storage = None, address: Dashboard = None) -> int
 @app.command()
 @guarded
 def clean(name: Sweep, storage: Storage = None, artifacts: Artifacts = False) -> None:
-    """Remove what a sweep keeps beside its rows: recovered units, checkpoints of retraining, state of Ray Tune.
+    """Remove what a sweep keeps beside its rows.
 
-    Kept trials stay. Rows of finished trials go from thousands of small files into two, which are read faster.
+    Recovered units, checkpoints of retraining, state of Ray Tune. Kept trials stay. Rows of finished trials go from
+    thousands of small files into two, which are read faster.
     """
     from raysweep.cli.clean import run_clean
 
@@ -285,9 +292,10 @@ def evaluate(
     kernels: Kernels = "dense",
     as_json: Json = False,
 ) -> None:
-    """Measure any model: perplexity as sweeps measure it, lm-eval tasks, and what sparse kernels are worth on it.
+    """Measure any model: perplexity, lm-eval tasks, sparse kernels.
 
-    A builtin model is measured on its own test text; of others --dataset, --space or --tasks says on what.
+    Perplexity is measured as sweeps measure it. A builtin model is measured on its own test text; of others --dataset,
+    --space or --tasks says on what.
     """
     from raysweep.cli.evaluate import Options, run_evaluate
 
@@ -328,7 +336,10 @@ def report(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Write what a sweep found as a page: verdicts, a recipe, figures, tables; also while it is running."""
+    """Write what a sweep found as a page, also while it runs.
+
+    Verdicts, a recipe, figures, tables.
+    """
     from raysweep.cli.report import run_report
 
     run_report(name, output, margin, margin_percent, storage, as_json)
@@ -343,9 +354,10 @@ def export(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Write the model of a trial as a Hugging Face folder: weights with exact zeros, masks, tokenizer, model card.
+    """Write the model of a trial as a Hugging Face folder.
 
-    A trial that was not kept is computed again, and its perplexity compared with its row.
+    Weights with exact zeros, masks, tokenizer, model card. A trial that was not kept is computed again, and its
+    perplexity compared with its row.
 
     Exit status: 0 written, 1 what was computed again is not what the row says, or failed, 2 wrong usage or file.
     """
