@@ -66,7 +66,7 @@ def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     """
     column, _ = _sort_column(sort, rows.columns)
     table = sorted_rows(_with_labels(rows[rows["status"] == "finished"]), sort)
-    labels = [name for name in LABELS if name in table and _varies(table, name)]
+    labels = [name for name in _filled_labels(table) if _varies(table, name)]
     measured = [name for name in MEASURES[1:] if table[name].notna().any() or table.empty]
     measures = [*MEASURES[:1], *_other_perplexities(table), *_tasks(table), *measured]
     shown = [*labels, *measures, *([column] if column else [])]
@@ -84,15 +84,16 @@ def sorted_rows(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
 def fixed_columns(rows: pd.DataFrame) -> dict[str, Any]:
     """The columns that tell trials apart in other sweeps and are equal in this one, with their value."""
     table = _with_labels(rows)
-    alike = (name for name in LABELS if name in table and name != "recovery" and not _varies(table, name))
+    alike = (name for name in _filled_labels(table) if name != "recovery" and not _varies(table, name))
     return {name: _plain(values[0]) for name in alike if len(values := _values(table, name)) == 1}
 
 
 def failures(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """Label and reason of every failed trial."""
+    failed = rows[rows["status"] == "failed"]
     return [
         (trial_label(row), str(row["error"]) if pd.notna(row["error"]) else "no reason was recorded")
-        for row in records(rows[rows["status"] == "failed"])
+        for row in (records(failed) if len(failed) else ())  # even of none pandas takes its time
     ]
 
 
@@ -102,6 +103,11 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
         {str(name): None if pd.isna(value) else _plain(value) for name, value in row.items()}
         for row in rows.to_dict("records")
     ]
+
+
+def plain_values(column: pd.Series) -> list[Any]:
+    """A column as plain Python values, None where it does not apply."""
+    return [None if pd.isna(value) else _plain(value) for value in column]
 
 
 def trial_label(row: Mapping[str, Any]) -> str:
@@ -185,6 +191,12 @@ def _data_words(text: str) -> str:
         return f"{data['num_samples']} x {data['sequence_length']} {data['dataset']}"
     except (TypeError, ValueError, LookupError):  # a row that another program wrote
         return text
+
+
+def _filled_labels(table: pd.DataFrame) -> list[str]:
+    """The columns that may tell trials apart: of the many that apply to no trial at all nothing needs to be asked."""
+    filled = {str(name) for name in table.columns[table.notna().any()]}
+    return [name for name in LABELS if name in filled]
 
 
 def _values(table: pd.DataFrame, name: str) -> list[Any]:

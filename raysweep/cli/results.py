@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.cli.console import json_rows, output, print_csv, print_json, say
 from raysweep.cli.numbers import count
+from raysweep.config.document import Document
 from raysweep.config.sections import SearchConfig
-from raysweep.config.space import SearchSpace
 from raysweep.errors import RaysweepError, UsageError
 from raysweep.importing import without_collecting
 from raysweep.results.folders import SPACE_FILE, has_rows, list_sweeps, storage_folder, sweep_folder
@@ -115,8 +115,11 @@ def labeled_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def search_of(folder: Path) -> SearchConfig:
-    """What best means in a sweep; the defaults when its space cannot be read by this version."""
+    """What best means in a sweep; the defaults when its space cannot be read by this version.
+
+    Of its space only this section: making the whole is a tenth of what the command takes.
+    """
     try:
-        return SearchSpace.from_yaml(folder / SPACE_FILE).search
-    except RaysweepError:
+        return SearchConfig.model_validate(Document.read(folder / SPACE_FILE).data["search"])
+    except (RaysweepError, ValueError, LookupError, TypeError):
         return SearchConfig()

@@ -157,10 +157,10 @@ def fitting(columns: list[ColumnText], width: int) -> tuple[list[ColumnText], li
 
 
 def _column(frame: pd.DataFrame, name: str) -> ColumnText:
-    from raysweep.analysis.table import records
+    from raysweep.analysis.table import plain_values
 
     title = TITLES.get(name, name.replace("_", "\n", 1))
-    values = [row[name] for row in records(frame[[name]])]
+    values = plain_values(frame[name])
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     shown = _format(name, numbers)
     return ColumnText(name, title, ["" if value is None else shown(value) for value in values], bool(numbers))
