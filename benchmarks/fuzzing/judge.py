@@ -18,7 +18,7 @@ from typing import Any
 from fuzzing.site import Case
 from raysweep.results.uris import cache_folder
 
-OURS = "^(error: |Usage: |Error: )"  # the last two are typer's, for options that are none
+OURS = "^(error: |Usage: |Error: Option )"  # the last two are typer's, for options that are none
 TAKES_VALUE = ("--set", "--name", "--storage", "--sort", "--address")
 COLORS = "\x1b\\[[0-9;]*m"
 CLEARED = ("RAYSWEEP_STORAGE", "RAYSWEEP_DEBUG", "COLUMNS", "RAY_ADDRESS", "FORCE_COLOR", "NO_COLOR", "LINES")

@@ -93,7 +93,9 @@ def failures(rows: pd.DataFrame) -> list[tuple[str, str]]:
     failed = rows[rows["status"] == "failed"]
     return [
         (trial_label(row), str(row["error"]) if pd.notna(row["error"]) else "no reason was recorded")
-        for row in (records(failed) if len(failed) else ())  # even of none pandas takes its time
+        for row in (
+            records(failed) if len(failed) else ()
+        )  # which takes milliseconds even where there are none
     ]
 
 
@@ -194,9 +196,9 @@ def _data_words(text: str) -> str:
 
 
 def _filled_labels(table: pd.DataFrame) -> list[str]:
-    """The columns that may tell trials apart: of the many that apply to no trial at all nothing needs to be asked."""
+    """The columns that may tell trials apart: `recovery`, and of the others those that apply to some trial."""
     filled = {str(name) for name in table.columns[table.notna().any()]}
-    return [name for name in LABELS if name in filled]
+    return [name for name in LABELS if name in filled or (name == "recovery" and name in table)]
 
 
 def _values(table: pd.DataFrame, name: str) -> list[Any]:

@@ -84,7 +84,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help and usage errors in half the time
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},  # longer lines tire
 )
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     try:
         app()
     finally:
-        gc.freeze()  # what was imported goes with the process: taking it apart before would take a tenth of a second
+        gc.freeze()  # what is there goes with the process; Python would first look for garbage in it, for 0.1 s
 
 
 def _show_version(wanted: bool) -> None:
@@ -169,8 +169,8 @@ def plan(
 ) -> None:
     """Show what would run here: trials, shards, memory, work, time.
 
-    And what retraining would need instead. Runs no trial; refuses what cannot fit. A device that no plan of such a
-    shape has seen is measured for seconds.
+    Says also what retraining would need instead. Runs no trial; refuses what cannot fit. A device that no plan of such
+    a shape has seen is measured for seconds.
     """
     from raysweep.cli.plan import run_plan
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from raysweep.cli.console import json_rows, output, print_csv, print_json, say
 from raysweep.cli.numbers import count
 from raysweep.config.document import Document
@@ -115,11 +117,11 @@ def labeled_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def search_of(folder: Path) -> SearchConfig:
-    """What best means in a sweep; the defaults when its space cannot be read by this version.
-
-    Of its space only this section: making the whole is a tenth of what the command takes.
-    """
+    """What best means in a sweep; the defaults where this version cannot read that. Nothing else of its space is looked
+    at: to make the whole would take longer than to read the rows."""
     try:
-        return SearchConfig.model_validate(Document.read(folder / SPACE_FILE).data["search"])
-    except (RaysweepError, ValueError, LookupError, TypeError):
+        data = Document.read(folder / SPACE_FILE).data
+        section = data.get("search") if isinstance(data, dict) else None
+        return SearchConfig.model_validate(section or {})
+    except (RaysweepError, ValidationError):
         return SearchConfig()

@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from raysweep.config.limits import MAX_COUNT, MAX_SEED
 from raysweep.errors import nearest_name
 
+# A model's validator is built when the model is first used: reading results needs few of them.
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAME_LENGTH = 100  # well below the 255 bytes of a file name, with room for prefixes and suffixes

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line
 from raysweep.model.builtin import resolve_model_path
+from raysweep.model.hub_ids import is_hub_id
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,9 +83,14 @@ class ModelSource:
 
     def check_folder(self) -> None:
         """Raises UsageError where the path can only be a folder's, and is none of a model."""
-        names_a_folder = self.path.startswith((".", "/", "~")) or Path(self.location).exists()
-        if names_a_folder and not (Path(self.location) / CONFIG).is_file():
-            raise UsageError(f"model {self.path!r} is no folder with a {CONFIG}", allowed=ALLOWED_PATHS)
+        folder = Path(self.location)
+        names_a_folder = self.path.startswith(".") or not is_hub_id(self.path) or folder.exists()
+        if names_a_folder and not (folder / CONFIG).is_file():
+            raise UsageError(
+                f"model {self.path!r} is no folder with a {CONFIG}",
+                allowed=ALLOWED_PATHS,
+                remedy=None if folder.exists() else f"There is no folder {folder.absolute()}.",
+            )
 
 
 @dataclass

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 from raysweep.config.paths import typed_path
 from raysweep.errors import UsageError, first_line, nearest_name
 from raysweep.model.builtin import builtin_text_folder, is_builtin
+from raysweep.model.hub_ids import is_hub_id
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 TEXT_COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".txt")  # of a folder only the first kind that is present is read
 SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -281,4 +281,4 @@ def _unknown_split(source: TextSource, existing: list[str]) -> UsageError:
 def _looks_like_path(name: str) -> bool:
     if name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES:
         return True
-    return _HUB_ID.fullmatch(name) is None
+    return not is_hub_id(name)

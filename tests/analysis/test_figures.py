@@ -100,6 +100,75 @@ def test_points_lie_where_their_numbers_say(report, drawn):
     assert heights == pytest.approx(sorted(heights), abs=0.01)
 
 
+def test_the_front_names_its_masks(report, drawn):
+    stratum = next(key for key, words in report.strata.items() if words == "sparsity 0.6")
+    mine = report.settings[report.settings["stratum"] == stratum]
+    assert mine["mask"].nunique() > 1
+    named = [words for words in words_of(drawn[f"{SECONDS}-sparsity-0.6"][0]) if words in set(mine["mask"])]
+    assert named
+    assert {*named} <= {*mine.loc[mine["front"], "mask"]}
+
+
+FRONTS = {
+    "close to the dense model's line and words": (2, [(1, 20), (2, 15), (5, 11.4), (5.1, 10.3)]),
+    "neighbors": (0, [(5 + n / 50, 30 - n / 10) for n in range(20)]),
+    "far apart": (3, [(1, 30), (10, 22), (100, 16)]),
+    "near the bottom": (1, [(1, 30), (2, 8.0), (3, 7.9)]),
+}
+
+
+@pytest.mark.parametrize(("named", "costs"), FRONTS.values(), ids=FRONTS)
+def test_names_of_masks_lie_on_nothing_else(tmp_path, named, costs):
+    """Where the texts of the figure really are."""
+    made = [row(0, "dense", perplexity=10.0)]
+    for number, (cost, perplexity) in enumerate(costs, start=1):
+        criterion = ("wanda", "magnitude")[number % 2]
+        values = {"perplexity": float(perplexity), "device_seconds_standalone": float(cost)}
+        made.append(row(number, criterion=criterion, batch_size=number, **values))
+    with styled():
+        panel = next(
+            one for one in panels(report_of(write_sweep(tmp_path / "a", made))) if one.kind == SECONDS
+        )
+        figure = panel.figure
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        boxes = {text: text.get_window_extent() for text in axes.texts}
+        names = [text for text in axes.texts if text.get_text() in ("wanda/row", "magnitude/row")]
+        points = axes.transData.transform([(cost, perplexity) for cost, perplexity in costs])
+        line = axes.transData.transform((1, 10.0))[1]
+    assert len(names) == named
+    for name in names:
+        box = boxes[name]
+        assert not [other for other in axes.texts if other is not name and box.overlaps(boxes[other])]
+        assert not [point for point in points if box.contains(*point)]
+        assert not box.y0 <= line <= box.y1
+        assert axes.bbox.x0 - 3 <= box.x0
+        assert box.x1 <= axes.bbox.x1 + 3
+        assert box.y0 >= axes.bbox.y0 - 1
+
+
+def test_long_names_of_masks_keep_both_ends(tmp_path):
+    made = [
+        row(number, criterion=f"file:masks/{'m' * 40}/{name}.safetensors", **numbers)
+        for number, name in enumerate(("first", "second"))
+        for numbers in [{"perplexity": 9.0 - 5 * number, "device_seconds_standalone": 5.0 + 9 * number}]
+    ]
+    made.append(row(2, "dense", perplexity=1.0))
+    panel = next(one for one in panels(report_of(write_sweep(tmp_path / "a", made))) if one.kind == SECONDS)
+    with styled():
+        written = words_of(svg.svg_text(panel.figure))
+    cut = [words for words in written if "…" in words]
+    assert len(set(cut)) == 2
+    assert all(len(words) == 28 and words.startswith("file:mas…") for words in cut)
+
+
+def test_names_only_where_masks_differ(tmp_path):
+    made = [row(n, batch_size=n + 1, perplexity=9.0 - n, device_seconds_standalone=5.0 + n) for n in range(3)]
+    panel = next(one for one in panels(report_of(write_sweep(tmp_path / "a", made))) if one.kind == SECONDS)
+    with styled():
+        assert "wanda/row" not in words_of(svg.svg_text(panel.figure))
+
+
 def test_on_the_page_colors_are_variables_and_ids_are_its_own(drawn):
     """Text stays text, and nothing of a figure reaches beyond it."""
     known = {f"var(--{name})" for name in VARIABLES.values()}

@@ -26,7 +26,7 @@ from raysweep.cli.main import main
 try:
     main()
 finally:
-    print(*[name for name in {(*HEAVY, "pandas", "pydantic")!r} if name in sys.modules], file=sys.stderr)
+    print(*[name for name in {(*HEAVY, "pandas", "pydantic", "rich")!r} if name in sys.modules], file=sys.stderr)
 """
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True
@@ -37,6 +37,12 @@ finally:
 @pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["--version"]], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments):
     assert imported_by(*arguments) <= ({"pydantic"} if "launch" in arguments else set())
+
+
+def test_no_summary_of_a_command_is_cut(raysweep):
+    listed = raysweep("--help").out.split("Commands:")[1]
+    assert {line.split()[0] for line in listed.splitlines() if line.startswith("  ")} >= set(COMMANDS)
+    assert "..." not in listed
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,7 +6,10 @@ import re
 
 import pytest
 
+from raysweep.analysis.table import summary_table
+from raysweep.cli.results import search_of
 from raysweep.cli.table import fitting, table_columns
+from raysweep.config.sections import SearchConfig
 from raysweep.results.reader import load_results
 from tests.analysis.rows import failed, quickstart_rows, row, write_sweep
 
@@ -320,3 +323,42 @@ def test_plain_ascii_where_the_output_takes_nothing_else(here):
     assert run.returncode == 0
     assert b"magnitude/row" in run.stdout
     assert run.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "search: {metric: output_error_validation, mode: max, compare_within: [model]}",
+            {"metric": "output_error_validation", "mode": "max", "compare_within": ("model",)},
+        ),
+        ("sweep: of another version\nsearch: {mode: max}", {"mode": "max"}),
+        ("search: null", {}),
+        ("search: [min]", {}),
+        ("search: {mode: sideways}", {}),
+        ("search: {unheard_of: 1}", {}),
+        ("search: {compare_within: [nothing]}", {}),
+        ("[search]", {}),
+        ("search: {", {}),
+        ("", {}),
+        (None, {}),
+    ],
+)
+def test_what_best_means_is_read_from_the_space_of_the_sweep(here, text, expected):
+    if text is not None:
+        (here / "space.yaml").write_text(text)
+    assert search_of(here) == SearchConfig(**expected)
+
+
+def test_rows_that_do_not_say_how_they_were_recovered_are_shown(raysweep, here):
+    """As another program may have written them."""
+    unsaid = {"recovery": None}
+    write_sweep(here / "raysweep-results" / "a", [row(0, "none") | unsaid, row(1, "none") | unsaid])
+    ran = raysweep("results")
+    assert ran.status == 0
+    assert {"10.00", "11.00"} <= numbers_of(ran.out)
+
+
+def test_the_table_of_no_finished_trial_has_its_columns(here):
+    rows = load_results(write_sweep(here / "a", [failed(0, "lost")]))
+    assert {"recovery", "perplexity"} <= {*summary_table(rows)}

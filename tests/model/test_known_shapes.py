@@ -120,7 +120,7 @@ def test_the_warning_of_unused_tensors_comes_every_time(reads, model, caplog):
     assert len(reads) == 1
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "~/nowhere/at/all", "/nowhere"])
+@pytest.mark.parametrize("path", ["./nowhere", "~/nowhere/at/all", "/nowhere", "no/where/here", "no where"])
 def test_a_folder_that_is_not_there_is_not_asked_for_on_the_hub(path, reads, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(checkpoint, "_download", lambda source, name: asked.append(name))

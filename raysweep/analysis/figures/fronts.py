@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +16,15 @@ from raysweep.analysis.report import Report
 from raysweep.analysis.settings import QUALITY
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 MIB = 1 << 20
+MOST_NAMES, LONGEST_NAME = 50, 28  # points that are named, and letters of a name
+GAP, CLEAR = (
+    5,
+    3,
+)  # pixels of the page from the middle of a marker to its name, and around what a name may not touch
 NEAR = 4.0  # pixels within which a point hides another of the same look, where there are many
 MANY_POINTS, MOST_POINTS = (
     200,
@@ -54,7 +61,7 @@ def _quality_against(
     style.set_scale(axes, "x", list(points["cost"]))
     style.set_scale(axes, "y", [*points[QUALITY], *([dense] if dense is not None else [])])
     axes.set(xlabel=title, ylabel="perplexity")
-    _dense_line(axes, dense)
+    dense_line = _dense_line(axes, dense)
     front = points[points["on_front"]].sort_values("cost")
     axes.step(front["cost"], front[QUALITY], where="post", color=style.MUTED, linewidth=1.1, zorder=2)
     tips, hidden = {}, 0
@@ -65,6 +72,8 @@ def _quality_against(
         sizes = np.where(apart["on_front"], 62, 26)
         style.mark(axes, apart["cost"], apart[QUALITY], look, sizes, f"tips-{place}")
         tips[f"tips-{place}"] = [_tip(row, title) for row in apart.to_dict("records")]
+    if points["mask"].nunique() > 1:
+        _name_masks(axes, front, dense_line)
     style.legend_below(figure, handles(shown))
     note = f"{hidden:,} of {len(points):,} settings lie behind others of the same method" if hidden else ""
     return figure, tips, note
@@ -86,15 +95,62 @@ def _apart(axes: Axes, points: pd.DataFrame) -> np.ndarray[Any, Any]:
         near *= 1.5
 
 
+def _name_masks(axes: Axes, front: pd.DataFrame, others: Sequence[Artist]) -> None:
+    """The mask of each of the front's points, below it on its left, where no setting lies. None where it would lie on
+    another name, a marker, a line or one of `others`, or below another marker as if it were that one's; a long front is
+    a curve without names."""
+    from matplotlib.transforms import Bbox
+
+    if len(front) > MOST_NAMES:
+        return
+    places = axes.transData.transform(front[["cost", QUALITY]].to_numpy(float))
+    # Of the front's steps the falling parts: before a name reaches a level one, it meets these.
+    lines = [[(x, y), (x, before)] for (_, before), (x, y) in pairwise(places)]
+    pixel = axes.figure.dpi / style.POINTS_PER_INCH  # of the page, in those of a file
+    room, below = CLEAR * pixel, (GAP + style.SMALL) * pixel
+    taken = [Bbox(ends).padded(room) for ends in lines]
+    taken += [drawn.get_window_extent().padded(room) for drawn in others]
+    markers = [Bbox([(x - room, y - below), (x + room, y + room)]) for x, y in places]
+    for number, (mask, cost, quality) in enumerate(
+        zip(front["mask"], front["cost"], front[QUALITY], strict=True)
+    ):
+        name = axes.annotate(
+            _shortened(style.readable(mask)),
+            (cost, quality),
+            xytext=(-GAP, -GAP),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=style.SMALL,
+            color=style.MUTED,
+        )
+        if name.get_window_extent().x0 < axes.bbox.x0:
+            name.set(ha="left", position=(0, -GAP))
+        box = name.get_window_extent()
+        if box.y0 < axes.bbox.y0 or box.count_overlaps([*taken, *markers[:number], *markers[number + 1 :]]):
+            name.remove()
+        else:
+            taken.append(box)
+
+
+def _shortened(name: str) -> str:
+    """Both ends of a long one, more of the last, where paths and functions differ."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    first = LONGEST_NAME // 3 - 1
+    return f"{name[:first]}…{name[first + 1 - LONGEST_NAME :]}"
+
+
 def _tip(row: Mapping[Any, Any], title: str) -> str:
     return f"{row['label']}\nperplexity {row[QUALITY]:.2f}, {title} {row['cost']:.3g}"
 
 
-def _dense_line(axes: Axes, dense: float | None) -> None:
+def _dense_line(axes: Axes, dense: float | None) -> list[Artist]:
+    """The line with its words."""
     if dense is None:
-        return
-    axes.axhline(dense, color=style.INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.annotate(
+        return []
+    line = axes.axhline(dense, color=style.INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    words = axes.annotate(
         f"dense {dense:.2f}",
         (1.0, dense),
         xycoords=("axes fraction", "data"),
@@ -104,3 +160,4 @@ def _dense_line(axes: Axes, dense: float | None) -> None:
         va="bottom",
         fontsize=style.SMALL,
     )
+    return [line, words]
