@@ -70,7 +70,7 @@ def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
     measured = [name for name in MEASURES[1:] if table[name].notna().any() or table.empty]
     measures = [*MEASURES[:1], *_other_perplexities(table), *_tasks(table), *measured]
     shown = [*labels, *measures, *([column] if column else [])]
-    return table.set_index("trial_id")[list(dict.fromkeys(shown))]
+    return table.set_index("trial_id", drop=False)[list(dict.fromkeys(shown))]
 
 
 def sorted_rows(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:

@@ -75,7 +75,7 @@ def run_plan(
         retraining = [
             prepared.retrain_plan(model, [node]) for model in prepared.models
         ]  # refuses as launch would
-    with _busy("Measuring this machine"):
+    with _busy("Adding up work and memory" if no_probe else "Measuring this machine"):
         probing: Probing = "none" if no_probe else "again" if probe_again else "missing"
         looks = [
             Seen(

@@ -73,10 +73,11 @@ def print_summary(
     """
     from raysweep.analysis.table import failures, fixed_columns, summary_table
 
-    table = summary_table(rows, sort)
+    table, sorted_by = summary_table(rows, sort), sort.removeprefix("-") if sort else None
     if len(table):
         columns = table_columns(table)
-        shown, dropped = arranged(columns, partial(labeled_columns, table, rows), console.width)
+        labeled = partial(labeled_columns, table, rows, sorted_by)
+        shown, dropped = arranged(columns, labeled, console.width, sorted_by)
         _print_rows(console, table, shown, best, grouped=sort is None)
         listed = rows[rows["trial_id"].isin(table.index)]
         _print_caption(
@@ -105,8 +106,11 @@ def table_columns(table: pd.DataFrame) -> list[ColumnText]:
     return [_column(frame, name) for name in map(str, frame)]
 
 
-def labeled_columns(table: pd.DataFrame, rows: pd.DataFrame) -> list[ColumnText]:
-    """The same table with one column for all settings of a trial, as progress lines show them."""
+def labeled_columns(
+    table: pd.DataFrame, rows: pd.DataFrame, sorted_by: str | None = None
+) -> list[ColumnText]:
+    """The same table with one column for all settings of a trial, as progress lines show them, and with the one that it
+    is sorted by."""
     from raysweep.analysis.table import records, trial_label
 
     by_id = {row["trial_id"]: row for row in records(rows)}
@@ -118,7 +122,7 @@ def labeled_columns(table: pd.DataFrame, rows: pd.DataFrame) -> list[ColumnText]
         name for name in map(str, table) if name in (*BESIDE_LABELS, *TITLES) and name not in SETTINGS
     ]
     others = [name for name in map(str, table) if name.startswith(OPEN_PREFIXES)]
-    kept = [name for name in map(str, table) if name in (*measured, *others)]
+    kept = [name for name in map(str, table) if name in (*measured, *others, sorted_by)]
     return [trial, *(_column(table, name) for name in kept)]
 
 
@@ -129,27 +133,34 @@ def _calibrated(label: str, row: Mapping[str, Any], names: Sequence[str]) -> str
 
 
 def arranged(
-    columns: list[ColumnText], labeled: Callable[[], list[ColumnText]], width: int
+    columns: list[ColumnText],
+    labeled: Callable[[], list[ColumnText]],
+    width: int,
+    sorted_by: str | None = None,
 ) -> tuple[list[ColumnText], list[ColumnText]]:
     """What is shown of a table, and what is not: with a column for each setting where these leave room for a cost."""
-    shown, dropped = fitting(columns, width)
+    shown, dropped = fitting(columns, width, sorted_by)
     costly = any(column.name == FIRST_TO_GO[-1] for column in dropped)
     if not costly and width_of(shown) <= width:
         return shown, dropped
-    return fitting(labeled(), width)
+    return fitting(labeled(), width, sorted_by)
 
 
 def width_of(columns: list[ColumnText]) -> int:
     return sum(column.width + GAP for column in columns) - GAP
 
 
-def fitting(columns: list[ColumnText], width: int) -> tuple[list[ColumnText], list[ColumnText]]:
-    """The columns that are shown in `width` characters, and those that are not."""
+def fitting(
+    columns: list[ColumnText], width: int, sorted_by: str | None = None
+) -> tuple[list[ColumnText], list[ColumnText]]:
+    """The columns that are shown in `width` characters, and those that are not. That of the order stays."""
     others = [c.name for c in columns if c.name.startswith(OPEN_PREFIXES)]
     shown, dropped = list(columns), []
     for name in (*FIRST_TO_GO, *reversed(others)):
         if width_of(shown) <= width:
             break
+        if name == sorted_by:
+            continue
         gone = [column for column in shown if column.name == name]
         dropped += gone
         shown = [column for column in shown if column.name != name]

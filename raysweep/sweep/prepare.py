@@ -134,7 +134,7 @@ class _Preparation:
         with self._placed("model", "path"):
             self.known = KnownTokens(self.source)
         self._check_files()
-        with self._placed("model"):
+        with self._placed("model", "path"):
             self.shape = known_shape(self.source, config.dtype)
         self.dtype = self.shape.dtype_on_cpu if device == "cpu" else self.shape.dtype_on_device
         self.tokenizer = _Lazy(lambda: load_tokenizer(config.path, config.revision, config.trust_remote_code))

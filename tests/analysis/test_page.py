@@ -81,7 +81,7 @@ def report(tmp_path_factory) -> Report:
 
 @pytest.fixture(scope="module")
 def files(report) -> dict[str, bytes]:
-    return report_files(report)
+    return report_files(report, "made-up-report")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_recipes_run_what_they_say(report, files, page):
         name = f"recipe-{report.strata[one['stratum']].replace(' ', '-')}.yaml"
         assert files[name].decode() == one["yaml"]
         assert SearchSpace.from_dict(yaml.safe_load(one["yaml"])).name == "made-up-recipe"
-        assert f"raysweep launch {name}" in page.texts("code")
+        assert f"raysweep launch made-up-report/{name}" in page.texts("code")
         named = f"{report.space.name}:{one['trial_id']}"
         assert f"raysweep export {named} --output pruned-model" in page.texts("code")
         assert " ".join(one["yaml"].split()) in page.texts("code")

@@ -8,7 +8,7 @@ import pytest
 
 from raysweep.analysis.table import summary_table
 from raysweep.cli.results import search_of
-from raysweep.cli.table import fitting, table_columns
+from raysweep.cli.table import TITLES, fitting, table_columns
 from raysweep.config.sections import SearchConfig
 from raysweep.results.reader import load_results
 from tests.analysis.rows import failed, quickstart_rows, row, write_sweep
@@ -362,3 +362,19 @@ def test_rows_that_do_not_say_how_they_were_recovered_are_shown(raysweep, here):
 def test_the_table_of_no_finished_trial_has_its_columns(here):
     rows = load_results(write_sweep(here / "a", [failed(0, "lost")]))
     assert {"recovery", "perplexity"} <= {*summary_table(rows)}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_the_column_that_is_sorted_by_is_shown(raysweep, here, monkeypatch, width, sign):
+    """Every column can be, whatever room there is."""
+    rows = load_results(write_sweep(here / "raysweep-results" / "a", quickstart_rows()))
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in ("trial_id", "output_error_calibration", "device_seconds", "peak_recovery_bytes", "dtype"):
+        ran = raysweep("results", f"--sort={sign}{name}")
+        assert ran.status == 0, name
+        assert f"No room for {name}" not in ran.out
+        head = " ".join(ran.out.split("─")[0].split())
+        assert all(word in head for word in TITLES.get(name, name.replace("_", " ")).split()), (name, head)
+    for name in map(str, rows):
+        assert summary_table(rows, f"{sign}{name}").index.name == "trial_id"

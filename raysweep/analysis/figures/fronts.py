@@ -73,7 +73,7 @@ def _quality_against(
         style.mark(axes, apart["cost"], apart[QUALITY], look, sizes, f"tips-{place}")
         tips[f"tips-{place}"] = [_tip(row, title) for row in apart.to_dict("records")]
     if points["mask"].nunique() > 1:
-        _name_masks(axes, front, dense_line)
+        _name_masks(axes, points, dense_line)
     style.legend_below(figure, handles(shown))
     note = f"{hidden:,} of {len(points):,} settings lie behind others of the same method" if hidden else ""
     return figure, tips, note
@@ -95,25 +95,27 @@ def _apart(axes: Axes, points: pd.DataFrame) -> np.ndarray[Any, Any]:
         near *= 1.5
 
 
-def _name_masks(axes: Axes, front: pd.DataFrame, others: Sequence[Artist]) -> None:
-    """The mask of each of the front's points, below it on its left, where no setting lies. None where it would lie on
+def _name_masks(axes: Axes, points: pd.DataFrame, others: Sequence[Artist]) -> None:
+    """The mask of each point on the front, below it on its left, where no setting lies. None where it would lie on
     another name, a marker, a line or one of `others`, or below another marker as if it were that one's; a long front is
     a curve without names."""
     from matplotlib.transforms import Bbox
 
+    front = points[points["on_front"]].sort_values("cost")
     if len(front) > MOST_NAMES:
         return
-    places = axes.transData.transform(front[["cost", QUALITY]].to_numpy(float))
+    places = dict(
+        zip(points.index, axes.transData.transform(points[["cost", QUALITY]].to_numpy(float)), strict=True)
+    )
     # Of the front's steps the falling parts: before a name reaches a level one, it meets these.
-    lines = [[(x, y), (x, before)] for (_, before), (x, y) in pairwise(places)]
+    lines = [[places[here], (places[here][0], places[before][1])] for before, here in pairwise(front.index)]
     pixel = axes.figure.dpi / style.POINTS_PER_INCH  # of the page, in those of a file
     room, below = CLEAR * pixel, (GAP + style.SMALL) * pixel
     taken = [Bbox(ends).padded(room) for ends in lines]
     taken += [drawn.get_window_extent().padded(room) for drawn in others]
-    markers = [Bbox([(x - room, y - below), (x + room, y + room)]) for x, y in places]
-    for number, (mask, cost, quality) in enumerate(
-        zip(front["mask"], front["cost"], front[QUALITY], strict=True)
-    ):
+    markers = {one: Bbox([(x - room, y - below), (x + room, y + room)]) for one, (x, y) in places.items()}
+    named = zip(front.index, front["mask"], front["cost"], front[QUALITY], strict=True)
+    for point, mask, cost, quality in named:
         name = axes.annotate(
             _shortened(style.readable(mask)),
             (cost, quality),
@@ -127,7 +129,9 @@ def _name_masks(axes: Axes, front: pd.DataFrame, others: Sequence[Artist]) -> No
         if name.get_window_extent().x0 < axes.bbox.x0:
             name.set(ha="left", position=(0, -GAP))
         box = name.get_window_extent()
-        if box.y0 < axes.bbox.y0 or box.count_overlaps([*taken, *markers[:number], *markers[number + 1 :]]):
+        if box.y0 < axes.bbox.y0 or box.count_overlaps(
+            [*taken, *(box for one, box in markers.items() if one != point)]
+        ):
             name.remove()
         else:
             taken.append(box)

@@ -36,7 +36,7 @@ def check_folder(folder: Path) -> None:
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Writes a report, in place of an earlier one; returns its files, the page first. Raises UsageError."""
     check_folder(folder)
-    made = report_files(report)
+    made = report_files(report, folder.absolute().name)
     written = {folder / name for name in made}
     try:
         if (folder / PAGE).exists():  # its figures may be of strata that are no more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -36,8 +37,11 @@ class Shown:
     note: str
 
 
-def report_files(report: Report) -> dict[str, bytes]:
-    """By path within a folder all that `raysweep report` writes: figures and recipes, and last the page itself."""
+def report_files(report: Report, folder: str = "") -> dict[str, bytes]:
+    """By path within a folder all that `raysweep report` writes: figures and recipes, and last the page itself.
+
+    folder: its name, in the commands that the page shows
+    """
     drawn: dict[str, list[Shown]] = {kind: [] for kind in KINDS}
     made: dict[str, bytes] = {}
     with styled():
@@ -47,7 +51,7 @@ def report_files(report: Report) -> dict[str, bytes]:
             made[f"{FIGURES}/{panel.name}.png"] = svg.png_bytes(panel.figure)
             image = svg.inline(text, f"figure{place}", panel.title, panel.tips)
             drawn[panel.kind].append(Shown(panel.name, panel.title, image, panel.note))
-    recipes = _recipes(report)
+    recipes = _recipes(report, folder)
     made |= {one["file"]: one["yaml"].encode() for one in recipes if one["yaml"]}
     return made | {PAGE: _page(report, drawn, recipes).encode()}
 
@@ -126,16 +130,18 @@ def _named(report: Report, trial_id: str) -> str:
     return trial_id if report.space is None else f"{report.space.name}:{trial_id}"
 
 
-def _recipes(report: Report) -> list[dict[str, Any]]:
+def _recipes(report: Report, folder: str) -> list[dict[str, Any]]:
     names, several = slugs(report.strata), len(report.recipes) > 1
     made: list[dict[str, Any]] = []
     for row in report.recipes.to_dict("records"):
         stratum = row["stratum"]
+        file = f"recipe-{names[stratum]}.yaml" if several else "recipe.yaml"
         made.append(
             {str(name): value for name, value in row.items()}
             | {
                 "words": report.strata[stratum],
-                "file": f"recipe-{names[stratum]}.yaml" if several else "recipe.yaml",
+                "file": file,
+                "launch": shlex.join(["raysweep", "launch", f"{folder}/{file}" if folder else file]),
                 "yaml": row["yaml"] if isinstance(row["yaml"], str) else None,
                 "export": f"raysweep export {_named(report, row['trial_id'])} --output pruned-model",
             }
