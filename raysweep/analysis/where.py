@@ -50,7 +50,7 @@ def rows_where(rows: pd.DataFrame, expression: str) -> pd.DataFrame:
     try:
         tree = ast.parse(source.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        _refuse(expression, "is no expression")
+        _refuse(expression, "is no expression (== compares, and or not are small)")
     reading = _Reading(rows, expression, columns, quoted)
     return rows[reading.truth(tree).to_numpy(bool)]
 

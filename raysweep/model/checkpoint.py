@@ -78,7 +78,7 @@ class ModelSource:
         here = Path(self.location).absolute()
         return (
             f"There is no folder {here}, so it was taken for a Hugging Face id. Check the spelling; a gated model "
-            "needs HF_TOKEN, no network HF_HUB_OFFLINE=1."
+            "needs HF_TOKEN; without a network HF_HUB_OFFLINE=1 finds what was downloaded before."
         )
 
     def check_folder(self) -> None:
