@@ -84,7 +84,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help and usage errors in half the time
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},  # longer lines tire
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 MOST_NAMES, LONGEST_NAME = 50, 28  # points that are named, and letters of a name
-GAP, CLEAR = (
-    5,
-    3,
-)  # pixels of the page from the middle of a marker to its name, and around what a name may not touch
+# In pixels of the page: from the middle of a marker to its name, and around what a name may not touch.
+GAP, CLEAR = 5, 3
 NEAR = 4.0  # pixels within which a point hides another of the same look, where there are many
 MANY_POINTS, MOST_POINTS = (
     200,
