@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.analysis.ladder import best_learning_rates, edges
+from raysweep.analysis.rows import records
 from raysweep.analysis.settings import setting_labels, with_settings
-from raysweep.analysis.table import records
 from raysweep.config.dialect import dump_yaml
 from raysweep.config.space import SearchSpace
 from raysweep.config.trial import Trial

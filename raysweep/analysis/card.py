@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from raysweep.analysis.table import protocol_words
+from raysweep.analysis.rows import protocol_words
 from raysweep.config.dialect import dump_yaml
 from raysweep.config.trial import Trial
 from raysweep.results.schema import PERPLEXITY_PREFIX

@@ -14,6 +14,7 @@ from raysweep.analysis.ladder import best_learning_rates, learning_rate_curves, 
 from raysweep.analysis.paired import Margin, advised, judged
 from raysweep.analysis.pareto import pareto
 from raysweep.analysis.recipe import recipe_yaml, recommended
+from raysweep.analysis.rows import failures, records
 from raysweep.analysis.settings import (
     finished,
     keys_of,
@@ -22,7 +23,6 @@ from raysweep.analysis.settings import (
     trial_labels,
     with_settings,
 )
-from raysweep.analysis.table import failures, records
 from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.config.sections import SearchConfig
 from raysweep.config.space import SearchSpace
@@ -107,7 +107,7 @@ def make_report(
         learning_rates=best_learning_rates(frame, search.metric, search.mode),
         depth=error_by_depth(usable, units),
         recipes=_with_yaml(recommended(usable, margin, search.metric), rows, space),
-        failed=failures(rows),
+        failed=failures(records(rows)),
         missing=_missing(rows, space) if space else [],
         space=space,
     )

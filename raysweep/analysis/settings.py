@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raysweep.analysis.table import protocol_words, records, trial_label
+from raysweep.analysis.rows import protocol_words, records, trial_label
 from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.config.spellings import UNSTRUCTURED
 from raysweep.config.trial import Trial

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
+from raysweep.analysis.rows import Row, protocol_words
 from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.config.field_groups import LORA, MASK_FIELDS, RECOVERY_FIELDS, RETRAIN_FIELDS, STEP_FIELDS
-from raysweep.config.labels import label_of
 from raysweep.config.spellings import UNSTRUCTURED, window_length
-from raysweep.config.trial import Trial
 from raysweep.errors import UsageError, nearest_name
 from raysweep.results.schema import PERPLEXITY_PREFIX, TASK_PREFIX
 
@@ -54,125 +52,109 @@ MOST_BLOCKS = 10_000  # more than a window may have
 _ORDERS = {"recovery": RECOVERIES, "granularity": GRANULARITIES}  # others follow, by name
 
 
-def summary_table(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
-    """The rows of `load_results`, one for each finished trial, with the columns that compare them.
+@dataclass(frozen=True)
+class Summary:
+    """What the table of a sweep shows.
 
-    The index is `trial_id`. First come the columns that vary (`criterion` with its comparison group, as in
-    `wanda/row`), then the measures that any of them has, all under their names in `rows`. The dense row comes first,
-    then mask by mask the pruned row and its recoveries.
+    columns: the names of those that compare the trials: first what varies, then the measures that any of them has
+    rows: the finished trials in the order of the table. They have all columns of their sweep; of them `criterion` comes
+    with its comparison group (`wanda/row`), and `start_from`, `data` and `evaluation` as people write them
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Row]
+
+    def values(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self.rows]
+
+
+def summary_table(rows: Sequence[Row], sort: str | None = None) -> Summary:
+    """The table of the trials of a sweep: the dense row first, then mask by mask the pruned row and its recoveries.
 
     sort: order by this column of `rows` instead, lowest first; with a minus (`-sparsity`) highest first
     Raises UsageError for an unknown column.
     """
-    column, _ = _sort_column(sort, rows.columns)
-    table = sorted_rows(_with_labels(rows[rows["status"] == "finished"]), sort)
+    column, _ = sort_column(sort, rows)
+    table = sorted_rows(_with_labels([row for row in rows if row["status"] == "finished"]), sort)
     labels = [name for name in _filled_labels(table) if _varies(table, name)]
-    measured = [name for name in MEASURES[1:] if table[name].notna().any() or table.empty]
+    measured = [name for name in MEASURES[1:] if _values(table, name)]
     measures = [*MEASURES[:1], *_other_perplexities(table), *_tasks(table), *measured]
     shown = [*labels, *measures, *([column] if column else [])]
-    return table.set_index("trial_id", drop=False)[list(dict.fromkeys(shown))]
+    return Summary(list(dict.fromkeys(shown)), table)
 
 
-def sorted_rows(rows: pd.DataFrame, sort: str | None = None) -> pd.DataFrame:
-    """All columns of the rows in the order of `summary_table`."""
-    column, descending = _sort_column(sort, rows.columns)
-    if column is None:
-        return rows.iloc[_reading_order(rows)]
-    return rows.sort_values(column, ascending=not descending, kind="stable", na_position="last")
-
-
-def fixed_columns(rows: pd.DataFrame) -> dict[str, Any]:
-    """The columns that tell trials apart in other sweeps and are equal in this one, with their value."""
-    table = _with_labels(rows)
-    alike = (name for name in _filled_labels(table) if name != "recovery" and not _varies(table, name))
-    return {name: _plain(values[0]) for name in alike if len(values := _values(table, name)) == 1}
-
-
-def failures(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """Label and reason of every failed trial."""
-    return [
-        (trial_label(row), str(row["error"]) if pd.notna(row["error"]) else "no reason was recorded")
-        for row in records(rows[rows["status"] == "failed"])
-    ]
-
-
-def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as dictionaries of plain Python values, None where a column does not apply."""
-    if len(rows) == 0:  # for which pandas would take milliseconds, with a hundred columns
+def sorted_rows(rows: Sequence[Row], sort: str | None = None) -> list[Row]:
+    """The rows in the order of `summary_table`; last those to which the column does not apply."""
+    if not rows:
         return []
-    return [
-        {str(name): None if pd.isna(value) else _plain(value) for name, value in row.items()}
-        for row in rows.to_dict("records")
-    ]
+    column, descending = sort_column(sort, rows)
+    if column is None:
+        return _in_reading_order(rows)
+    told = [row for row in rows if row[column] is not None]
+    ordered = sorted(told, key=lambda row: row[column], reverse=descending)
+    return [*ordered, *(row for row in rows if row[column] is None)]
 
 
-def plain_values(column: pd.Series) -> list[Any]:
-    """A column as plain Python values, None where it does not apply."""
-    return [None if pd.isna(value) else _plain(value) for value in column]
+def sort_column(sort: str | None, rows: Sequence[Row]) -> tuple[str | None, bool]:
+    """The column to sort by, and whether the highest comes first. Raises UsageError where no row has it."""
+    if sort is None:
+        return None, False
+    known, name = list(rows[0]), sort.removeprefix("-")
+    if name not in known:
+        raise UsageError(
+            f"unknown column {name!r} to sort by",
+            allowed="any column of the trials, such as " + ", ".join(MEASURES[:4]),
+            nearest=nearest_name(name, known),
+        )
+    return name, sort.startswith("-")
 
 
-def trial_label(row: Mapping[str, Any]) -> str:
-    """The trial's short name, as progress lines show it; its identity where the fields make no trial."""
-    try:
-        label = label_of(Trial.from_columns(dict(row)))
-    except (UsageError, ValueError):
-        return str(row["trial_id"])
-    seed = row.get("calibration_seed")
-    return label + (f" calibration.seed={seed}" if seed else "")
+def fixed_columns(table: Summary) -> dict[str, Any]:
+    """The columns that tell trials apart in other sweeps and are equal in this one, with their value."""
+    rows = table.rows
+    alike = (name for name in _filled_labels(rows) if name != "recovery" and not _varies(rows, name))
+    return {name: values[0] for name in alike if len(values := _values(rows, name)) == 1}
 
 
-def _plain(value: Any) -> Any:
-    """A number of NumPy as one of Python, which strict settings ask for."""
-    return value.item() if hasattr(value, "item") else value
-
-
-def mask_groups(table: pd.DataFrame) -> list[int]:
-    """For each row of a summary table the number of its mask; the dense row has one of its own."""
-    names = [name for name in (*MASK_COLUMNS, *LATER_MASK_FIELDS) if name in table]
-    dense = table["recovery"].eq("dense") if "recovery" in table else pd.Series(False, index=table.index)
-    keys = [
-        (bool(is_dense), *map(str, key)) for is_dense, key in zip(dense, _tuples(table, names), strict=True)
-    ]
+def mask_groups(table: Summary) -> list[int]:
+    """For each row the number of its mask; the dense row has one of its own."""
+    names = [name for name in (*MASK_COLUMNS, *LATER_MASK_FIELDS) if name in table.columns]
+    keys = [(row["recovery"] == "dense", *(row[name] for name in names)) for row in table.rows]
     numbers: list[int] = []
     for place, key in enumerate(keys):
         numbers.append(numbers[-1] + (key != keys[place - 1]) if place else 0)
     return numbers
 
 
-def best_rows(rows: pd.DataFrame, metric: str, mode: str, compare_within: Sequence[str]) -> set[str]:
+def best_rows(rows: Sequence[Row], metric: str, mode: str, compare_within: Sequence[str]) -> set[str]:
     """The trial_id of the best finished trial of every cell that has more than one to choose from."""
-    names = [name for name in compare_within if name in rows]
-    if metric not in rows or not names:
+    if not compare_within:
         return set()
-    usable = rows[(rows["status"] == "finished") & rows[metric].notna()]
-    best: set[str] = set()
-    for _, cell in usable.groupby(names, dropna=False, sort=False):
-        if len(cell) > 1:
-            place = cell[metric].idxmin() if mode == "min" else cell[metric].idxmax()
-            best.add(str(cell.at[place, "trial_id"]))
-    return best
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "finished" and row.get(metric) is not None:
+            cells.setdefault(tuple(row.get(name) for name in compare_within), []).append(row)
+    pick = min if mode == "min" else max
+    chosen = (pick(cell, key=lambda row: row[metric]) for cell in cells.values() if len(cell) > 1)
+    return {row["trial_id"] for row in chosen}
 
 
-def _with_labels(rows: pd.DataFrame) -> pd.DataFrame:
+def _with_labels(rows: Sequence[Row]) -> list[Row]:
     """With `criterion` as people write it, and `evaluation` where the rows were not measured alike."""
-    table = rows.copy()
-    grouped = table["comparison_group"].notna()
-    table.loc[grouped, "criterion"] = table["criterion"] + "/" + table["comparison_group"]
-    table["start_from"] = table["start_from"].map(_start_words, na_action="ignore")
-    table["data"] = table["data"].map(_data_words, na_action="ignore")
-    protocols = table["evaluation_protocol"] if "evaluation_protocol" in table else pd.Series(dtype=object)
-    if protocols.nunique() > 1:
-        table["evaluation"] = [protocol_words(text) for text in protocols]
-    return table
+    measured_alike = len(_values(rows, "evaluation_protocol")) <= 1
+    return [dict(row) | _labels(row, measured_alike) for row in rows]
 
 
-def protocol_words(text: Any) -> str | None:
-    """pystdlib 64 x 256: the first entry with its windows and their length."""
-    try:
-        entry = json.loads(text)["perplexity"][0]
-        return f"{entry['name']} {entry.get('max_windows', 'all')} x {entry['sequence_length']}"
-    except (TypeError, ValueError, LookupError):
-        return None
+def _labels(row: Row, measured_alike: bool) -> dict[str, Any]:
+    criterion, group, start, data = (
+        row[name] for name in ("criterion", "comparison_group", "start_from", "data")
+    )
+    return {
+        "criterion": criterion if criterion is None or group is None else f"{criterion}/{group}",
+        "start_from": start if start is None else _start_words(start),
+        "data": data if data is None else _data_words(data),
+        "evaluation": None if measured_alike else protocol_words(row["evaluation_protocol"]),
+    }
 
 
 def _start_words(text: str) -> str:
@@ -194,78 +176,85 @@ def _data_words(text: str) -> str:
         return text
 
 
-def _filled_labels(table: pd.DataFrame) -> list[str]:
+def _filled_labels(rows: Sequence[Row]) -> list[str]:
     """The columns that may tell trials apart: `recovery`, and of the others those that apply to some trial."""
-    filled = {str(name) for name in table.columns[table.notna().any()]}
-    return [name for name in LABELS if name in filled or (name == "recovery" and name in table)]
+    return [name for name in LABELS if name == "recovery" or any(row.get(name) is not None for row in rows)]
 
 
-def _values(table: pd.DataFrame, name: str) -> list[Any]:
-    return list(table[name].dropna().unique())
+def _values(rows: Sequence[Row], name: str) -> list[Any]:
+    """The different ones of a column, in the order of the rows."""
+    return list(dict.fromkeys(value for row in rows if (value := row.get(name)) is not None))
 
 
-def _varies(table: pd.DataFrame, name: str) -> bool:
+def _varies(rows: Sequence[Row], name: str) -> bool:
     """Whether a column tells trials apart. Null is a value only where the field applies."""
     if name == "recovery":
         return True
-    if name == "seed" and _follows_calibration_seed(table):
+    if name == "seed" and _follows_calibration_seed(rows):
         return False
     if name == "model_hash":
-        return bool((table.groupby("model")["model_hash"].nunique() > 1).any())
+        return _vary_within([(row["model"], row[name]) for row in rows if row[name] is not None])
     if name == "pattern":
-        return bool({*_values(table, name)} - {UNSTRUCTURED}) and len(_values(table, name)) > 1
-    if name == "sparsity" and _values(table, "pattern") and UNSTRUCTURED not in _values(table, "pattern"):
+        return bool({*_values(rows, name)} - {UNSTRUCTURED}) and len(_values(rows, name)) > 1
+    if name == "sparsity" and _values(rows, "pattern") and UNSTRUCTURED not in _values(rows, "pattern"):
         return False  # N:M says it
-    if name == "granularity" and table["recovery"].eq("retrain").any():
-        return bool(_values(table, name))
+    if name == "granularity" and any(row["recovery"] == "retrain" for row in rows):
+        return bool(_values(rows, name))
     if name in (*RECOVERY_FIELDS, *LATER_RECOVERY_FIELDS):
-        applies = _applies(table, name)
-        values = table.loc[applies, name]  # of this column alone: rows have a hundred
-        if values.nunique(dropna=False) <= 1:
+        told = [(row["recovery"], row[name]) for row in rows if _applies(row, name)]
+        values = {value for _, value in told}
+        if len(values) <= 1:
             return False
-        by_recovery = values.groupby(table.loc[applies, "recovery"])  # defaults differ between recoveries
-        differs = by_recovery.nunique(dropna=False) > 1
-        return bool(differs.any()) or (name == "learning_rate" and values.nunique() > 1)
-    return len(_values(table, name)) > 1
+        # Defaults differ between recoveries.
+        return _vary_within(told) or (name == "learning_rate" and len(values - {None}) > 1)
+    return len(_values(rows, name)) > 1
 
 
-def _applies(table: pd.DataFrame, name: str) -> pd.Series:
-    """The rows to which a field of recovery applies, so that a null among them is a value."""
+def _vary_within(pairs: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether the second ones differ among pairs with the same first one."""
+    return len(set(pairs)) > len({first for first, _ in pairs})
+
+
+def _applies(row: Row, name: str) -> bool:
+    """Whether a field of recovery applies to a trial, so that a null is a value."""
     if name in STEP_FIELDS:
-        return table["learning_rate"].notna()
+        return row["learning_rate"] is not None
     if name in ("lora_rank", "lora_alpha"):
-        return table["trainable"].isin(LORA)
+        return row["trainable"] in LORA
     if name in LATER_RECOVERY_FIELDS:
-        return table["recovery"].eq("retrain")
-    return table["recovery"].isin(("reconstruct", "retrain"))
+        return bool(row["recovery"] == "retrain")
+    return row["recovery"] in ("reconstruct", "retrain")
 
 
-def _follows_calibration_seed(table: pd.DataFrame) -> bool:
-    own, calibration = table["seed"], table["calibration_seed"]
-    return bool(own.eq(calibration)[own.notna() & calibration.notna()].all())
+def _follows_calibration_seed(rows: Sequence[Row]) -> bool:
+    pairs = ((row["seed"], row["calibration_seed"]) for row in rows)
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
-def _other_perplexities(table: pd.DataFrame) -> list[str]:
+def _other_perplexities(rows: Sequence[Row]) -> list[str]:
     """The perplexities of all evaluation entries but the first, which is `perplexity` itself."""
-    names = [name for name in map(str, table) if name.startswith(PERPLEXITY_PREFIX)]
-    first = table["perplexity"]
-    return [name for name in names if table[name].notna().any() and not table[name].equals(first)]
+    names = [name for name in _columns(rows) if name.startswith(PERPLEXITY_PREFIX) and _values(rows, name)]
+    return [name for name in names if any(row[name] != row["perplexity"] for row in rows)]
 
 
-def _tasks(table: pd.DataFrame) -> list[str]:
+def _tasks(rows: Sequence[Row]) -> list[str]:
     """The columns of tasks that some row has a value of."""
-    return [name for name in map(str, table) if name.startswith(TASK_PREFIX) and table[name].notna().any()]
+    return [name for name in _columns(rows) if name.startswith(TASK_PREFIX) and _values(rows, name)]
 
 
-def _reading_order(table: pd.DataFrame) -> list[int]:
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(rows[0]) if rows else []
+
+
+def _in_reading_order(rows: Sequence[Row]) -> list[Row]:
     """Models in the order in which they ran; in each the dense row, which has no mask, then mask by mask."""
-    models = {model: place for place, model in enumerate(table["model"].dropna().unique())}
-    names = [name for name in LABELS if name in table]
-    keys = []
-    for place, row in enumerate(records(table[names])):
-        parts = [_sort_key(name, row[name]) for name in names if name != "model"]
-        keys.append((models.get(row["model"], -1), parts, place))
-    return [key[-1] for key in sorted(keys)]
+    models = {model: place for place, model in enumerate(_values(rows, "model"))}
+    names = [name for name in _filled_labels(rows) if name != "model"]
+
+    def place(row: Row) -> tuple[int, list[tuple[int, float, str]]]:
+        return models.get(row["model"], -1), [_sort_key(name, row[name]) for name in names]
+
+    return sorted(rows, key=place)
 
 
 def _sort_key(name: str, value: Any) -> tuple[int, float, str]:
@@ -280,20 +269,3 @@ def _sort_key(name: str, value: Any) -> tuple[int, float, str]:
     if name == "pattern":
         return (1, float(value != UNSTRUCTURED), str(value))
     return (2, float(value), "") if isinstance(value, int | float) else (2, 0.0, str(value))
-
-
-def _sort_column(sort: str | None, columns: Iterable[str]) -> tuple[str | None, bool]:
-    if sort is None:
-        return None, False
-    known, name = list(columns), sort.removeprefix("-")
-    if name not in known:
-        raise UsageError(
-            f"unknown column {name!r} to sort by",
-            allowed="any column of the trials, such as " + ", ".join(MEASURES[:4]),
-            nearest=nearest_name(name, known),
-        )
-    return name, sort.startswith("-")
-
-
-def _tuples(table: pd.DataFrame, names: Sequence[str]) -> list[tuple[Any, ...]]:
-    return list(table[list(names)].itertuples(index=False, name=None)) if names else [()] * len(table)

@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
@@ -83,21 +83,17 @@ def print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
-def print_csv(rows: pd.DataFrame) -> None:
+def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows as CSV on stdout: empty where a column does not apply, moments as ISO text."""
-    from raysweep.analysis.table import records
-
-    writer = csv.DictWriter(sys.stdout, [str(name) for name in rows], lineterminator="\n")
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _json_value(value) for name, value in row.items()} for row in records(rows))
+    writer.writerows(json_rows(rows))
     sys.stdout.flush()
 
 
-def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
+def json_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows as JSON has them: null where a column does not apply, moments as ISO text."""
-    from raysweep.analysis.table import records
-
-    return [{name: _json_value(value) for name, value in row.items()} for row in records(rows)]
+    return [{name: _json_value(value) for name, value in row.items()} for row in rows]
 
 
 def _json_value(value: Any) -> Any:

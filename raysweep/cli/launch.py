@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysweep.analysis.rows import records
 from raysweep.cli.console import quiet_libraries, say
 from raysweep.cli.display import shown
 from raysweep.cli.ending import FAILED, clean_interruptions, interruption_status, show_traceback
@@ -48,7 +49,7 @@ def run_launch(
         if options["trace"]:
             say("--trace: a launch that is interrupted leaves none", "dim")
         return interruption_status(interruption)
-    show_rows(folder, rows, Choice(as_json=as_json))
+    show_rows(folder, records(rows), Choice(as_json=as_json))
     if options["trace"]:
         there = f"trace in {_short_path(folder)}/{TRACE_FILE}, for https://ui.perfetto.dev"
         say("--trace: nothing was left to run" if _trace_time(folder) == trace_before else there)

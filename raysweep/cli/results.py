@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
+from raysweep.analysis.rows import trial_label
+from raysweep.analysis.table import best_rows, sort_column, sorted_rows
 from raysweep.cli.console import json_rows, output, print_csv, print_json, say
 from raysweep.cli.numbers import count
+from raysweep.cli.table import print_summary
 from raysweep.config.document import Document
 from raysweep.config.sections import SearchConfig
 from raysweep.errors import RaysweepError, UsageError
 from raysweep.importing import without_collecting
 from raysweep.results.folders import SPACE_FILE, has_rows, list_sweeps, storage_folder, sweep_folder
 from raysweep.results.uris import mirrored_uri, place_of
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 CSV_BEGINS = "trial_id,"  # the first column of all rows
 
@@ -47,14 +47,11 @@ class Choice:
 
 
 def run_results(name: str | None, choice: Choice, storage: str | None) -> None:
-    with without_collecting():  # most of what the command takes
-        import pandas  # noqa: F401
-
-        from raysweep.results.reader import load_results
+    from raysweep.results.reader import load_rows
 
     choice.check()
     folder = sweep_folder(name or only_sweep(storage), storage)
-    show_rows(folder, load_results(folder), choice)
+    show_rows(folder, load_rows(folder), choice)
 
 
 def only_sweep(storage: str | None) -> str:
@@ -70,50 +67,50 @@ def only_sweep(storage: str | None) -> str:
     )
 
 
-def show_rows(folder: Path, rows: pd.DataFrame, choice: Choice | None = None) -> None:
-    """Rows on stdout: as a table, as one JSON document, or as CSV."""
-    from raysweep.analysis.table import best_rows, sorted_rows
-    from raysweep.cli.table import print_summary
-
+def show_rows(folder: Path, rows: Sequence[dict[str, Any]], choice: Choice | None = None) -> None:
+    """The rows of a sweep on stdout: as a table, as one JSON document, or as CSV."""
     choice, search = choice or Choice(), search_of(folder)
+    sort_column(choice.sort, rows)  # a wrong one is refused, whatever is chosen
     chosen = _chosen(rows, choice, search)
     if choice.as_json:
         ordered = sorted_rows(chosen, choice.sort)
         print_json({"sweep": folder.resolve().name, "folder": place_of(folder), "rows": json_rows(ordered)})
     elif choice.as_csv:
-        print_csv(sorted_rows(chosen, choice.sort))
-    elif len(chosen):
+        print_csv(list(rows[0]), sorted_rows(chosen, choice.sort))
+    elif chosen:
         best = best_rows(rows, search.metric, search.mode, search.compare_within)
         print_summary(output(), chosen, choice.sort, best)
     else:
-        sorted_rows(rows, choice.sort)  # a wrong column is refused in any case
         say(f"none of {count(len(rows), 'trial')} is chosen")
 
 
-def _chosen(rows: pd.DataFrame, choice: Choice, search: SearchConfig) -> pd.DataFrame:
-    if choice.where is not None:
-        from raysweep.analysis.where import rows_where
-
-        rows = rows_where(rows, choice.where)
-    if choice.pareto:
+def _chosen(rows: Sequence[dict[str, Any]], choice: Choice, search: SearchConfig) -> Sequence[dict[str, Any]]:
+    if choice.where is None and not choice.pareto:
+        return rows
+    with without_collecting():  # pandas, which nothing else here needs
         from raysweep.analysis.pareto import front_rows
+        from raysweep.analysis.where import rows_where
+        from raysweep.results.reader import frame_of
 
-        rows = front_rows(rows, search.metric, search.mode)
-    return rows
+    frame = frame_of(rows)
+    if choice.where is not None:
+        frame = rows_where(frame, choice.where)
+    if choice.pareto:
+        frame = front_rows(frame, search.metric, search.mode)
+    return [rows[place] for place in frame.index]
 
 
 def labeled_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a sweep that may have none yet, with labels."""
     if not has_rows(folder):
         return []
-    from raysweep.analysis.table import records, trial_label
-    from raysweep.results.reader import load_results
+    from raysweep.results.reader import load_rows
 
     try:
-        rows = load_results(folder)
+        rows = load_rows(folder)
     except RaysweepError:  # files that are none of ours
         return []
-    return [row | {"label": trial_label(row)} for row in records(rows)]
+    return [row | {"label": trial_label(row)} for row in rows]
 
 
 def search_of(folder: Path) -> SearchConfig:

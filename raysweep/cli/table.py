@@ -9,12 +9,20 @@ from itertools import accumulate
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from raysweep.analysis.rows import Row, failures, trial_label
+from raysweep.analysis.table import (
+    LATER_MASK_FIELDS,
+    MASK_COLUMNS,
+    Summary,
+    fixed_columns,
+    mask_groups,
+    summary_table,
+)
 from raysweep.cli.numbers import MIB, count, decimals_for, fixed
 from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.results.schema import OPEN_PREFIXES, TASK_PREFIX
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Console
 
 Cells = list[str]
@@ -65,25 +73,22 @@ class ColumnText:
 
 
 def print_summary(
-    console: Console, rows: pd.DataFrame, sort: str | None = None, best: Collection[str] = ()
+    console: Console, rows: Sequence[Row], sort: str | None = None, best: Collection[str] = ()
 ) -> None:
     """The table of `rows`, what all of them have in common, and the trials that were stopped or failed.
 
     best: identities of the trials whose validation perplexity is marked
     """
-    from raysweep.analysis.table import failures, fixed_columns, summary_table
-
     table, sorted_by = summary_table(rows, sort), sort.removeprefix("-") if sort else None
-    if len(table):
+    if table.rows:
         columns = table_columns(table)
         labeled = partial(labeled_columns, table, rows, sorted_by)
         shown, dropped = arranged(columns, labeled, console.width, sorted_by)
         _print_rows(console, table, shown, best, grouped=sort is None)
-        listed = rows[rows["trial_id"].isin(table.index)]
         _print_caption(
-            console, fixed_columns(listed), listed, (width_of(columns), dropped), marked=bool(best)
+            console, fixed_columns(table), table.rows, (width_of(columns), dropped), marked=bool(best)
         )
-    stopped = int((rows["status"] == "stopped").sum())
+    stopped = sum(row["status"] == "stopped" for row in rows)
     if stopped:
         from rich.text import Text
 
@@ -93,40 +98,39 @@ def print_summary(
         _print_failures(console, failed)
 
 
-def table_columns(table: pd.DataFrame) -> list[ColumnText]:
+def table_columns(table: Summary) -> list[ColumnText]:
     """The columns of a summary table as text; recovery and granularity share one."""
-    frame = table.copy()
-    if "granularity" in frame:
-        frame["recovery"] = frame["granularity"].fillna(frame["recovery"])
-        frame = frame.drop(columns="granularity")
-    elif "recovery" not in frame:
-        return [_column(frame, name) for name in map(str, frame)]
-    if "criterion" in frame:
-        frame.loc[frame["recovery"] == "dense", ["criterion", "recovery"]] = ["dense", ""]
-    return [_column(frame, name) for name in map(str, frame)]
+    names = [name for name in table.columns if name != "granularity"]
+    told = {name: table.values(name) for name in names}
+    if "granularity" in table.columns:
+        pairs = zip(table.values("granularity"), told["recovery"], strict=True)
+        told["recovery"] = [
+            recovery if granularity is None else granularity for granularity, recovery in pairs
+        ]
+    if "criterion" in told:
+        for place, recovery in enumerate(told["recovery"]):
+            if recovery == "dense":
+                told["criterion"][place], told["recovery"][place] = "dense", ""
+    return [_column(name, values) for name, values in told.items()]
 
 
-def labeled_columns(
-    table: pd.DataFrame, rows: pd.DataFrame, sorted_by: str | None = None
-) -> list[ColumnText]:
+def labeled_columns(table: Summary, rows: Sequence[Row], sorted_by: str | None = None) -> list[ColumnText]:
     """The same table with one column for all settings of a trial, as progress lines show them, and with the one that it
     is sorted by."""
-    from raysweep.analysis.table import records, trial_label
-
-    by_id = {row["trial_id"]: row for row in records(rows)}
-    calibrated = [name for name in CALIBRATION_COLUMNS if name in table and name not in SETTINGS]
-    labels = [_calibrated(trial_label(by_id[row]), by_id[row], calibrated) for row in table.index]
+    by_id = {row["trial_id"]: row for row in rows}
+    shown = [by_id[identity] for identity in table.values("trial_id")]  # of `table` criterion has other words
+    calibrated = [name for name in CALIBRATION_COLUMNS if name in table.columns and name not in SETTINGS]
+    labels = [_calibrated(trial_label(row), row, calibrated) for row in shown]
     words = max((len(word) for label in labels for word in label.split()), default=0)
     trial = ColumnText("trial", "trial", labels, right=False, least=max(words, LEAST_LABEL))
-    measured = [
-        name for name in map(str, table) if name in (*BESIDE_LABELS, *TITLES) and name not in SETTINGS
+    measured = [name for name in (*BESIDE_LABELS, *TITLES) if name not in SETTINGS]
+    kept = [
+        name for name in table.columns if name in (*measured, sorted_by) or name.startswith(OPEN_PREFIXES)
     ]
-    others = [name for name in map(str, table) if name.startswith(OPEN_PREFIXES)]
-    kept = [name for name in map(str, table) if name in (*measured, *others, sorted_by)]
-    return [trial, *(_column(table, name) for name in kept)]
+    return [trial, *(_column(name, table.values(name)) for name in kept)]
 
 
-def _calibrated(label: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
+def _calibrated(label: str, row: Row, names: Sequence[str]) -> str:
     """A label with what else differs between the calibration sets of a table: such rows do not compare."""
     told = (f"{name.replace('_', '.', 1)}={row[name]}" for name in names if row[name] is not None)
     return " ".join([label, *told])
@@ -167,11 +171,8 @@ def fitting(
     return shown, dropped
 
 
-def _column(frame: pd.DataFrame, name: str) -> ColumnText:
-    from raysweep.analysis.table import plain_values
-
+def _column(name: str, values: Sequence[Any]) -> ColumnText:
     title = TITLES.get(name, name.replace("_", "\n", 1))
-    values = plain_values(frame[name])
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     shown = _format(name, numbers)
     return ColumnText(name, title, ["" if value is None else shown(value) for value in values], bool(numbers))
@@ -195,12 +196,10 @@ def _format(name: str, numbers: list[Any]) -> Callable[[Any], str]:
 
 
 def _print_rows(
-    console: Console, table: pd.DataFrame, columns: list[ColumnText], best: Collection[str], grouped: bool
+    console: Console, table: Summary, columns: list[ColumnText], best: Collection[str], grouped: bool
 ) -> None:
     """Rows under a head, a gap where a new mask begins. By lines: rich's own tables take a second for 2,000 rows."""
     from rich.text import Text
-
-    from raysweep.analysis.table import mask_groups
 
     widths = _widths(columns, console.width)
     line = partial(_lines, widths=widths, rights=[column.right for column in columns])
@@ -211,20 +210,19 @@ def _print_rows(
         console.print(Text(line(cells)[0], style="bold"), soft_wrap=True)
     rule = "-" if console.options.ascii_only else "─"
     console.print(rule * (sum(widths) + GAP * len(widths) - GAP), soft_wrap=True, highlight=False)
-    groups = mask_groups(table) if grouped else list(range(len(table)))
-    sections = _sections(columns, groups) if grouped else [0] * len(table)
-    dense, identities = table["recovery"].eq("dense").tolist(), table.index.tolist()
+    groups = mask_groups(table) if grouped else list(range(len(table.rows)))
+    sections = _sections(columns, groups) if grouped else [0] * len(table.rows)
     ends = list(accumulate(widths, lambda end, width: end + GAP + width))
     spans = {c.name: (end - width, end) for c, end, width in zip(columns, ends, widths, strict=True)}
     mark = spans.get("validation_perplexity", (0, 0))
-    for place, identity in enumerate(identities):
+    for place, row in enumerate(table.rows):
         repeated = grouped and place > 0 and groups[place] == groups[place - 1]
         for text in line([_cell(column, place, repeated) for column in columns]):
-            shown = Text(text, style="dim" if dense[place] else "")
-            if identity in best:
+            shown = Text(text, style="dim" if row["recovery"] == "dense" else "")
+            if row["trial_id"] in best:
                 shown.stylize("bold green", *mark)
             console.print(shown, soft_wrap=True)
-        if place + 1 < len(identities) and sections[place] != sections[place + 1]:
+        if place + 1 < len(table.rows) and sections[place] != sections[place + 1]:
             console.print()
 
 
@@ -267,8 +265,6 @@ def _sections(columns: list[ColumnText], groups: list[int]) -> Sequence[object]:
 
 
 def _cell(column: ColumnText, place: int, repeated: bool) -> str:
-    from raysweep.analysis.table import LATER_MASK_FIELDS, MASK_COLUMNS
-
     hidden = repeated and column.name in (*MASK_COLUMNS, *LATER_MASK_FIELDS)
     return "" if hidden else column.cells[place]
 
@@ -276,15 +272,15 @@ def _cell(column: ColumnText, place: int, repeated: bool) -> str:
 def _print_caption(
     console: Console,
     constants: Mapping[str, Any],
-    rows: pd.DataFrame,
+    rows: Sequence[Row],
     hint: tuple[int, list[ColumnText]],
     marked: bool,
 ) -> None:
     """hint: the width of the whole table, and what is not shown of it"""
     from rich.text import Text
 
-    names = [name.removeprefix("perplexity_") for name in map(str, rows) if name.startswith("perplexity_")]
-    measured_alike = rows["evaluation_protocol"].nunique() <= 1
+    names = [name.removeprefix("perplexity_") for name in rows[0] if name.startswith("perplexity_")]
+    measured_alike = len({row["evaluation_protocol"] for row in rows} - {None}) <= 1
     of_all, of_recovered = constant_words(constants)
     of_all += [f"perplexity on {names[0]}"] if names and measured_alike else []
     console.print()

@@ -154,7 +154,7 @@ def _kind(row: Row) -> Kind:
 
 def _kinds_kept(planned: list[PlannedTrial], earlier: Sequence[Row]) -> Counter[Kind]:
     """The kinds of the earlier rows that belong to planned trials, as far as their labels tell."""
-    from raysweep.analysis.table import trial_label
+    from raysweep.analysis.rows import trial_label
 
     labels = {(one.model.path, trial_label(planned_columns(one))) for one in planned}
     return Counter(_kind(row) for row in earlier if (row.get("model"), row.get("label")) in labels)

@@ -1,4 +1,4 @@
-"""Reads sweeps into pandas: whatever columns their files have, past whatever else lies in the folder."""
+"""Reads sweeps, into pandas or as plain rows: any columns that files have, past whatever else lies in the folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysweep.errors import RaysweepError, UsageError
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LAST = datetime.max.replace(tzinfo=UTC)  # rows of other programs may not say when they started
 _THREADS = 4  # opening Parquet files releases the interpreter for part of the time; more gained nothing
 
 _TYPES = {column.name: column.type for column in TRIAL_COLUMNS}
@@ -69,8 +69,28 @@ def load_results(path_or_name: str | Path, storage: str | Path | None = None) ->
     return frame.sort_values(["started_at", "trial_id"], kind="stable", ignore_index=True)
 
 
+def load_rows(folder: Path) -> list[dict[str, Any]]:
+    """What `load_results` gives of a sweep's folder, as plain rows: all columns in each, None where one does not apply.
+
+    For who prints them: to import pandas would take longer than all the rest.
+    """
+    rows = list(trial_rows(folder).values())
+    if not rows:
+        raise _nothing_yet(folder)
+    columns = _union_schema(rows).names
+    whole = ({name: row.get(name) for name in columns} for row in rows)
+    return sorted(whole, key=lambda row: (row["started_at"] or LAST, row["trial_id"]))
+
+
+def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Rows of `load_rows` as `load_results` gives them."""
+    return _to_pandas(row_table(rows))
+
+
 def load_units(path_or_name: str | Path, storage: str | Path | None = None) -> pd.DataFrame:
     """The units of every trial of a sweep, trial by trial as in `load_results`, in their own order."""
+    import pyarrow.compute as pc
+
     folder = sweep_folder(path_or_name, storage)
     identities = pa.array(load_results(folder)["trial_id"], pa.string())
     mine = set(identities.to_pylist())
@@ -131,6 +151,8 @@ def read_compacted(
         schema = trial_schema() if part == TRIALS else unit_schema()
         nothing = pa.Table.from_batches([], schema)  # `schema.empty_table()` would import pandas
         return nothing if columns is None else nothing.select(columns)
+    import pyarrow.compute as pc  # not at once: it takes longer than to read a sweep's rows
+
     try:
         with pq.ParquetFile(path) as file:
             table = file.read(columns)
@@ -201,6 +223,8 @@ def _checked(name: str, value: Any) -> Any:
         value = _converted(name, value, kind)
     if kind in (REAL, WHOLE) and not _is_number(value):
         raise ValueError(f"{name} is {value}: not a result")
+    if kind == MOMENT:
+        return value.astimezone(UTC)
     return float(value) if kind == REAL else value
 
 

@@ -13,7 +13,7 @@ from raysweep.config.calibration import CALIBRATION_COLUMNS, CalibrationConfig
 from raysweep.config.expansion import PlannedTrial
 from raysweep.config.sections import ModelConfig
 from raysweep.config.trial import Trial
-from raysweep.results.reader import load_results
+from raysweep.results.reader import load_results, load_rows
 from raysweep.results.schema import PERPLEXITY_PREFIX, planned_columns
 from raysweep.results.writer import write_rows
 
@@ -100,3 +100,8 @@ def write_sweep(folder: Path, rows: Iterable[dict[str, Any]]) -> Path:
 def frame(folder: Path, rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """The rows as `load_results` gives them."""
     return load_results(write_sweep(folder, rows))
+
+
+def plain(folder: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same as `load_rows` gives them."""
+    return load_rows(write_sweep(folder, rows))

@@ -18,7 +18,7 @@ from raysweep.analysis.page.gaps import gaps
 from raysweep.analysis.page.render import PAGE, report_files
 from raysweep.analysis.paired import Margin, in_words
 from raysweep.analysis.report import Report, make_report, report_of
-from raysweep.analysis.table import records, trial_label
+from raysweep.analysis.rows import records, trial_label
 from raysweep.config.space import SearchSpace
 from raysweep.errors import UsageError
 from raysweep.results.reader import load_units

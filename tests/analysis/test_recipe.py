@@ -7,8 +7,8 @@ import pytest
 from raysweep.analysis.ladder import tuned
 from raysweep.analysis.paired import Margin
 from raysweep.analysis.recipe import recipe_yaml, recommended
+from raysweep.analysis.rows import records
 from raysweep.analysis.settings import with_settings
-from raysweep.analysis.table import records
 from raysweep.config.space import SearchSpace
 from raysweep.config.trial import Trial
 from tests.analysis.rows import row

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raysweep.analysis.table import trial_label
+from raysweep.analysis.rows import trial_label
 from raysweep.cli.display import LiveDisplay, PlainDisplay, shown
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace

@@ -11,6 +11,7 @@ import pytest
 from raysweep import __version__
 from raysweep.cli.main import app
 from raysweep.errors import NumericalError
+from tests.analysis.rows import quickstart_rows, write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("evaluate", "launch", "plan", "status", "results", "report", "export")
@@ -37,6 +38,15 @@ finally:
 @pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["--version"]], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments):
     assert imported_by(*arguments) <= ({"pydantic"} if "launch" in arguments else set())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--sort", "perplexity"], ["--json"], ["--csv"]], ids=" ".join)
+def test_the_table_of_a_sweep_needs_no_pandas(tmp_path, arguments):
+    """Its import takes longer than all the rest; only the expressions of --where and the front are pandas' work."""
+    write_sweep(tmp_path / "a", quickstart_rows())
+    here = ("results", "--storage", str(tmp_path))
+    assert not imported_by(*here, *arguments) & {*HEAVY, "pandas"}
+    assert "pandas" in imported_by(*here, "--where", "sparsity > 0", *arguments)
 
 
 def test_no_summary_of_a_command_is_cut(raysweep):

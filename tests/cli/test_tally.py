@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raysweep.analysis.table import trial_label
+from raysweep.analysis.rows import trial_label
 from raysweep.cli.tally import Tally
 from raysweep.config.space import SearchSpace
 from tests.analysis.rows import failed, row

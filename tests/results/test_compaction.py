@@ -11,7 +11,14 @@ from raysweep.errors import RaysweepError, StorageError
 from raysweep.results import compaction
 from raysweep.results.cleaning import clean
 from raysweep.results.folders import TRIALS, UNITS, compacted_file, has_rows, row_files
-from raysweep.results.reader import load_results, load_units, row_count, trial_rows, trial_states
+from raysweep.results.reader import (
+    load_results,
+    load_rows,
+    load_units,
+    row_count,
+    trial_rows,
+    trial_states,
+)
 from raysweep.results.schema import trial_schema, unit_schema
 from raysweep.results.writer import write_rows, write_trial_row
 
@@ -24,6 +31,7 @@ def everything(folder: Path) -> tuple[object, ...]:
         trial_rows(folder),
         trial_states(folder),
         row_count(folder),
+        load_rows(folder),
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta, timezone
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raysweep.analysis.rows import records
 from raysweep.errors import UsageError
+from raysweep.results.cleaning import clean
 from raysweep.results.folders import list_sweeps, new_sweep_folder, storage_folder, sweep_folder
-from raysweep.results.reader import load_results, load_units, trial_states
+from raysweep.results.reader import frame_of, load_results, load_rows, load_units, trial_states
 from raysweep.results.writer import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +76,28 @@ def test_files_of_other_versions_and_programs(tmp_path, trial_row, unit_rows):
     assert math.isnan(frame["carbon"][0])
     assert frame["carbon"][2] == 1.25
     assert list(trial_states(tmp_path).values()) == ["finished"] * 3
+
+
+def test_plain_rows_are_those_of_the_frame(tmp_path, trial_row):
+    """In order, columns and values, whoever wrote them and wherever they lie."""
+    texts = {"epochs": None, "shuffle": False, "started_at": trial_row(0)["started_at"]}
+    write_rows(tmp_path, trial_row(3, perplexity_b=1.5, **texts), [], ["b"])
+    write_rows(tmp_path, trial_row(4, perplexity_a=2.5, tokens_trained=2**53 + 1), [], ["a"])
+    clean(tmp_path)
+    write_rows(tmp_path, trial_row(2, perplexity_c=3.5), [], ["c"])
+    there = timezone(timedelta(hours=9))
+    unsaid = {"trial_id": f"{5:016x}", "status": "finished", "carbon": 1.25, "note": 1}
+    early = trial_row(1)["started_at"].astimezone(there)
+    for row in (unsaid, unsaid | {"trial_id": f"{1:016x}", "note": "a", "started_at": early}):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "trials" / f"{row['trial_id']}.parquet")
+    rows, frame = load_rows(tmp_path), load_results(tmp_path)
+    assert [row["trial_id"] for row in rows] == [f"{number:016x}" for number in (3, 1, 2, 4, 5)]
+    assert rows == records(frame)
+    assert [list(row) for row in rows] == [list(frame)] * 5
+    assert rows[1]["started_at"].isoformat() == frame["started_at"][1].isoformat()
+    pd.testing.assert_frame_equal(frame_of(rows), frame, check_exact=True)
+    with pytest.raises(UsageError, match="no trial yet"):
+        load_rows(tmp_path / "b")
 
 
 def test_foreign_junk_is_passed_over(tmp_path, trial_row, unit_rows, caplog):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from raysweep.analysis.page import words
 from raysweep.analysis.report import Report
-from raysweep.analysis.table import records
+from raysweep.analysis.rows import records
 
 MOST_NAMED = 8  # values of a column that are named
 

@@ -12,8 +12,8 @@ from raysweep.analysis.figures.style import in_order
 from raysweep.analysis.page import words
 from raysweep.analysis.questions import COSTS
 from raysweep.analysis.report import Report
+from raysweep.analysis.rows import records, trial_label
 from raysweep.analysis.settings import METRIC, QUALITY, STRATUM_COLUMNS, keys_of, method_of
-from raysweep.analysis.table import records, trial_label
 from raysweep.config.calibration import CALIBRATION_COLUMNS
 from raysweep.config.trial import Trial
 
