@@ -9,7 +9,7 @@ import ast
 import operator
 import re
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from raysweep.errors import UsageError, nearest_name
 
 EXAMPLE = "sparsity == 0.6 and criterion in ['wanda', 'ria']"
 LONGEST, DEEPEST = 2000, 40  # letters of an expression, and levels of it
+MOST_NAMED = 12  # values of a column that an answer names
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 _WORDS = {"&": " and ", "|": " or "}  # as in pandas, where they bind like these words
 _COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -43,25 +44,47 @@ def rows_where(rows: pd.DataFrame, expression: str) -> pd.DataFrame:
     Names are columns (others than plain ones in `backticks`), values numbers, quoted texts, true, false and null;
     == != < <= > >= in and not or + - * / and parentheses connect them.
     """
-    columns = list(map(str, rows.columns))
-    if len(expression) > LONGEST:
-        _refuse(expression, f"is longer than {LONGEST} letters")
-    source, quoted = _plain(expression)
-    try:
-        tree = ast.parse(source.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        _refuse(expression, "is no expression (== compares, and or not are small)")
-    reading = _Reading(rows, expression, columns, quoted)
-    return rows[reading.truth(tree).to_numpy(bool)]
+    reading = _Reading(rows, expression)
+    return rows[reading.truth(reading.tree).to_numpy(bool)]
+
+
+def texts_of_no_row(rows: pd.DataFrame, expression: str) -> list[str]:
+    """What an expression of `rows_where` asks for and no row has, beside what its column has: a slip of the pen, or
+    words of the table, which joins columns."""
+    reading = _Reading(rows, expression)
+    return list(dict.fromkeys(reading.texts_of_no_row()))
 
 
 class _Reading:
     """Reads one expression over the columns of `rows`."""
 
-    def __init__(
-        self, rows: pd.DataFrame, expression: str, columns: list[str], quoted: dict[str, str]
-    ) -> None:
-        self._rows, self._expression, self._columns, self._quoted = rows, expression, columns, quoted
+    def __init__(self, rows: pd.DataFrame, expression: str) -> None:
+        if len(expression) > LONGEST:
+            _refuse(expression, f"is longer than {LONGEST} letters")
+        self._rows, self._expression, self._columns = rows, expression, list(map(str, rows.columns))
+        source, self._quoted = _plain(expression)
+        try:
+            self.tree = ast.parse(source.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            _refuse(expression, "is no expression (== compares, and or not are small)")
+
+    def texts_of_no_row(self) -> Iterator[str]:
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.In):
+                names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
+                values = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+                for column in (self._quoted.get(name, name) for name in names):
+                    if column in self._columns:  # not null, true or false
+                        yield from self._absent(column, [text for text in values if isinstance(text, str)])
+
+    def _absent(self, column: str, texts: list[str]) -> Iterator[str]:
+        there = list(self._rows[column].dropna().unique())
+        if not there or not all(isinstance(value, str) for value in there):
+            return
+        known = ", ".join(there[:MOST_NAMED]) + (", ..." if len(there) > MOST_NAMED else "")
+        for text in texts:
+            if text not in there:
+                yield f"no trial has {column} {text!r}; there are {known}"
 
     def truth(self, node: ast.expr, depth: int = 0) -> pd.Series:
         """By row whether it is so."""

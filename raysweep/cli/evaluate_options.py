@@ -20,8 +20,10 @@ def _whole(least: int, most: int = MAX_COUNT) -> Callable[[str], int]:
             number = int(text)
         except ValueError:
             raise typer.BadParameter(f"{text!r} is no whole number") from None
-        if not least <= number <= most:
-            raise typer.BadParameter(f"{number} is not from {least} to {most}")
+        if number < least:
+            raise typer.BadParameter(f"{number} is less than {least}")
+        if number > most:
+            raise typer.BadParameter(f"{number} is more than {most}")
         return number
 
     return read

@@ -10,10 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from raysweep.analysis.rows import trial_label
-from raysweep.analysis.table import best_rows, sort_column, sorted_rows
 from raysweep.cli.console import json_rows, output, print_csv, print_json, say
 from raysweep.cli.numbers import count
-from raysweep.cli.table import print_summary
 from raysweep.config.document import Document
 from raysweep.config.sections import SearchConfig
 from raysweep.errors import RaysweepError, UsageError
@@ -47,10 +45,11 @@ class Choice:
 
 
 def run_results(name: str | None, choice: Choice, storage: str | None) -> None:
-    from raysweep.results.reader import load_rows
-
     choice.check()
     folder = sweep_folder(name or only_sweep(storage), storage)
+    with without_collecting():  # pyarrow, a third of what the command takes
+        from raysweep.results.reader import load_rows
+
     show_rows(folder, load_rows(folder), choice)
 
 
@@ -69,6 +68,9 @@ def only_sweep(storage: str | None) -> str:
 
 def show_rows(folder: Path, rows: Sequence[dict[str, Any]], choice: Choice | None = None) -> None:
     """The rows of a sweep on stdout: as a table, as one JSON document, or as CSV."""
+    from raysweep.analysis.table import best_rows, sort_column, sorted_rows
+    from raysweep.cli.table import print_summary
+
     choice, search = choice or Choice(), search_of(folder)
     sort_column(choice.sort, rows)  # a wrong one is refused, whatever is chosen
     chosen = _chosen(rows, choice, search)
@@ -81,7 +83,7 @@ def show_rows(folder: Path, rows: Sequence[dict[str, Any]], choice: Choice | Non
         best = best_rows(rows, search.metric, search.mode, search.compare_within)
         print_summary(output(), chosen, choice.sort, best)
     else:
-        say(f"none of {count(len(rows), 'trial')} is chosen")
+        say("\n  ".join([f"none of {count(len(rows), 'trial')} is chosen", *_why_none(rows, choice)]))
 
 
 def _chosen(rows: Sequence[dict[str, Any]], choice: Choice, search: SearchConfig) -> Sequence[dict[str, Any]]:
@@ -98,6 +100,13 @@ def _chosen(rows: Sequence[dict[str, Any]], choice: Choice, search: SearchConfig
     if choice.pareto:
         frame = front_rows(frame, search.metric, search.mode)
     return [rows[place] for place in frame.index]
+
+
+def _why_none(rows: Sequence[dict[str, Any]], choice: Choice) -> list[str]:
+    from raysweep.analysis.where import texts_of_no_row
+    from raysweep.results.reader import frame_of
+
+    return [] if choice.where is None else texts_of_no_row(frame_of(rows), choice.where)
 
 
 def labeled_rows(folder: Path) -> list[dict[str, Any]]:

@@ -75,6 +75,15 @@ def test_cells_of_the_heat_map_are_the_best_means(report, drawn):
         assert {*best["mask"]} <= {*written}
 
 
+@pytest.mark.parametrize(("pruned", "told"), [(30.0, True), (10.5, False)])
+def test_the_heat_map_says_where_its_colors_end(tmp_path, pruned, told):
+    """What is only pruned may be far worse than all that is recovered, whose differences would then have one color."""
+    made = [row(0, "none", perplexity=pruned), row(1, granularity="block"), row(2, granularity="matrix")]
+    report = report_of(write_sweep(tmp_path / "a", made))
+    panel = next(panel for panel in panels(report) if panel.kind == HEAT)
+    assert ("the palest" in panel.note) is told
+
+
 def test_points_tell_their_setting(report, drawn):
     page = drawn[f"{SECONDS}-sparsity-0.6"][1]
     told = [said for _, _, said in markers(page)]

@@ -193,6 +193,13 @@ def test_where_chooses_rows(raysweep, here):
     none = raysweep("results", "--where", "sparsity > 0.9")
     assert (none.status, none.out) == (0, "")
     assert "none of 10 trials" in none.err
+    words = "criterion == 'magnitude/row' or `recovery` in ['matrix', 'none', 'dens'] and seed == null"
+    assert raysweep("results", "--where", words).err.splitlines() == [
+        "none of 10 trials is chosen",
+        "  no trial has criterion 'magnitude/row'; there are wanda, magnitude",
+        "  no trial has recovery 'matrix'; there are reconstruct, none, dense",
+        "  no trial has recovery 'dens'; there are reconstruct, none, dense",
+    ]
     assert raysweep("results", "--where", "sparsity > 0.9", "--json").json["rows"] == []
 
 

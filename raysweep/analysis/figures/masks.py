@@ -40,26 +40,27 @@ def heat(report: Report, stratum: str, words: str, dense: float | None) -> Drawn
     axes.set_xticks([place + 0.5 for place in range(len(columns))], [_two_lines(name) for name in columns])
     axes.set_yticks([place + 0.5 for place in range(len(rows))], [readable(mask) for mask in rows])
     axes.tick_params(labelcolor=style.INK)
-    steps = _steps(table.loc[rows, columns])
+    steps, beyond = _steps(table.loc[rows, columns])
     lowest = float(np.nanmin(table.to_numpy(float)))
     for down, mask in enumerate(rows):
         for across, method in enumerate(columns):
             value, spread = float(table[method][mask]), float(spreads[method][mask])
             _cell(axes, across, down, (value, spread), float(steps[method][mask]), value == lowest)
     left_out = len(table.index) - len(rows) + len(table.columns) - len(columns)
-    note = f"{left_out} criteria or methods more are in the table of trials" if left_out else ""
-    return figure, {}, note
+    notes = [f"{left_out} criteria or methods more are in the table of trials"] if left_out else []
+    notes += ["Colors span what is recovered; what is worse has the palest too"] if beyond else []
+    return figure, {}, ". ".join(notes)
 
 
-def _steps(table: pd.DataFrame) -> pd.DataFrame:
-    """By cell the number of its color, by the logarithm; what is only pruned may lie beyond the palest."""
+def _steps(table: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
+    """By cell the number of its color, by the logarithm; and whether some of what is only pruned lies beyond them."""
     logs: pd.DataFrame = table.apply(np.log)
     recovered = logs.drop(columns=PRUNED_ONLY, errors="ignore")
     scale = recovered if recovered.notna().any(axis=None) else logs
     low, high = float(np.nanmin(scale.to_numpy())), float(np.nanmax(scale.to_numpy()))
     share = (logs - low) / ((high - low) or 1.0)
     last = len(style.STEPS) - 1
-    return ((1 - share.clip(0, 1)) * last).round()
+    return ((1 - share.clip(0, 1)) * last).round(), bool((logs > high).any(axis=None))
 
 
 def _cell(axes: Axes, across: int, down: int, numbers: tuple[float, float], step: float, best: bool) -> None:
