@@ -193,7 +193,7 @@ def test_where_chooses_rows(raysweep, here):
     none = raysweep("results", "--where", "sparsity > 0.9")
     assert (none.status, none.out) == (0, "")
     assert "none of 10 trials" in none.err
-    words = "criterion == 'magnitude/row' or `recovery` in ['matrix', 'none', 'dens'] and seed == null"
+    words = "criterion == 'magnitude/row' or `recovery` in ['matrix', 'none', 'dens'] and criterion == null"
     assert raysweep("results", "--where", words).err.splitlines() == [
         "none of 10 trials is chosen",
         "  no trial has criterion 'magnitude/row'; there are wanda, magnitude",
