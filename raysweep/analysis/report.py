@@ -107,7 +107,7 @@ def make_report(
         learning_rates=best_learning_rates(frame, search.metric, search.mode),
         depth=error_by_depth(usable, units),
         recipes=_with_yaml(recommended(usable, margin, search.metric), rows, space),
-        failed=failures(records(rows)),
+        failed=failures(records(rows[rows["status"] == "failed"])),
         missing=_missing(rows, space) if space else [],
         space=space,
     )
