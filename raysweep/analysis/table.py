@@ -96,10 +96,10 @@ def sorted_rows(rows: Sequence[Row], sort: str | None = None) -> list[Row]:
 
 
 def sort_column(sort: str | None, rows: Sequence[Row]) -> tuple[str | None, bool]:
-    """The column to sort by, and whether the highest comes first. Raises UsageError where no row has it."""
+    """The column to sort by, and whether the highest comes first. Raises UsageError where the rows have no such one."""
     if sort is None:
         return None, False
-    known, name = list(rows[0]), sort.removeprefix("-")
+    known, name = _columns(rows), sort.removeprefix("-")
     if name not in known:
         raise UsageError(
             f"unknown column {name!r} to sort by",
@@ -140,7 +140,7 @@ def best_rows(rows: Sequence[Row], metric: str, mode: str, compare_within: Seque
 
 
 def _with_labels(rows: Sequence[Row]) -> list[Row]:
-    """With `criterion` as people write it, and `evaluation` where the rows were not measured alike."""
+    """With the words of `Summary`; `evaluation` only where they were not measured alike."""
     measured_alike = len(_values(rows, "evaluation_protocol")) <= 1
     return [dict(row) | _labels(row, measured_alike) for row in rows]
 
@@ -211,8 +211,9 @@ def _varies(rows: Sequence[Row], name: str) -> bool:
 
 
 def _vary_within(pairs: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether the second ones differ among pairs with the same first one."""
-    return len(set(pairs)) > len({first for first, _ in pairs})
+    """Whether the second ones differ among pairs with the same first one, which null is not."""
+    known = {pair for pair in pairs if pair[0] is not None}
+    return len(known) > len({first for first, _ in known})
 
 
 def _applies(row: Row, name: str) -> bool:

@@ -19,7 +19,7 @@ from raysweep.errors import UsageError, nearest_name
 
 EXAMPLE = "sparsity == 0.6 and criterion in ['wanda', 'ria']"
 LONGEST, DEEPEST = 2000, 40  # letters of an expression, and levels of it
-MOST_NAMED = 12  # values of a column that an answer names
+MOST_NAMED, LONGEST_NAMED = 12, 60  # values of a column that an answer names, and letters of one
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 _WORDS = {"&": " and ", "|": " or "}  # as in pandas, where they bind like these words
 _COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -52,7 +52,7 @@ def texts_of_no_row(rows: pd.DataFrame, expression: str) -> list[str]:
     """What an expression of `rows_where` asks for and no row has, beside what its column has: a slip of the pen, or
     words of the table, which joins columns."""
     reading = _Reading(rows, expression)
-    return list(dict.fromkeys(reading.texts_of_no_row()))
+    return list(dict.fromkeys(reading.texts_of_no_row(reading.tree)))
 
 
 class _Reading:
@@ -68,23 +68,31 @@ class _Reading:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             _refuse(expression, "is no expression (== compares, and or not are small)")
 
-    def texts_of_no_row(self) -> Iterator[str]:
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.In):
-                names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
-                values = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
-                for column in (self._quoted.get(name, name) for name in names):
-                    if column in self._columns:  # not null, true or false
-                        yield from self._absent(column, [text for text in values if isinstance(text, str)])
+    def texts_of_no_row(self, node: ast.expr) -> Iterator[str]:
+        if isinstance(node, ast.BoolOp):
+            for part in node.values:
+                yield from self.texts_of_no_row(part)
+        if isinstance(node, ast.Compare):  # not those behind a `not`
+            for left, kind, right in zip(
+                [node.left, *node.comparators], node.ops, node.comparators, strict=False
+            ):
+                if isinstance(kind, ast.Eq | ast.In):
+                    yield from self._absent(left, right)
+                    yield from self._absent(right, left)
 
-    def _absent(self, column: str, texts: list[str]) -> Iterator[str]:
-        there = list(self._rows[column].dropna().unique())
+    def _absent(self, column: ast.expr, other: ast.expr) -> Iterator[str]:
+        """Of the texts in one side of a comparison those that no row has, where the other side is a column of texts."""
+        name = self._quoted.get(column.id, column.id) if isinstance(column, ast.Name) else None
+        if name not in self._columns:
+            return
+        there = list(self._rows[name].dropna().unique())
         if not there or not all(isinstance(value, str) for value in there):
             return
+        legible = max(map(len, there)) <= LONGEST_NAMED
         known = ", ".join(there[:MOST_NAMED]) + (", ..." if len(there) > MOST_NAMED else "")
-        for text in texts:
-            if text not in there:
-                yield f"no trial has {column} {text!r}; there are {known}"
+        for text in (each.value for each in ast.walk(other) if isinstance(each, ast.Constant)):
+            if isinstance(text, str) and text not in there:
+                yield f"no trial has {name} {text!r}" + (f"; there are {known}" if legible else "")
 
     def truth(self, node: ast.expr, depth: int = 0) -> pd.Series:
         """By row whether it is so."""

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LAST = datetime.max.replace(tzinfo=UTC)  # rows of other programs may not say when they started
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST = datetime.max.replace(tzinfo=UTC)  # rows of other programs may not say when they started
 _THREADS = 4  # opening Parquet files releases the interpreter for part of the time; more gained nothing
 
 _TYPES = {column.name: column.type for column in TRIAL_COLUMNS}
@@ -70,7 +71,7 @@ def load_results(path_or_name: str | Path, storage: str | Path | None = None) ->
 
 
 def load_rows(folder: Path) -> list[dict[str, Any]]:
-    """What `load_results` gives of a sweep's folder, as plain rows: all columns in each, None where one does not apply.
+    """The rows of `load_results` as dictionaries: every column of any in each, None where one does not apply.
 
     For who prints them: to import pandas would take longer than all the rest.
     """
@@ -79,7 +80,7 @@ def load_rows(folder: Path) -> list[dict[str, Any]]:
         raise _nothing_yet(folder)
     columns = _union_schema(rows).names
     whole = ({name: row.get(name) for name in columns} for row in rows)
-    return sorted(whole, key=lambda row: (row["started_at"] or LAST, row["trial_id"]))
+    return sorted(whole, key=lambda row: (row["started_at"] or _LAST, row["trial_id"]))
 
 
 def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -151,11 +152,13 @@ def read_compacted(
         schema = trial_schema() if part == TRIALS else unit_schema()
         nothing = pa.Table.from_batches([], schema)  # `schema.empty_table()` would import pandas
         return nothing if columns is None else nothing.select(columns)
-    import pyarrow.compute as pc  # not at once: it takes longer than to read a sweep's rows
-
     try:
         with pq.ParquetFile(path) as file:
             table = file.read(columns)
+        if set(own).isdisjoint(table["trial_id"].to_pylist()):
+            return table
+        import pyarrow.compute as pc  # as seldom as rows are written again: it takes longer than to read them
+
         return table.filter(pc.invert(pc.is_in(table["trial_id"], pa.array(sorted(own), pa.string()))))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise RaysweepError(
@@ -191,7 +194,7 @@ def _read_row(path: Path) -> dict[str, Any] | None:
             rows = [_decode_row(stored)] if stored else _without_nulls(file.read())
     except FileNotFoundError:  # compacted since
         return None
-    except (pa.ArrowException, OSError, ValueError, TypeError, RecursionError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         logger.warning("passed over %s: %s", path, error)
         return None
     if len(rows) != 1 or rows[0].get("trial_id") != path.stem:
@@ -199,7 +202,7 @@ def _read_row(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return _checked_row(rows[0])
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         logger.warning("passed over %s: %s", path, error)
         return None
 
@@ -217,14 +220,15 @@ def _checked(name: str, value: Any) -> Any:
     """A value as its column has it; of columns that other versions or programs have added, plain or as text."""
     kind = REAL if name.startswith(OPEN_PREFIXES) else _TYPES.get(name)
     if kind is None:
-        is_plain = isinstance(value, str | bool | datetime) or _is_number(value)
-        return value if is_plain else str(value)
+        if isinstance(value, datetime):
+            return _utc(value)
+        return value if isinstance(value, str | bool) or _is_number(value) else str(value)
     if type(value) not in _EXACT[kind] or (kind == MOMENT and value.tzinfo is None):
         value = _converted(name, value, kind)
     if kind in (REAL, WHOLE) and not _is_number(value):
         raise ValueError(f"{name} is {value}: not a result")
     if kind == MOMENT:
-        return value.astimezone(UTC)
+        return _utc(value)
     return float(value) if kind == REAL else value
 
 
@@ -241,6 +245,12 @@ def _converted(name: str, value: Any, kind: pa.DataType) -> Any:
         raise ValueError(f"column {name} holds {str(value)[:60]!r}, not {kind}") from None
 
 
+def _utc(moment: datetime) -> datetime:
+    """Without a zone it counts as UTC, as in Arrow. Of pandas' own type too."""
+    there = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return datetime.combine(there.date(), there.time(), UTC)
+
+
 def _is_number(value: Any) -> bool:
     """Of those that a column can hold."""
     if isinstance(value, float):
@@ -253,10 +263,19 @@ def _without_nulls(table: pa.Table) -> list[dict[str, Any]]:
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count == len(column):
             continue
-        for row, value in zip(rows, column.to_pylist(), strict=True):
+        for row, value in zip(rows, _python_values(column), strict=True):
             if value is not None:
                 row[name] = value
     return rows
+
+
+def _python_values(column: pa.ChunkedArray) -> list[Any]:
+    """Moments by hand: pyarrow would import pandas to make them."""
+    if column.type != MOMENT:
+        values: list[Any] = column.to_pylist()
+        return values
+    numbers = (number for chunk in column.chunks for number in chunk.view(pa.int64()).to_pylist())
+    return [None if number is None else _EPOCH + timedelta(microseconds=number) for number in numbers]
 
 
 def _decode_row(stored: bytes) -> dict[str, Any]:
@@ -297,14 +316,24 @@ def _known_schema(columns: Collection[str]) -> pa.Schema:
     return trial_schema(names, tasks)
 
 
+# Types of values, with that of a column of such, and what brings them to it.
+_PLAIN: tuple[tuple[set[type], pa.DataType, Callable[[Any], Any]], ...] = (
+    ({bool}, TRUTH, bool),
+    ({int}, WHOLE, int),
+    ({int, float}, REAL, float),
+    ({datetime}, MOMENT, _utc),
+)
+
+
 def _plain_column(rows: Sequence[dict[str, Any]], name: str) -> pa.DataType:
-    """The type of a column that is none of ours. Where its values are of several kinds, they become text."""
-    try:
-        return pa.array([row.get(name) for row in rows]).type
-    except (pa.ArrowException, TypeError):
-        for row in rows:
-            row[name] = None if row.get(name) is None else str(row[name])
-        return TEXT
+    """The type of a column that is none of ours, to which all its values are brought: where they are of several kinds,
+    text. Arrow would find it as well, and import pandas for that."""
+    kinds = {type(row[name]) for row in rows if row.get(name) is not None}
+    kind, bring = next((plain for known, *plain in _PLAIN if kinds <= known), (TEXT, str))
+    for row in rows:
+        if row.get(name) is not None:
+            row[name] = bring(row[name])
+    return kind
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:

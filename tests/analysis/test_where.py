@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raysweep.analysis.where import rows_where
+from raysweep.analysis.where import MOST_NAMED, rows_where, texts_of_no_row
 from raysweep.errors import UsageError
 from tests.analysis.rows import frame, quickstart_rows, row
 
@@ -34,6 +34,31 @@ def test_it_chooses_what_pandas_does(rows, expression):
     chosen = rows_where(rows, expression)
     assert 0 < len(chosen) < len(rows)
     assert chosen.equals(rows[rows.eval(expression, engine="python").fillna(False).astype(bool)])
+
+
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ("criterion == 'wanda/row'", ["no trial has criterion 'wanda/row'; there are wanda, magnitude, ria"]),
+        ("'wnada' == criterion", ["no trial has criterion 'wnada'; there are wanda, magnitude, ria"]),
+        ("criterion in ['ria', 'x'] and `pattern` == '2:4'", ["criterion 'x'", "pattern '2:4'"]),
+        ("criterion == 'wanda' and granularity == 'block'", []),
+        ("not criterion == 'x' and criterion != 'y' and criterion > 'z'", []),
+        ("sparsity == 0.9 and criterion == null and 'a' == 'b'", []),
+    ],
+)
+def test_texts_that_no_trial_has_are_told(rows, expression, told):
+    found = texts_of_no_row(rows, expression)
+    assert len(found) == len(told)
+    assert all(words in each for words, each in zip(told, found, strict=True))
+
+
+def test_what_is_told_stays_short(tmp_path):
+    made = [row(number, error="e" * 5000 + f"{number}") for number in range(MOST_NAMED + 1)]
+    rows = frame(tmp_path / "a", made)
+    assert texts_of_no_row(rows, "error == 'x'") == ["no trial has error 'x'"]
+    (told,) = texts_of_no_row(rows, "trial_id == 'x'")
+    assert told.endswith(f"{MOST_NAMED - 1:016x}, ...")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raysweep import __version__
 from raysweep.cli.main import app
 from raysweep.errors import NumericalError
-from tests.analysis.rows import quickstart_rows, write_sweep
+from raysweep.results.cleaning import clean
+from tests.analysis.rows import START, quickstart_rows, row, write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("evaluate", "launch", "plan", "status", "results", "report", "export")
@@ -41,9 +44,15 @@ def test_help_loads_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--sort", "perplexity"], ["--json"], ["--csv"]], ids=" ".join)
-def test_the_table_of_a_sweep_needs_no_pandas(tmp_path, arguments):
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_the_table_of_a_sweep_needs_no_pandas(tmp_path, arguments, cleaned):
     """Its import takes longer than all the rest; only the expressions of --where and the front are pandas' work."""
-    write_sweep(tmp_path / "a", quickstart_rows())
+    folder = write_sweep(tmp_path / "a", quickstart_rows())
+    if cleaned:
+        clean(folder)
+        write_sweep(folder, [row(50)])
+    theirs = {"trial_id": f"{60:016x}", "status": "finished", "carbon": 1, "started_at": START}
+    pq.write_table(pa.Table.from_pylist([theirs]), folder / "trials" / f"{60:016x}.parquet")
     here = ("results", "--storage", str(tmp_path))
     assert not imported_by(*here, *arguments) & {*HEAVY, "pandas"}
     assert "pandas" in imported_by(*here, "--where", "sparsity > 0", *arguments)

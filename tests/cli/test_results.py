@@ -377,4 +377,7 @@ def test_the_column_that_is_sorted_by_is_shown(raysweep, here, monkeypatch, widt
         head = " ".join(ran.out.split("─")[0].split())
         assert all(word in head for word in TITLES.get(name, name.replace("_", " ")).split()), (name, head)
     for name in rows[0]:
-        assert name in summary_table(rows, f"{sign}{name}").columns
+        values = summary_table(rows, f"{sign}{name}").values(name)
+        known = [value for value in values if value is not None]
+        assert known == sorted(known, reverse=bool(sign)), name
+        assert values == known + [None] * (len(values) - len(known)), name

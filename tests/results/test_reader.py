@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pandas as pd
@@ -85,14 +85,31 @@ def test_plain_rows_are_those_of_the_frame(tmp_path, trial_row):
     write_rows(tmp_path, trial_row(4, perplexity_a=2.5, tokens_trained=2**53 + 1), [], ["a"])
     clean(tmp_path)
     write_rows(tmp_path, trial_row(2, perplexity_c=3.5), [], ["c"])
-    there = timezone(timedelta(hours=9))
-    unsaid = {"trial_id": f"{5:016x}", "status": "finished", "carbon": 1.25, "note": 1}
+    there, moment = timezone(timedelta(hours=9)), datetime(2026, 11, 30, 12)
+    unsaid = {
+        "trial_id": f"{5:016x}",
+        "status": "finished",
+        "carbon": 1,
+        "note": 1,
+        "odd": True,
+        "day": moment,
+    }
     early = trial_row(1)["started_at"].astimezone(there)
-    for row in (unsaid, unsaid | {"trial_id": f"{1:016x}", "note": "a", "started_at": early}):
+    told = {"carbon": 1.25, "note": "a", "odd": 1, "day": moment.replace(tzinfo=there), "started_at": early}
+    for row in (unsaid, unsaid | told | {"trial_id": f"{1:016x}"}):
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / "trials" / f"{row['trial_id']}.parquet")
     rows, frame = load_rows(tmp_path), load_results(tmp_path)
     assert [row["trial_id"] for row in rows] == [f"{number:016x}" for number in (3, 1, 2, 4, 5)]
     assert rows == records(frame)
+    assert [type(value) for row in rows for value in row.values()] == [
+        datetime if isinstance(value, datetime) else type(value)
+        for row in records(frame)
+        for value in row.values()
+    ]
+    assert [row["odd"] for row in rows] == [None, "1", None, None, "True"]
+    assert [row["day"] for row in rows if row["day"]] == [
+        datetime(2026, 11, 30, hour, tzinfo=UTC) for hour in (3, 12)
+    ]
     assert [list(row) for row in rows] == [list(frame)] * 5
     assert rows[1]["started_at"].isoformat() == frame["started_at"][1].isoformat()
     pd.testing.assert_frame_equal(frame_of(rows), frame, check_exact=True)
@@ -131,6 +148,7 @@ def test_foreign_junk_is_passed_over(tmp_path, trial_row, unit_rows, caplog):
         {"shuffle": "yes"},
         {"criterion": 5},
         {"started_at": "yesterday"},
+        {"started_at": datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-9)))},
     ],
     ids=str,
 )

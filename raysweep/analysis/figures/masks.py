@@ -53,7 +53,7 @@ def heat(report: Report, stratum: str, words: str, dense: float | None) -> Drawn
 
 
 def _steps(table: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
-    """By cell the number of its color, by the logarithm; and whether some of what is only pruned lies beyond them."""
+    """By cell the number of its color, by the logarithm; and whether what is only pruned lies beyond the palest."""
     logs: pd.DataFrame = table.apply(np.log)
     recovered = logs.drop(columns=PRUNED_ONLY, errors="ignore")
     scale = recovered if recovered.notna().any(axis=None) else logs
