@@ -31,6 +31,7 @@ from raysweep.errors import NumericalError
 from raysweep.model.block_files import read_block, write_block
 from raysweep.model.linears import find_blocks
 from raysweep.model.shard import ModelShard
+from raysweep.reconstruction.device_peak import reset_peak
 from raysweep.reconstruction.knowledge import Stopwatch
 from raysweep.reconstruction.training import TrainingRecipe
 from raysweep.results.folders import OUTSIDE
@@ -44,7 +45,11 @@ def retrain(job: RetrainJob, device: torch.device) -> Retrained:
 
     Raises NumericalError, on all ranks, when weights are not finite.
     """
-    return _Retraining(job, device).run()
+    retraining = _Retraining(job, device)
+    try:
+        return retraining.run()
+    finally:
+        retraining.engine.destroy()  # its hooks hold on to it where Python's collector does not see them
 
 
 class _Retraining:
@@ -53,7 +58,8 @@ class _Retraining:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         began = time.perf_counter()
         if device.type == "cuda":  # the peak counts from the loading on
-            torch.cuda.reset_peak_memory_stats(device)
+            reset_peak(device)
+            self.bytes_before = torch.cuda.memory_allocated(device)
         self.ids_ST = torch.from_numpy(np.load(job.ids))
         self.recipe = TrainingRecipe.of(job.trial)
         self.model = self._load()
@@ -106,7 +112,6 @@ class _Retraining:
             result.write(self.job.folder)
             shutil.rmtree(self._checkpoint, ignore_errors=True)
         dist.barrier()
-        self.engine.destroy()
         return result
 
     def _took(self, watch: Stopwatch, clock: float) -> None:
@@ -191,10 +196,10 @@ class _Retraining:
         return float(shared)
 
     def _peak_bytes(self) -> int:
-        """The most that the device's allocator had handed out; on a CPU what the memory model says of this model's own
-        numbers."""
+        """The most that the device's allocator had handed out, beyond what it had before; on a CPU what the memory
+        model says of this model's own numbers."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.bytes_before
         largest = max(map(len, self._pieces(torch.arange(min(self.recipe.batch_size, len(self.ids_ST))))))
         return retraining_bytes(
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),

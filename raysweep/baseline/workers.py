@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import logging
 import os
@@ -19,6 +21,7 @@ from raysweep.errors import NumericalError, RaysweepError, StorageError, first_l
 from raysweep.shards.retrained import TRAINING, fail, is_over, write_json
 
 ATTEMPTS = 3  # of one job whose workers end before it does; then it has failed and the others go on
+_REMEMBERING = type(functools.cache(len))
 _ATTEMPT, _ERRORS = "attempt.json", "error-*.json"
 
 
@@ -108,6 +111,23 @@ def _retrain_all(jobs: Sequence[RetrainJob], device: Any) -> None:
     for job in jobs:
         if _agreed(_begin(job) if dist.get_rank() == 0 else False, device):
             _attempt(job, device)
+            _let_go()
+
+
+def _let_go() -> None:
+    """Frees what a job has left, beside which the next one would have to find room.
+
+    An engine is a circle of objects, which waits for Python to look for such. With ZeRO 3 DeepSpeed keeps the model of
+    every one for the life of the process: in a list, and as the argument of calls whose answers it remembers.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    getattr(parameter_offload, "FWD_MODULE_STACK", []).clear()
+    remembering = [each for each in gc.get_objects() if type(each) is _REMEMBERING]
+    for each in remembering:
+        if str(each.__module__).startswith("deepspeed."):
+            each.cache_clear()
+    gc.collect()
 
 
 def _begin(job: RetrainJob) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,32 @@ def test_stages_agree_and_zeros_are_those_of_the_mask(tiny_llama, tmp_path):
         for name, mask in start_masks(job).items():
             assert torch.equal(results(job)[f"{name}.weight"] != 0, mask)
     assert all(result.training_flops == found[0].training_flops for result in found)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_nothing_of_a_job_is_left_when_the_next_one_begins(tiny_llama, tmp_path, monkeypatch, stage):
+    """Not of one that failed either, and without Python having looked for garbage by itself."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+    left, begin = [], module.begin_training
+
+    def watched(model, *arguments):
+        left.append(sum(one() is not None for one in models))
+        models.append(weakref.ref(model))
+        return begin(model, *arguments)
+
+    monkeypatch.setattr(module, "begin_training", watched)
+    fields = [{}, {"learning_rate": 1e30}, {"loss": "distillation"}, {"trainable": "lora", "lora_rank": 4}]
+    jobs = [
+        make_job(tiny_llama, tmp_path, retrain_trial(zero_stage=stage, epochs=1, **one)) for one in fields
+    ]
+    gc.disable()
+    try:
+        retrain_here(jobs, threads=1)
+    finally:
+        gc.enable()
+    assert [failure_in(job.folder) is None for job in jobs] == [True, False, True, True]
+    assert left == [0, 0, 0, 0]
+    assert not any(one() for one in models)
 
 
 @pytest.mark.long
