@@ -85,14 +85,20 @@ class _Reading:
         name = self._quoted.get(column.id, column.id) if isinstance(column, ast.Name) else None
         if name not in self._columns:
             return
-        there = list(self._rows[name].dropna().unique())
-        if not there or not all(isinstance(value, str) for value in there):
+        there = self._texts(name)
+        if not there:
             return
         legible = max(map(len, there)) <= LONGEST_NAMED
         known = ", ".join(there[:MOST_NAMED]) + (", ..." if len(there) > MOST_NAMED else "")
         for text in (each.value for each in ast.walk(other) if isinstance(each, ast.Constant)):
             if isinstance(text, str) and text not in there:
-                yield f"no trial has {name} {text!r}" + (f"; there are {known}" if legible else "")
+                elsewhere = [each for each in self._columns if text in self._texts(each)]
+                meant = f"; {' or '.join(elsewhere)} has that" if elsewhere else ""
+                yield f"no trial has {name} {text!r}" + (f"; there are {known}" if legible else "") + meant
+
+    def _texts(self, column: str) -> list[str]:
+        """The different ones of a column; none of one that holds something else."""
+        return [value for value in self._rows[column].dropna().unique() if isinstance(value, str)]
 
     def truth(self, node: ast.expr, depth: int = 0) -> pd.Series:
         """By row whether it is so."""

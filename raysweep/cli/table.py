@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import accumulate
 from textwrap import wrap
@@ -327,6 +328,8 @@ def _calibration_words(constants: Mapping[str, Any]) -> list[str]:
 
 
 def _number_or_word(value: Any) -> str:
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 

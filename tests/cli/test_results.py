@@ -197,7 +197,7 @@ def test_where_chooses_rows(raysweep, here):
     assert raysweep("results", "--where", words).err.splitlines() == [
         "none of 10 trials is chosen",
         "  no trial has criterion 'magnitude/row'; there are wanda, magnitude",
-        "  no trial has recovery 'matrix'; there are reconstruct, none, dense",
+        "  no trial has recovery 'matrix'; there are reconstruct, none, dense; granularity has that",
         "  no trial has recovery 'dens'; there are reconstruct, none, dense",
     ]
     assert raysweep("results", "--where", "sparsity > 0.9", "--json").json["rows"] == []
@@ -353,6 +353,11 @@ def test_what_best_means_is_read_from_the_space_of_the_sweep(here, text, expecte
     if text is not None:
         (here / "space.yaml").write_text(text)
     assert search_of(here) == SearchConfig(**expected)
+
+
+def test_moments_are_short(raysweep, here):
+    write_sweep(here / "raysweep-results" / "a", quickstart_rows())
+    assert "2026-11-24 12:00:08 " in raysweep("results", "--sort", "started_at").out.replace("\n", " ")
 
 
 def test_rows_that_do_not_say_how_they_were_recovered_are_shown(raysweep, here):

@@ -48,7 +48,9 @@ def heat(report: Report, stratum: str, words: str, dense: float | None) -> Drawn
             _cell(axes, across, down, (value, spread), float(steps[method][mask]), value == lowest)
     left_out = len(table.index) - len(rows) + len(table.columns) - len(columns)
     notes = [f"{left_out} criteria or methods more are in the table of trials"] if left_out else []
-    notes += ["Colors span what is recovered; what is worse has the palest too"] if beyond else []
+    notes += (
+        ["Colors span the recovered models; what is worse without recovery has the palest"] if beyond else []
+    )
     return figure, {}, ". ".join(notes)
 
 
