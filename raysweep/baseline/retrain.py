@@ -47,9 +47,14 @@ def retrain(job: RetrainJob, device: torch.device) -> Retrained:
     """
     retraining = _Retraining(job, device)
     try:
-        return retraining.run()
-    finally:
-        retraining.engine.destroy()  # its hooks hold on to it where Python's collector does not see them
+        result = retraining.run()
+    except Exception as error:
+        # Where this rank alone fails, the others wait for it, and to end what it has begun could take for ever.
+        if isinstance(error, NumericalError) or retraining.world == 1:
+            retraining.engine.destroy()
+        raise
+    retraining.engine.destroy()  # its hooks hold on to it where Python's collector does not see them
+    return result
 
 
 class _Retraining:

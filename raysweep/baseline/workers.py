@@ -21,7 +21,7 @@ from raysweep.errors import NumericalError, RaysweepError, StorageError, first_l
 from raysweep.shards.retrained import TRAINING, fail, is_over, write_json
 
 ATTEMPTS = 3  # of one job whose workers end before it does; then it has failed and the others go on
-_REMEMBERING = type(functools.cache(len))
+_REMEMBERING = type(functools.cache(len))  # what `lru_cache` makes of a function
 _ATTEMPT, _ERRORS = "attempt.json", "error-*.json"
 
 
