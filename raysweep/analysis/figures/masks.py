@@ -48,9 +48,8 @@ def heat(report: Report, stratum: str, words: str, dense: float | None) -> Drawn
             _cell(axes, across, down, (value, spread), float(steps[method][mask]), value == lowest)
     left_out = len(table.index) - len(rows) + len(table.columns) - len(columns)
     notes = [f"{left_out} criteria or methods more are in the table of trials"] if left_out else []
-    notes += (
-        ["Colors span the recovered models; what is worse without recovery has the palest"] if beyond else []
-    )
+    if beyond:
+        notes.append("Colors span the recovered models; what is worse without recovery has the palest")
     return figure, {}, ". ".join(notes)
 
 
