@@ -156,9 +156,9 @@ comparisons of the page.
 `raysweep results` chooses from the same rows. `--where "sparsity == 0.6 and criterion in ['wanda', 'ria']"` shows the
 trials for which that is true: columns (in backticks where they are no plain names), numbers, quoted texts and `null`,
 with `== != < <= > >= in`, `and or not`, `+ - * /` and parentheses. What is null compares as false with all but
-`null`, by `!=` too, so that `not granularity == 'matrix'` has more trials than `granularity != 'matrix'`. `--pareto` shows,
-beside the dense models, the trials of settings than which no other one of their model, sparsity and pattern has less perplexity and takes no
-more standalone seconds; `--csv` and `--json` print all columns.
+`null`, by `!=` too, so that `not granularity == 'matrix'` has more trials than `granularity != 'matrix'`.
+`--pareto` shows, beside the dense models, the trials of settings than which no other one of their model, sparsity and
+pattern has less perplexity and takes no more standalone seconds; `--csv` and `--json` print all columns.
 """
 
 _GROUPS = {
